@@ -1,0 +1,181 @@
+"""Errors of the project, split into what the caller can fix and what the operator must.
+
+    TrimtabError
+    ├── CallerError                   the request is at fault: 4xx
+    │   ├── InvalidSpec               a field has a wrong type, range or combination
+    │   ├── UnknownName               a profile, category, edit or model that is not loaded
+    │   └── NotSupported              well-formed, but this server cannot do it
+    ├── OperatorError                 the set-up is at fault: the server does not start, or is not ready
+    │   ├── BundleError
+    │   │   ├── BundleFormatError     a field, tensor, dtype, shape or number is wrong
+    │   │   ├── BundleDigestError     bytes differ from what the manifest or the caller names
+    │   │   └── FingerprintMismatch   the bundle was made for another model
+    │   ├── DatasetError
+    │   │   ├── DatasetMissing        a set is not on this machine; the message says how to get it
+    │   │   ├── DatasetCorrupt        a file differs from the digest the registry names
+    │   │   └── DatasetMisuse         a set may not be used for what was asked (fit on a test set)
+    │   ├── UnsupportedArchitecture   the model class is not in the plugin's table
+    │   ├── UnsupportedConfiguration  a vLLM option that steering is not proved to work with
+    │   └── PluginNotArmed            a worker does not report what the server needs
+    └── EngineError                   a request failed inside: 5xx
+        ├── EditNotApplied            the engine did not confirm the edit of a steered request
+        ├── CapacityExceeded          no row or bank slot left: 503, never unsteered
+        ├── EngineOverloaded          queue full or draining: 503
+        └── EngineDied                the engine is gone: 503
+
+Adding an error: put it in the tree, give it a docstring, and give it a status in `server/errors.py`; a test walks the tree.
+Errors cross process borders, so they stay picklable: positional message, keyword facts with defaults.
+"""
+
+from __future__ import annotations
+
+
+class TrimtabError(Exception):
+    """Base of every error this project raises on purpose.
+
+    Args:
+        message: what was given, what was possible, what to do.
+        parameter: path of the request field at fault, such as `steering.strength`; None when no field is.
+        code: stable machine-readable reason, such as `steering_unknown_profile`.
+    """
+
+    code: str = "error"
+
+    def __init__(self, message: str, *, parameter: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.parameter = parameter
+        self.code = code or type(self).code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.parameter, self.code)
+
+
+def _rebuild(cls: type[TrimtabError], message: str, parameter: str | None, code: str) -> TrimtabError:
+    return cls(message, parameter=parameter, code=code)
+
+
+class CallerError(TrimtabError):
+    """The request is at fault and can be corrected by whoever sent it."""
+
+    code = "invalid_request"
+
+
+class InvalidSpec(CallerError):
+    """A field has a wrong type, is out of range, or does not go with another field."""
+
+    code = "steering_invalid"
+
+
+class UnknownName(CallerError):
+    """A profile, category or edit that no loaded bundle has."""
+
+    code = "steering_unknown_name"
+
+
+class NotSupported(CallerError):
+    """Well-formed, but this server or bundle cannot do it."""
+
+    code = "steering_not_supported"
+
+
+class OperatorError(TrimtabError):
+    """The set-up is at fault: the server does not start, or does not become ready."""
+
+    code = "misconfigured"
+
+
+class BundleError(OperatorError):
+    """A bundle cannot be used."""
+
+    code = "bundle_error"
+
+
+class BundleFormatError(BundleError):
+    """A manifest field, tensor, dtype, shape or number is not what the format asks for."""
+
+    code = "bundle_format"
+
+
+class BundleDigestError(BundleError):
+    """Bytes on disk differ from the digest that names them."""
+
+    code = "bundle_digest"
+
+
+class FingerprintMismatch(BundleError):
+    """The bundle was made for another model, tokenizer or chat template."""
+
+    code = "bundle_fingerprint"
+
+
+class DatasetError(OperatorError):
+    """A data set cannot be used."""
+
+    code = "dataset_error"
+
+
+class DatasetMissing(DatasetError):
+    """A data set is not on this machine."""
+
+    code = "dataset_missing"
+
+
+class DatasetCorrupt(DatasetError):
+    """A data file differs from the digest in the registry."""
+
+    code = "dataset_corrupt"
+
+
+class DatasetMisuse(DatasetError):
+    """A data set was asked for a use it is not allowed for, such as fitting on a test set."""
+
+    code = "dataset_misuse"
+
+
+class UnsupportedArchitecture(OperatorError):
+    """The model's class is not in the plugin's table of architectures."""
+
+    code = "unsupported_architecture"
+
+
+class UnsupportedConfiguration(OperatorError):
+    """A vLLM option that steering has not been proved to work with."""
+
+    code = "unsupported_configuration"
+
+
+class PluginNotArmed(OperatorError):
+    """A worker does not report the plugin version, layers or bundles that the server needs."""
+
+    code = "plugin_not_armed"
+
+
+class EngineError(TrimtabError):
+    """A request failed inside the engine."""
+
+    code = "engine_error"
+
+
+class EditNotApplied(EngineError):
+    """The engine did not confirm the edit of a steered request, so its answer is withheld."""
+
+    code = "steering_not_applied"
+
+
+class CapacityExceeded(EngineError):
+    """No row or bank slot is left."""
+
+    code = "steering_capacity"
+
+
+class EngineOverloaded(EngineError):
+    """The queue is full or the server is draining."""
+
+    code = "server_is_overloaded"
+
+
+class EngineDied(EngineError):
+    """The engine process is gone."""
+
+    code = "engine_dead"
