@@ -241,7 +241,7 @@ def save_bundle(path: Path, manifest: Mapping[str, Any], edits: Mapping[str, Edi
         edits: by name, one for each record.
     """
     tensors = {
-        _key(name, terms.layer, part): getattr(terms, part).contiguous()
+        _key(name, terms.layer, part): getattr(terms, part).detach().cpu().clone().contiguous()
         for name, edit in edits.items()
         for terms in edit.layers
         for part in _PARTS
