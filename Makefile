@@ -1,0 +1,77 @@
+# Every target makes the environment first, from the hash-pinned locks, and only when it is missing or a lock changed.
+#   make serve     serve the demo on http://127.0.0.1:8000     (ARGS="--port 9000" is passed on)
+#   make test      unit and integration tests                  (ARGS="-k bundle" is passed on)
+#   make check     what CI checks beside the tests
+#   make bench     throughput ratios against stock vLLM
+#   make setup     only the environment                        (TARGET=cuda for an NVIDIA host)
+#   make lock      resolve the locks again, after a change of dependencies
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+TARGET ?= cpu
+VENV ?= .venv
+PYTHON ?= python3.11
+ARGS ?=
+
+BIN := $(VENV)/bin
+LOCKS := locks/$(TARGET).txt locks/dev.txt
+STAMP := $(VENV)/.trimtab-$(TARGET)
+TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' locks/$(TARGET).txt)
+
+.PHONY: help setup serve test check bench lock clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(STAMP)
+
+serve: $(STAMP)
+	$(BIN)/trimtab serve $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile docker/Dockerfile.cpu
+	$(BIN)/python -m pytest -q tests/unit/test_layering.py
+
+bench: $(STAMP)
+	$(BIN)/trimtab bench $(ARGS)
+
+# A new environment is checked for what pip's own errors explain badly: the interpreter the wheels are for, Debian's
+# split-off venv, and an index that only has the CUDA build of torch (found by name, before anything is downloaded).
+$(BIN)/python:
+	@$(PYTHON) -c 'import platform, sys; sys.exit((sys.version_info[:2], platform.machine()) != ((3, 11), "x86_64"))' || { \
+	  echo 'trimtab: the locks are for CPython 3.11 on x86_64 Linux; name one with: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo 'trimtab: this Python cannot make virtual environments; on Debian: apt-get install python3.11-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(LOCKS) pyproject.toml | $(BIN)/python
+	@found="$$($(BIN)/python -m pip --disable-pip-version-check index versions torch 2>/dev/null || true)"; \
+	if ! grep -qE '[ (]$(subst +,[+],$(TORCH))([,)]|$$)' <<<"$$found"; then \
+	  echo 'trimtab: pip does not find torch $(TORCH) where it looks for packages.' >&2; \
+	  echo 'For the CPU build, take the address of the CPU wheel index from "Get started" on pytorch.org and run:' >&2; \
+	  echo '  PIP_EXTRA_INDEX_URL=<that address> make setup' >&2; exit 1; fi
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --only-binary :all: $(LOCKS:%=-r %)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Pins that still satisfy pyproject.toml stay (uv reads the present lock as a preference); to move everything up,
+# delete the lock first. UV_FIND_LINKS or UV_EXTRA_INDEX_URL says where the CPU torch is, as PIP_* does for pip.
+UV_COMPILE = UV_FIND_LINKS="$${UV_FIND_LINKS-$${PIP_FIND_LINKS-}}" UV_SYSTEM_CERTS=1 $(BIN)/uv pip compile --quiet \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_35 --only-binary :all: --index-strategy unsafe-best-match \
+	--generate-hashes --no-annotate --custom-compile-command 'make lock'
+lock: $(STAMP)
+	$(UV_COMPILE) --extra fit --override locks/cpu.overrides -o locks/cpu.txt pyproject.toml locks/cpu.in
+	$(UV_COMPILE) --extra fit --extra cuda -o locks/cuda.txt pyproject.toml
+	sed -E 's/ *\\$$//; /^ +--hash/d; s/^torch==.*//' locks/cpu.txt >$(VENV)/cpu-pins.txt
+	$(UV_COMPILE) --constraint $(VENV)/cpu-pins.txt --group dev -o locks/dev.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
