@@ -3,7 +3,8 @@
     TrimtabError
     ├── CallerError                   the request is at fault: 4xx
     │   ├── InvalidSpec               a field has a wrong type, range or combination
-    │   ├── UnknownName               a profile, category, edit or model that is not loaded
+    │   ├── UnknownName               a profile, category or edit that is not loaded
+    │   │   └── UnknownModel          a model that is not served: 404
     │   └── NotSupported              well-formed, but this server cannot do it
     ├── OperatorError                 the set-up is at fault: the server does not start, or is not ready
     │   ├── BundleError
@@ -21,6 +22,7 @@
         ├── EditNotApplied            the engine did not confirm the edit of a steered request
         ├── CapacityExceeded          no row or bank slot left: 503, never unsteered
         ├── EngineOverloaded          queue full or draining: 503
+        ├── EngineTimeout             the engine did not answer in time: 504
         └── EngineDied                the engine is gone: 503
 
 Adding an error: put it in the tree, give it a docstring, and give it a status in `server/errors.py`; a test walks the tree.
@@ -71,6 +73,12 @@ class UnknownName(CallerError):
     """A profile, category or edit that no loaded bundle has."""
 
     code = "steering_unknown_name"
+
+
+class UnknownModel(UnknownName):
+    """A model name that this server does not serve."""
+
+    code = "model_not_found"
 
 
 class NotSupported(CallerError):
@@ -173,6 +181,12 @@ class EngineOverloaded(EngineError):
     """The queue is full or the server is draining."""
 
     code = "server_is_overloaded"
+
+
+class EngineTimeout(EngineError):
+    """The engine did not give the first token, the next token or the whole answer in time."""
+
+    code = "engine_timeout"
 
 
 class EngineDied(EngineError):
