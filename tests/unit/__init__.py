@@ -1,0 +1,1 @@
+"""Tests without an engine; the folder mirrors the packages."""
