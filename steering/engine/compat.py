@@ -1,0 +1,126 @@
+"""What the plugin works with: vLLM versions, model architectures, engine options.
+
+Anything not listed and proved by a test is refused at start, by name. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from steering.errors import UnsupportedArchitecture, UnsupportedConfiguration
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+ARCHITECTURES: dict[str, str] = {
+    "LlamaForCausalLM": "model.layers",
+    "MistralForCausalLM": "model.layers",
+    "Qwen2ForCausalLM": "model.layers",
+    "Qwen3ForCausalLM": "model.layers",
+    "Qwen3MoeForCausalLM": "model.layers",
+    "Qwen3NextForCausalLM": "model.layers",
+    "Gemma2ForCausalLM": "model.layers",
+    "Gemma3ForCausalLM": "model.layers",
+    "Phi3ForCausalLM": "model.layers",
+    "MixtralForCausalLM": "model.layers",
+    "GptOssForCausalLM": "model.layers",
+}
+"""vLLM architecture name → path of its list of decoder blocks. Every block listed here returns the pair
+(hidden, residual) whose sum is the residual stream; checked in vLLM 0.32 `model_executor/models/*.py`."""
+
+
+def class_location(architecture: str) -> tuple[str, str]:
+    """Module and class of vLLM's own implementation, from vLLM's registry (`_VLLM_MODELS`, 0.25 to 0.33).
+
+    Raises:
+        UnsupportedArchitecture: the architecture is not in `ARCHITECTURES`, or this vLLM has no such model.
+    """
+    from vllm.model_executor.models.registry import _VLLM_MODELS
+
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedArchitecture(
+            f"architecture {architecture!r} is not supported; supported: {sorted(ARCHITECTURES)}"
+        )
+    found = _VLLM_MODELS.get(architecture)
+    if found is None:
+        raise UnsupportedArchitecture(f"this vLLM has no model class for {architecture!r}")
+    module, name = found
+    return (module if "." in module else f"vllm.model_executor.models.{module}"), name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Refusal:
+    """One engine option that steering is not proved to work with."""
+
+    option: str
+    given: object
+    advice: str
+
+
+def check_configuration(config: VllmConfig) -> None:
+    """Refuse every option of this engine that steering is not proved to work with (design rule 7).
+
+    Raises:
+        UnsupportedConfiguration: names each option, the value given and what to do.
+    """
+    refusals = [refusal for refusal in _refusals(config) if refusal.given]
+    if refusals:
+        facts = "; ".join(f"{refusal.option}={refusal.given}: {refusal.advice}" for refusal in refusals)
+        raise UnsupportedConfiguration(f"steering does not work with these engine options: {facts}")
+
+
+def _refusals(config: VllmConfig) -> list[_Refusal]:
+    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
+
+    def above_one(name: str) -> int:
+        value = getattr(parallel, name, 1)
+        return value if isinstance(value, int) and value > 1 else 0
+
+    return [
+        _Refusal(
+            option="tensor_parallel_size",
+            given=above_one("tensor_parallel_size"),
+            advice="not proved yet; use 1 and replicas behind a load balancer",
+        ),
+        _Refusal(
+            option="pipeline_parallel_size", given=above_one("pipeline_parallel_size"), advice="not proved yet; use 1"
+        ),
+        _Refusal(
+            option="decode_context_parallel_size",
+            given=above_one("decode_context_parallel_size"),
+            advice="not proved yet; use 1",
+        ),
+        _Refusal(
+            option="prefill_context_parallel_size",
+            given=above_one("prefill_context_parallel_size"),
+            advice="tokens are permuted over ranks; use 1",
+        ),
+        _Refusal(option="data_parallel_size", given=above_one("data_parallel_size"), advice="start one server per GPU"),
+        _Refusal(
+            option="enable_dbo", given=getattr(parallel, "enable_dbo", False), advice="micro-batches split the row map"
+        ),
+        _Refusal(
+            option="speculative_config",
+            given=config.speculative_config is not None and config.speculative_config.method,
+            advice="not proved yet; start without a draft",
+        ),
+        _Refusal(option="enable_lora", given=config.lora_config is not None, advice="a bundle is bound to base weights"),
+        _Refusal(
+            option="kv_transfer_config",
+            given=config.kv_transfer_config is not None,
+            advice="edited KV must not leave this engine",
+        ),
+        _Refusal(
+            option="enable_prompt_embeds", given=model.enable_prompt_embeds, advice="tensors from clients are refused"
+        ),
+        _Refusal(option="enable_sleep_mode", given=model.enable_sleep_mode, advice="the bank would be discarded"),
+        _Refusal(
+            option="runner", given=model.runner_type if model.runner_type != "generate" else "", advice="generation only"
+        ),
+        _Refusal(
+            option="kv_sharing_fast_prefill",
+            given=cache.kv_sharing_fast_prefill,
+            advice="prompt positions are skipped in the upper layers",
+        ),
+    ]

@@ -1,0 +1,147 @@
+"""Steered model classes: vLLM's own, with an op after each decoder block that some edit touches.
+
+`Steered<Architecture>` is made on first use, by a factory, from vLLM's class of that name: weight names do not change,
+torch.compile traces through it, there are no forward hooks and nothing is patched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from steering.engine import kernels as kernels  # defines torch.ops.trimtab.edit
+from steering.engine.bank import Bank
+from steering.engine.compat import ARCHITECTURES, check_configuration, class_location
+from steering.engine.options import SteeringOptions, enter_compile_key, options_from
+from steering.engine.outcomes import OutcomeSender
+from steering.engine.rows import Rows
+from steering.errors import UnsupportedConfiguration
+from steering.plan import Outcome
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PREFIX = "Steered"
+
+
+class Steering:
+    """All state of the plugin in one worker: bank, rows, and outcomes on their way out.
+
+    Args:
+        options: bundles and capacity.
+        width: residual width, D.
+        config: vLLM's configuration; gives the most requests and tokens of a step.
+        device: where the model lives.
+    """
+
+    def __init__(self, *, options: SteeringOptions, width: int, config: VllmConfig, device: torch.device) -> None:
+        self.layers = options.layers
+        self.bank = Bank(layers=self.layers, width=width, terms=options.terms_per_layer, device=device)
+        for bundle in options.bundles:
+            self.bank.load(bundle)
+        self.rows = Rows(
+            bank=self.bank,
+            requests=config.scheduler_config.max_num_seqs,
+            tokens=config.scheduler_config.max_num_batched_tokens,
+            device=device,
+        )
+        self._sender = OutcomeSender()
+        self._pending: list[Outcome] = []
+
+    def before_forward(self, outcomes: list[Outcome]) -> None:
+        """Hold the outcomes of a step until its forward pass has run."""
+        self._pending.extend(outcomes)
+
+    def after_forward(self) -> None:
+        """Send what became true; called once the forward pass has been launched without an error."""
+        for outcome in self._pending:
+            self._sender.send(outcome)
+        self._pending.clear()
+
+
+class SteeredLayer(nn.Module):
+    """Mixed into a decoder block's class: runs the block, then edits the residual stream at its output.
+
+    vLLM's blocks return the pair (hidden, residual) whose sum is the stream; the op reads the sum and writes `hidden`.
+    """
+
+    steering_token_rows: Tensor
+    steering_rows: Tensor
+    steering_table: Tensor
+
+    def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Arguments and result are those of the block."""
+        hidden, residual = super().forward(*arguments, **named)
+        torch.ops.trimtab.edit(
+            hidden, residual, self.steering_token_rows, self.steering_rows, self.steering_table
+        )
+        return hidden, residual
+
+
+class SteeredModel(nn.Module):
+    """Mixed into a vLLM model class. Without bundles the model is vLLM's own in every respect."""
+
+    steering: Steering | None
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        options = options_from(vllm_config)
+        if options is not None:
+            check_configuration(vllm_config)
+            enter_compile_key(vllm_config, options)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.steering = None
+        if options is not None:
+            self._arm(vllm_config, options)
+
+    def _arm(self, config: VllmConfig, options: SteeringOptions) -> None:
+        width = config.model_config.get_hidden_size()
+        blocks = cast(nn.ModuleList, self.get_submodule(ARCHITECTURES[type(self).__name__.removeprefix(PREFIX)]))
+        outside = [layer for layer in options.layers if layer >= len(blocks)]
+        if outside:
+            raise UnsupportedConfiguration(f"bundles edit layers {outside}, the model has {len(blocks)}")
+        steering = Steering(
+            options=options, width=width, config=config, device=next(self.parameters()).device
+        )
+        for layer in options.layers:
+            block = blocks[layer]
+            block.__class__ = _steered_layer_class(type(block))
+            # Buffers, so that the compiler takes them as inputs at fixed addresses and not as constants.
+            block.register_buffer("steering_token_rows", steering.rows.token_rows, persistent=False)
+            block.register_buffer("steering_rows", steering.rows.rows, persistent=False)
+            block.register_buffer("steering_table", steering.bank.tables[layer], persistent=False)
+        self.steering = steering
+
+    def compute_logits(self, *arguments: Any, **named: Any) -> Any:
+        """vLLM's own; both runners call it right after every forward pass, outside the graph."""
+        logits = super().compute_logits(*arguments, **named)  # type: ignore[misc]
+        if self.steering is not None:
+            self.steering.after_forward()
+        return logits
+
+    def get_model_state_cls(self) -> type[Any]:
+        """State class for the V2 runner (vLLM 0.32 `model_states.resolve_model_state_cls`)."""
+        from steering.engine.runner_v2 import state_class
+
+        return state_class(self)
+
+
+def _steered_layer_class(block_class: type[nn.Module]) -> type[nn.Module]:
+    if issubclass(block_class, SteeredLayer):
+        return block_class
+    return type(f"Steered{block_class.__name__}", (SteeredLayer, block_class), {})
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Make `Steered<Architecture>` when vLLM's registry asks for it; kept in the module afterwards."""
+    architecture = name.removeprefix(PREFIX)
+    if not name.startswith(PREFIX) or architecture not in ARCHITECTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module, class_name = class_location(architecture)
+    base = getattr(importlib.import_module(module), class_name)
+    made = type(name, (SteeredModel, base), {"__module__": __name__, "__doc__": base.__doc__})
+    globals()[name] = made
+    return made

@@ -1,0 +1,117 @@
+"""Outcomes: the way back from the worker to the gateway, one message per sample, no RPC.
+
+The gateway binds a local socket and names it in the environment, which engine processes inherit; the first rank of the
+worker pushes an outcome as soon as the forward pass that edited the last prompt token has been launched, which is before
+that token's successor is sampled. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from steering.errors import EditNotApplied
+from steering.plan import Outcome
+
+ADDRESS_VARIABLE = "TRIMTAB_OUTCOME_ADDRESS"
+"""An environment variable and not an engine option: a fresh address would change vLLM's compile-cache key at every start."""
+
+HIGH_WATER_MARK = 100_000
+"""Messages that wait at most on either side; with one per request this is never reached before vLLM's own limits."""
+
+
+class OutcomeSender:
+    """Worker's end. Sends nothing where nobody listens, as under plain `vllm serve`."""
+
+    def __init__(self, address: str | None = None) -> None:
+        address = address if address is not None else os.environ.get(ADDRESS_VARIABLE)
+        self._socket: zmq.Socket[bytes] | None = None
+        if address:
+            self._socket = zmq.Context.instance().socket(zmq.PUSH)
+            self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.connect(address)
+
+    def send(self, outcome: Outcome) -> None:
+        """Queue one message; never blocks the engine. A message lost here fails its request at the gateway."""
+        if self._socket is not None:
+            try:
+                self._socket.send(outcome.to_json(), zmq.NOBLOCK)
+            except zmq.Again:
+                return
+
+
+class OutcomeListener:
+    """Gateway's end. Make it before the engine starts, call `start` in the running event loop."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="trimtab-")
+        self.address = f"ipc://{Path(self._directory.name) / 'outcomes'}"
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        self._socket.bind(self.address)
+        os.environ[ADDRESS_VARIABLE] = self.address
+        self._expected: dict[str, list[Outcome]] = {}
+        self._arrived: dict[str, asyncio.Event] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to receive in a task of the running event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._receive(), name="outcomes")
+
+    def expect(self, plan_id: str) -> None:
+        """Keep outcomes of this plan; call before the request is sent. Others are dropped."""
+        self._expected.setdefault(plan_id, [])
+        self._arrived.setdefault(plan_id, asyncio.Event())
+
+    async def wait(self, plan_id: str, samples: int, timeout: float) -> list[Outcome]:
+        """Outcomes of a plan, once `samples` of them are there.
+
+        Raises:
+            EditNotApplied: fewer came within `timeout` seconds, or the engine says an edit was not applied.
+        """
+        self.expect(plan_id)
+        outcomes, arrived = self._expected[plan_id], self._arrived[plan_id]
+        try:
+            async with asyncio.timeout(timeout):
+                while len(outcomes) < samples:
+                    arrived.clear()
+                    await arrived.wait()
+        except TimeoutError:
+            raise EditNotApplied(
+                f"the engine confirmed {len(outcomes)} of {samples} edits within {timeout} s; the answer is withheld"
+            ) from None
+        for outcome in outcomes:
+            if not outcome.applied:
+                raise EditNotApplied(f"the engine did not apply edit {outcome.edit!r}: {outcome.error}")
+        return list(outcomes)
+
+    def forget(self, plan_id: str) -> None:
+        """Drop what is kept of a plan; call when its request ends, however it ends."""
+        self._expected.pop(plan_id, None)
+        self._arrived.pop(plan_id, None)
+
+    async def close(self) -> None:
+        """Stop receiving and remove the socket."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._socket.close(linger=0)
+        self._context.term()
+        self._directory.cleanup()
+        if os.environ.get(ADDRESS_VARIABLE) == self.address:
+            del os.environ[ADDRESS_VARIABLE]
+
+    async def _receive(self) -> None:
+        while True:
+            outcome = Outcome.from_json(await self._socket.recv())
+            kept = self._expected.get(outcome.plan_id)
+            if kept is not None:
+                kept.append(outcome)
+                self._arrived[outcome.plan_id].set()

@@ -1,0 +1,126 @@
+"""Prefix cache: keeps edited key-value blocks apart (design rule 3).
+
+A block may be shared only where it was computed by the same function of the same tokens. With `scope: generated` the blocks
+that end before the last prompt token are those of the unsteered model and stay shared with everyone; every later block gets
+the request's id in its key, so that nobody else finds it, while the request itself finds it again after a preemption. With
+`scope: all` every block gets the edit, its bundle's digest and its strength in its key.
+
+Works on the scheduler's side of vLLM (`vllm.v1.request.Request._block_hasher`, 0.32), so plain `vllm serve` is covered too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from steering.errors import NotSupported, TrimtabError, UnknownName
+from steering.plan import PLAN_KEY, Plan, Scope
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.request import Request
+
+BlockHasher = Callable[[Any], list[Any]]
+
+
+def plan_of(request: Any) -> Plan | None:
+    """The plan of a vLLM request or of its `NewRequestData`; None when it is unsteered.
+
+    Raises:
+        InvalidSpec: there is a plan and it is not valid.
+    """
+    parameters = request.sampling_params
+    extra = parameters.extra_args if parameters is not None else None
+    text = extra.get(PLAN_KEY) if extra else None
+    return None if text is None else Plan.from_json(text)
+
+
+def isolated(hasher: BlockHasher, *, plan: Plan, request_id: str, prompt_length: int, block_size: int) -> BlockHasher:
+    """Wrap vLLM's block hasher for one steered request.
+
+    Args:
+        hasher: vLLM's own; it hashes the full blocks of a request that have no hash yet, chained over the whole prefix.
+        plan: scope decides which blocks are set apart, and by what.
+        request_id: the engine's id of this sample, unique in this engine's life.
+        prompt_length: number of prompt tokens; the last of them is the first edited one under `scope: generated`.
+        block_size: tokens per hash.
+    """
+    if plan.scope is Scope.ALL:
+        first_edited, key = 0, f"all|{plan.bundle}|{plan.edit}|{plan.strength!r}"
+    else:
+        first_edited, key = prompt_length - 1, f"generated|{request_id}"
+    salt = key.encode()
+
+    def hash_blocks(request: Any) -> list[Any]:
+        number = len(request.block_hashes)
+        hashes = []
+        for offset, plain in enumerate(hasher(request)):
+            end = (number + offset + 1) * block_size
+            # Hashing vLLM's hash keeps what it already holds: all tokens so far, the tenant's salt, the parent block.
+            hashes.append(plain if end <= first_edited else hashlib.sha256(plain + b"|" + salt).digest())
+        return hashes
+
+    return hash_blocks
+
+
+class SteeringScheduler:
+    """Mixed into vLLM's scheduler: sets a steered request's blocks apart before it can be scheduled.
+
+    Attributes:
+        edits: names of the edits this engine has, by bundle digest.
+    """
+
+    edits: dict[str, frozenset[str]]
+    hash_block_size: int
+
+    def add_request(self, request: Request) -> None:
+        """Accept a request; one whose plan is invalid or names what the engine lacks is aborted, never run unsteered."""
+        try:
+            plan = self._checked_plan(request)
+        except TrimtabError as error:
+            from vllm.logger import init_logger
+
+            init_logger(__name__).error("request %s aborted: %s", request.request_id, error)
+            # vLLM's `EngineCore.add_request` finishes such a request before it can be scheduled.
+            request.abort_immediately = True
+        else:
+            if plan is not None and request._block_hasher is not None:
+                request._block_hasher = isolated(
+                    request._block_hasher,
+                    plan=plan,
+                    request_id=request.request_id,
+                    prompt_length=request.num_prompt_tokens,
+                    block_size=self.hash_block_size,
+                )
+                request.block_hashes.clear()
+                request.update_block_hashes()
+        super().add_request(request)  # type: ignore[misc]
+
+    def _checked_plan(self, request: Request) -> Plan | None:
+        plan = plan_of(request)
+        if plan is not None:
+            if plan.edit not in self.edits.get(plan.bundle, ()):
+                raise UnknownName(f"no edit {plan.edit!r} of bundle {plan.bundle}; loaded: {sorted(self.edits)}")
+            if request.resumable:
+                raise NotSupported("a streaming-input session cannot be steered")
+        return plan
+
+
+def make_scheduler(*, vllm_config: VllmConfig, **arguments: Any) -> Any:
+    """Make vLLM's own scheduler for this configuration, with `SteeringScheduler` mixed in.
+
+    A function, so that one name serves both of vLLM's schedulers: `scheduler_cls` is resolved by
+    `SchedulerConfig.get_scheduler_cls` and called by `EngineCore.__init__` (vLLM 0.32).
+    """
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from steering.engine.options import options_from
+
+    options = options_from(vllm_config)
+    base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+    bundles = options.bundles if options is not None else ()
+    edits = {bundle.digest: frozenset(bundle.edits) for bundle in bundles}
+    scheduler_class = type(f"Steering{base.__name__}", (SteeringScheduler, base), {"edits": edits})
+    return scheduler_class(vllm_config=vllm_config, **arguments)

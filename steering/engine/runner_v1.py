@@ -1,0 +1,64 @@
+"""Model Runner V1 (CPU default, GPU fallback): feeds the row map from the runner's own batch.
+
+The map is built inside `_prepare_inputs`, after `_update_states` has put the step's requests into the batch: a map built
+before `execute_model` belongs to the step before (vLLM 0.32 `v1/worker/gpu_model_runner.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from steering.engine.model import Steering
+from steering.engine.prefix_cache import plan_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class SteeredRunner:
+    """Mixed into the runner's class once it is made; does nothing while the model has no steering."""
+
+    model: Any
+    input_batch: Any
+
+    def _steering(self) -> Steering | None:
+        return getattr(self.model, "steering", None)
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        result = super()._update_states(scheduler_output)  # type: ignore[misc]
+        steering = self._steering()
+        if steering is not None:
+            _follow(steering, scheduler_output)
+        return result
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: NDArray[np.int32]) -> Any:
+        steering = self._steering()
+        if steering is not None:
+            batch = self.input_batch
+            outcomes = steering.rows.write_step(
+                batch.req_ids, num_scheduled_tokens, batch.num_computed_tokens_cpu[: batch.num_reqs]
+            )
+            steering.before_forward(outcomes)
+        return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+
+
+def _follow(steering: Steering, scheduler_output: Any) -> None:
+    """Give and take rows as requests start, end, are preempted and come back."""
+    rows = steering.rows
+    if rows.live:
+        for request_id in scheduler_output.finished_req_ids:
+            rows.remove(request_id)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            rows.preempt(request_id)
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            rows.resume(request_id)
+    for new in scheduler_output.scheduled_new_reqs:
+        plan = plan_of(new)
+        if plan is not None:
+            rows.add(new.req_id, plan, len(new.prompt_token_ids))
+
+
+def steer(runner: Any) -> None:
+    """Mix `SteeredRunner` into one runner's class."""
+    runner.__class__ = type(f"Steered{type(runner).__name__}", (SteeredRunner, type(runner)), {})

@@ -1,0 +1,73 @@
+"""Model Runner V2 (GPU default): feeds the row map through the model's own state class.
+
+`get_model_state_cls` is vLLM's sanctioned hook: the runner calls `add_request`, `remove_request` (also for preempted
+requests, which come back as new ones) and `prepare_inputs` of the state it returns (vLLM 0.32 `v1/worker/gpu`).
+"""
+
+from __future__ import annotations
+
+import types
+from functools import cache
+from typing import Any
+
+from steering.engine.prefix_cache import plan_of
+
+
+class SteeredState:
+    """Mixed into the state class vLLM would have chosen for the model."""
+
+    model: Any
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        super().add_request(req_index, new_req_data)  # type: ignore[misc]
+        plan = plan_of(new_req_data)
+        if plan is not None:
+            # `prompt_len`, not the length of `prefill_token_ids`, which counts tokens generated before a preemption.
+            self.model.steering.rows.add(new_req_data.req_id, plan, new_req_data.prompt_len)
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)  # type: ignore[misc]
+        self.model.steering.rows.remove(req_id)
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        count = input_batch.num_reqs
+        steering = self.model.steering
+        outcomes = steering.rows.write_step(
+            input_batch.req_ids[:count],
+            input_batch.num_scheduled_tokens[:count],
+            input_batch.num_computed_tokens_np[:count],
+        )
+        steering.before_forward(outcomes)
+        result: dict[str, Any] = super().prepare_inputs(input_batch, req_states)  # type: ignore[misc]
+        return result
+
+
+def state_class(model: Any) -> type[Any]:
+    """The state class for a steered model; vLLM's own when the model has no steering."""
+    from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+    parent = super(_first_steered(type(model)), model)
+    if hasattr(parent, "get_model_state_cls"):
+        own: type[Any] = parent.get_model_state_cls()
+    else:
+        # vLLM looks at the model's modules and configuration; the stand-in hides the method that led here.
+        own = resolve_model_state_cls(_config(model), types.SimpleNamespace(modules=model.modules))  # type: ignore[arg-type]
+    return own if model.steering is None else _mixed(own)
+
+
+@cache
+def _mixed(own: type[Any]) -> type[Any]:
+    return type(f"Steered{own.__name__}", (SteeredState, own), {})
+
+
+def _first_steered(model_class: type[Any]) -> type[Any]:
+    from steering.engine.model import SteeredModel
+
+    assert issubclass(model_class, SteeredModel)
+    return SteeredModel
+
+
+def _config(model: Any) -> Any:
+    from vllm.config import get_current_vllm_config
+
+    return getattr(model, "vllm_config", None) or get_current_vllm_config()

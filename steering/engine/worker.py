@@ -1,0 +1,70 @@
+"""Worker class: vLLM's own for this platform, with the V1 runner steered and a report over RPC.
+
+Named in `worker_cls`, imported in worker processes only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from steering import __version__
+from steering.engine.runner_v1 import steer
+
+
+def _platform_worker() -> type[Any]:
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker
+
+
+class SteeringWorker(_platform_worker()):  # type: ignore[misc]
+    """vLLM's worker; methods whose names start with `steering_` are called by the gateway through `collective_rpc`."""
+
+    def init_device(self) -> None:
+        """Make the device and the runner; a V1 runner is steered here, a V2 runner through its model state."""
+        super().init_device()
+        if not self.use_v2_model_runner:
+            steer(self.model_runner)
+
+    def steering_report(self) -> dict[str, Any]:
+        """What this worker can do and has done.
+
+        Returns:
+            version: of the plugin; architecture; runner: "v1" or "v2"; hidden_size; layers: that carry the op;
+            bundles: edit names by digest; rows: capacity; live: steered requests now; witness: layers whose op has
+            edited a token since the last `steering_clear_witness`. Layers and bundles are empty when nothing is armed.
+        """
+        model = self.model_runner.get_model()
+        steering = getattr(model, "steering", None)
+        report: dict[str, Any] = {
+            "version": __version__,
+            "architecture": self.model_config.architecture,
+            "runner": "v2" if self.use_v2_model_runner else "v1",
+            "hidden_size": self.model_config.get_hidden_size(),
+            "layers": [],
+            "bundles": {},
+            "rows": 0,
+            "live": 0,
+            "witness": [],
+        }
+        if steering is not None:
+            report |= {
+                "layers": list(steering.layers),
+                "bundles": steering.bank.bundles,
+                "rows": steering.rows.capacity,
+                "live": steering.rows.live,
+                "witness": steering.bank.witness(),
+            }
+        return report
+
+    def steering_clear_witness(self) -> None:
+        """Forget which layers' ops have run, to see which run next."""
+        steering = getattr(self.model_runner.get_model(), "steering", None)
+        if steering is not None:
+            steering.bank.clear_witness()
