@@ -29,7 +29,6 @@ from steering.fingerprint import Fingerprint, digest_of
 from steering.plan import Scope
 from steering.terms import Edit, LayerTerms
 
-FORMAT_VERSION = 1
 MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 NORM_TOLERANCE = 1e-3
@@ -132,7 +131,7 @@ class Profile(_Strict):
 class Manifest(_Strict):
     """`manifest.json`, validated; field meanings are those of the classes it is made of."""
 
-    format: Literal[1] = FORMAT_VERSION
+    format: Literal[1] = 1
     name: Name
     version: Name
     model: Fingerprint
@@ -163,7 +162,9 @@ class Manifest(_Strict):
             for purpose, chosen in (("refuse", profile.refuse), ("comply", profile.comply)):
                 for category, edit_name in chosen.items():
                     if category not in categories or edit_name not in edits:
-                        raise ValueError(f"profile {profile.name!r} maps {purpose} {category!r} to unknown {edit_name!r}")
+                        raise ValueError(
+                            f"profile {profile.name!r} maps {purpose} {category!r} to unknown {edit_name!r}"
+                        )
                     if edits[edit_name].purpose not in (purpose, "control"):
                         raise ValueError(
                             f"profile {profile.name!r} uses edit {edit_name!r} for {purpose}, "
@@ -226,7 +227,9 @@ def load_bundle(path: Path) -> Bundle:
     except SafetensorError as error:
         raise BundleFormatError(f"{path / TENSORS} is not a safetensors file: {error}") from error
     edits = {record.name: _edit_from(record, tensors, manifest.model.hidden_size) for record in manifest.edits}
-    unused = set(tensors) - {_key(name, terms.layer, part) for name, edit in edits.items() for terms in edit.layers for part in _PARTS}
+    unused = set(tensors) - {
+        _key(name, terms.layer, part) for name, edit in edits.items() for terms in edit.layers for part in _PARTS
+    }
     if unused:
         raise BundleFormatError(f"{path / TENSORS} holds tensors no edit names: {sorted(unused)[:5]}")
     return Bundle(manifest=manifest, edits=edits, digest=digest_of(manifest_bytes), path=path)
@@ -275,7 +278,9 @@ def _read(path: Path, limit: int | None) -> bytes:
             raise BundleFormatError(f"{path} has {path.stat().st_size} bytes, at most {limit} are allowed")
         return path.read_bytes()
     except OSError as error:
-        raise BundleFormatError(f"cannot read {path}: {error.strerror}; a bundle is a directory with {MANIFEST} and {TENSORS}") from error
+        raise BundleFormatError(
+            f"cannot read {path}: {error.strerror}; a bundle is a directory with {MANIFEST} and {TENSORS}"
+        ) from error
 
 
 def _edit_from(record: EditRecord, tensors: Mapping[str, Tensor], width: int) -> Edit:
@@ -289,7 +294,9 @@ def _edit_from(record: EditRecord, tensors: Mapping[str, Tensor], width: int) ->
             parts[part] = tensors[key]
         terms = LayerTerms(layer=layer, **parts)
         if terms.width != width:
-            raise BundleFormatError(f"edit {record.name!r} layer {layer} has width {terms.width}, the model needs {width}")
+            raise BundleFormatError(
+                f"edit {record.name!r} layer {layer} has width {terms.width}, the model needs {width}"
+            )
         _check_norms(record.name, terms)
         layers.append(terms)
     return Edit(name=record.name, layers=tuple(layers))
@@ -301,5 +308,6 @@ def _check_norms(name: str, terms: LayerTerms) -> None:
         wrong = (norms - 1.0).abs() > NORM_TOLERANCE
         if bool(wrong.any()):
             raise BundleFormatError(
-                f"edit {name!r} layer {terms.layer}: {part} directions must have norm 1, found {norms[wrong][0].item():.6g}"
+                f"edit {name!r} layer {terms.layer}: {part} directions must have norm 1, "
+                f"found {norms[wrong][0].item():.6g}"
             )

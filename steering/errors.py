@@ -25,7 +25,7 @@
         ├── EngineTimeout             the engine did not answer in time: 504
         └── EngineDied                the engine is gone: 503
 
-Adding an error: put it in the tree, give it a docstring, and give it a status in `server/errors.py`; a test walks the tree.
+Adding an error: put it in the tree, give it a docstring and a status in `server/errors.py`; a test walks the tree.
 Errors cross process borders, so they stay picklable: positional message, keyword facts with defaults.
 """
 

@@ -1,7 +1,7 @@
 """Spec, plan and outcome: what a client asked, what the server allowed, what the engine did.
 
-A plan travels to the engine as one JSON string in `SamplingParams.extra_args` (vLLM's `vllm_xargs` holds only scalars and
-flat lists); an outcome comes back on a message socket. Knows nothing of HTTP, models or vLLM.
+A plan travels to the engine as one JSON string in `SamplingParams.extra_args` (vLLM's `vllm_xargs` holds only scalars
+and flat lists); an outcome comes back on a message socket. Knows nothing of HTTP, models or vLLM.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class LayerTerms:
         rank, width = self.write.shape if self.write.dim() == 2 else (0, 0)
         if not 1 <= rank <= MAX_RANK:
             raise BundleFormatError(
-                f"write must be [R, D] with 1 <= R <= {MAX_RANK} terms at layer {self.layer}, got {tuple(self.write.shape)}"
+                f"write must be [R, D] with 1 <= R <= {MAX_RANK} terms, got {tuple(self.write.shape)} at layer {self.layer}"
             )
         wanted = {"read": (rank, width), "write": (rank, width), "gain": (rank,), "bias": (rank,)}
         for name, shape in wanted.items():

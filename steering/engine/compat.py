@@ -105,7 +105,9 @@ def _refusals(config: VllmConfig) -> list[_Refusal]:
             given=config.speculative_config is not None and config.speculative_config.method,
             advice="not proved yet; start without a draft",
         ),
-        _Refusal(option="enable_lora", given=config.lora_config is not None, advice="a bundle is bound to base weights"),
+        _Refusal(
+            option="enable_lora", given=config.lora_config is not None, advice="a bundle is bound to base weights"
+        ),
         _Refusal(
             option="kv_transfer_config",
             given=config.kv_transfer_config is not None,
@@ -116,7 +118,9 @@ def _refusals(config: VllmConfig) -> list[_Refusal]:
         ),
         _Refusal(option="enable_sleep_mode", given=model.enable_sleep_mode, advice="the bank would be discarded"),
         _Refusal(
-            option="runner", given=model.runner_type if model.runner_type != "generate" else "", advice="generation only"
+            option="runner",
+            given=model.runner_type if model.runner_type != "generate" else "",
+            advice="generation only",
         ),
         _Refusal(
             option="kv_sharing_fast_prefill",

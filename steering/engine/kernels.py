@@ -1,8 +1,8 @@
 """The steering op: one call per steered layer edits every steered token of the step.
 
-`torch.ops.trimtab.edit(hidden, residual, token_rows, rows, table)` has two implementations with one contract: plain torch
-(CPU, and the reference) and a Triton kernel (CUDA). It is opaque to the compiler and no splitting op, so full CUDA graphs
-stay whole; only the contents of its fixed buffers change between steps.
+`torch.ops.trimtab.edit(hidden, residual, token_rows, rows, table)` has two implementations with one contract: plain
+torch (CPU, and the reference) and a Triton kernel (CUDA). It is opaque to the compiler and no splitting op, so full CUDA
+graphs stay whole; only the contents of its fixed buffers change between steps.
 
 Shapes: `T` tokens of the step, `M` most tokens of a step, `S` rows, `N` terms of a layer's table, `D` residual width.
 
@@ -14,7 +14,8 @@ Shapes: `T` tokens of the step, `M` most tokens of a step, `S` rows, `N` terms o
                             columns 2D+2, 2D+3 of row e: first term and number of terms of edit e; edit 0 is "none",
                             and its first-term cell is the witness: 1 once this op edited a token
 
-Packing a layer's bank into one tensor keeps the op at five tensor arguments: every further one costs host time per launch.
+Packing a layer's bank into one tensor keeps the op at five tensor arguments: every further one costs host time at each
+launch.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ GAIN, BIAS, FIRST, COUNT = 0, 1, 2, 3
 SCALARS = 4
 """How many of them there are; a multiple of 4 keeps every row 16-byte aligned where D is."""
 
-_LIBRARY = torch.library.Library("trimtab", "FRAGMENT")
+_LIBRARY = torch.library.Library("trimtab", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def table_width(width: int) -> int:
@@ -80,10 +81,10 @@ def _edit_fake(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tenso
 def _define() -> None:
     # The witness cell of `table` is written too. It is left out of the schema on purpose: nothing in a compiled graph
     # reads it, and declaring it would make the compiler copy the whole table at every call.
-    _LIBRARY.define("edit(Tensor(a!) hidden, Tensor residual, Tensor token_rows, Tensor rows, Tensor table) -> ()")
+    _LIBRARY.define("edit(Tensor(a!) hidden, Tensor residual, Tensor token_rows, Tensor rows, Tensor table) -> ()")  # type: ignore[no-untyped-call]
     on_cpu: Any = edit_triton if os.environ.get("TRIMTAB_KERNEL") == "triton" else edit_reference
-    _LIBRARY.impl("edit", on_cpu, "CPU")
-    _LIBRARY.impl("edit", edit_triton, "CUDA")
+    _LIBRARY.impl("edit", on_cpu, "CPU")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("edit", edit_triton, "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake("trimtab::edit", _edit_fake, lib=_LIBRARY)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from steering.engine import kernels as kernels  # defines torch.ops.trimtab.edit
+import steering.engine.kernels  # noqa: F401 - defines torch.ops.trimtab.edit
 from steering.engine.bank import Bank
 from steering.engine.compat import ARCHITECTURES, check_configuration, class_location
 from steering.engine.options import SteeringOptions, enter_compile_key, options_from
@@ -74,9 +74,7 @@ class SteeredLayer(nn.Module):
     def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Arguments and result are those of the block."""
         hidden, residual = super().forward(*arguments, **named)
-        torch.ops.trimtab.edit(
-            hidden, residual, self.steering_token_rows, self.steering_rows, self.steering_table
-        )
+        torch.ops.trimtab.edit(hidden, residual, self.steering_token_rows, self.steering_rows, self.steering_table)
         return hidden, residual
 
 
@@ -97,13 +95,11 @@ class SteeredModel(nn.Module):
 
     def _arm(self, config: VllmConfig, options: SteeringOptions) -> None:
         width = config.model_config.get_hidden_size()
-        blocks = cast(nn.ModuleList, self.get_submodule(ARCHITECTURES[type(self).__name__.removeprefix(PREFIX)]))
+        blocks = cast("nn.ModuleList", self.get_submodule(ARCHITECTURES[type(self).__name__.removeprefix(PREFIX)]))
         outside = [layer for layer in options.layers if layer >= len(blocks)]
         if outside:
             raise UnsupportedConfiguration(f"bundles edit layers {outside}, the model has {len(blocks)}")
-        steering = Steering(
-            options=options, width=width, config=config, device=next(self.parameters()).device
-        )
+        steering = Steering(options=options, width=width, config=config, device=next(self.parameters()).device)
         for layer in options.layers:
             block = blocks[layer]
             block.__class__ = _steered_layer_class(type(block))
@@ -114,7 +110,7 @@ class SteeredModel(nn.Module):
         self.steering = steering
 
     def compute_logits(self, *arguments: Any, **named: Any) -> Any:
-        """vLLM's own; both runners call it right after every forward pass, outside the graph."""
+        """As vLLM's; both runners call it right after every forward pass, outside the graph."""
         logits = super().compute_logits(*arguments, **named)  # type: ignore[misc]
         if self.steering is not None:
             self.steering.after_forward()

@@ -23,7 +23,7 @@ CONFIG_KEY = "trimtab"
 WORKER_CLASS = "steering.engine.worker.SteeringWorker"
 SCHEDULER_CLASS = "steering.engine.prefix_cache.make_scheduler"
 DEFAULT_TERMS_PER_LAYER = 128
-"""Terms a layer's table holds. Memory: steered layers × terms × (2·D + 4) × 4 bytes; 134 MB for 32 layers of width 4096."""
+"""Terms a layer's table holds; steered layers × terms × (2·D + 4) × 4 bytes in all, 134 MB for 32 layers of width 4096."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,16 +44,16 @@ class SteeringOptions:
         return layers_of(edit for bundle in self.bundles for edit in bundle.edits.values())
 
 
-def engine_arguments(
-    bundles: Sequence[Path], *, terms_per_layer: int = DEFAULT_TERMS_PER_LAYER
-) -> dict[str, Any]:
+def engine_arguments(bundles: Sequence[Path], *, terms_per_layer: int = DEFAULT_TERMS_PER_LAYER) -> dict[str, Any]:
     """Values for vLLM's `AsyncEngineArgs` that make an engine steer with these bundles.
 
     Raises:
         BundleError: a bundle does not pass its checks.
     """
     loaded = [load_bundle(path) for path in bundles]
-    described = [{"path": str(path.resolve()), "digest": bundle.digest} for path, bundle in zip(bundles, loaded, strict=True)]
+    described = [
+        {"path": str(path.resolve()), "digest": bundle.digest} for path, bundle in zip(bundles, loaded, strict=True)
+    ]
     return {
         "worker_cls": WORKER_CLASS,
         "scheduler_cls": SCHEDULER_CLASS,

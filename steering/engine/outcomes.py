@@ -1,8 +1,8 @@
 """Outcomes: the way back from the worker to the gateway, one message per sample, no RPC.
 
 The gateway binds a local socket and names it in the environment, which engine processes inherit; the first rank of the
-worker pushes an outcome as soon as the forward pass that edited the last prompt token has been launched, which is before
-that token's successor is sampled. Knows nothing of models.
+worker pushes an outcome as soon as the forward pass that edited the last prompt token has been launched, which is
+before that token's successor is sampled. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steering.errors import EditNotApplied
 from steering.plan import Outcome
 
 ADDRESS_VARIABLE = "TRIMTAB_OUTCOME_ADDRESS"
-"""An environment variable and not an engine option: a fresh address would change vLLM's compile-cache key at every start."""
+"""An environment variable, not an engine option: a fresh address would change vLLM's compile-cache key at every start."""
 
 HIGH_WATER_MARK = 100_000
 """Messages that wait at most on either side; with one per request this is never reached before vLLM's own limits."""
@@ -70,7 +70,7 @@ class OutcomeListener:
         self._expected.setdefault(plan_id, [])
         self._arrived.setdefault(plan_id, asyncio.Event())
 
-    async def wait(self, plan_id: str, samples: int, timeout: float) -> list[Outcome]:
+    async def wait(self, plan_id: str, samples: int, timeout: float) -> list[Outcome]:  # noqa: ASYNC109 - a deadline is part of the contract
         """Outcomes of a plan, once `samples` of them are there.
 
         Raises:

@@ -1,6 +1,6 @@
 """The `vllm.general_plugins` entry point: puts steered classes in place of vLLM's own.
 
-vLLM calls `register` in every process, possibly twice. Classes are named, not imported, so that no CUDA context is made.
+vLLM calls `register` in every process, possibly twice. Classes are named, not imported, so no CUDA context is made.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Prefix cache: keeps edited key-value blocks apart (design rule 3).
 
-A block may be shared only where it was computed by the same function of the same tokens. With `scope: generated` the blocks
-that end before the last prompt token are those of the unsteered model and stay shared with everyone; every later block gets
-the request's id in its key, so that nobody else finds it, while the request itself finds it again after a preemption. With
-`scope: all` every block gets the edit, its bundle's digest and its strength in its key.
+A block may be shared only where it was computed by the same function of the same tokens. With `scope: generated` the
+blocks that end before the last prompt token are those of the unsteered model and stay shared with everyone; every later
+block gets the request's id in its key, so that nobody else finds it, while the request itself finds it again after a
+preemption. With `scope: all` every block gets the edit, its bundle's digest and its strength in its key.
 
-Works on the scheduler's side of vLLM (`vllm.v1.request.Request._block_hasher`, 0.32), so plain `vllm serve` is covered too.
+Works on the scheduler's side of vLLM (`vllm.v1.request.Request._block_hasher`, 0.32), so plain `vllm serve` is covered
+too.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ class SteeringScheduler:
     hash_block_size: int
 
     def add_request(self, request: Request) -> None:
-        """Accept a request; one whose plan is invalid or names what the engine lacks is aborted, never run unsteered."""
+        """Accept a request; one whose plan is invalid or names what this engine lacks is aborted, never run unsteered.
+
+        vLLM offers no public way to set a block hasher, hence the private name.
+        """
         try:
             plan = self._checked_plan(request)
         except TrimtabError as error:
@@ -85,9 +89,10 @@ class SteeringScheduler:
             # vLLM's `EngineCore.add_request` finishes such a request before it can be scheduled.
             request.abort_immediately = True
         else:
-            if plan is not None and request._block_hasher is not None:
-                request._block_hasher = isolated(
-                    request._block_hasher,
+            hasher = request._block_hasher  # noqa: SLF001
+            if plan is not None and hasher is not None:
+                request._block_hasher = isolated(  # noqa: SLF001
+                    hasher,
                     plan=plan,
                     request_id=request.request_id,
                     prompt_length=request.num_prompt_tokens,

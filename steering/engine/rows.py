@@ -1,7 +1,7 @@
 """Rows: what differs per request, and which row each token of a step reads.
 
-The host keeps a row per live steered request and writes, once per step, one row number per token. Both model runners use
-it in the same way. Knows nothing of vLLM.
+The host keeps a row per live steered request and writes, once per step, one row number per token. Both model runners
+use it in the same way. Knows nothing of vLLM.
 
 Shapes: `B` requests of a step, `T` tokens of a step, `S` rows.
 """
@@ -50,7 +50,7 @@ class _Upload:
         else:
             self._pinned = [torch.zeros_like(target, device="cpu", pin_memory=True) for _ in range(2)]
             self._arrays = [pinned.numpy() for pinned in self._pinned]
-            self._events = [torch.cuda.Event() for _ in range(2)]
+            self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def array(self) -> NDArray[np.generic]:
         """The host array to fill before `send`; waits only if its last copy, two steps ago, has not ended."""
@@ -156,8 +156,8 @@ class Rows:
     ) -> list[Outcome]:
         """Write the row of every token of the next step.
 
-        Positions decide, never phases: a token is edited when its position is at or after the request's first edited one,
-        so chunked prefill, recomputation after a preemption and decoding need no case of their own (design rule 4).
+        Positions decide, never phases: a token is edited when its position is at or after the request's first edited
+        one, so chunked prefill, recomputation after a preemption and decoding need no case of their own (design rule 4).
 
         Args:
             request_ids: [B] in batch order.

@@ -1,7 +1,7 @@
 """Model Runner V1 (CPU default, GPU fallback): feeds the row map from the runner's own batch.
 
-The map is built inside `_prepare_inputs`, after `_update_states` has put the step's requests into the batch: a map built
-before `execute_model` belongs to the step before (vLLM 0.32 `v1/worker/gpu_model_runner.py`).
+The map is built inside `_prepare_inputs`, after `_update_states` has put the step's requests into the batch: a map
+built before `execute_model` belongs to the step before (vLLM 0.32 `v1/worker/gpu_model_runner.py`).
 """
 
 from __future__ import annotations

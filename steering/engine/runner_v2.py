@@ -7,7 +7,6 @@ requests, which come back as new ones) and `prepare_inputs` of the state it retu
 from __future__ import annotations
 
 import types
-from functools import cache
 from typing import Any
 
 from steering.engine.prefix_cache import plan_of
@@ -19,6 +18,7 @@ class SteeredState:
     model: Any
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """A request starts, or comes back after a preemption."""
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
         plan = plan_of(new_req_data)
         if plan is not None:
@@ -26,10 +26,12 @@ class SteeredState:
             self.model.steering.rows.add(new_req_data.req_id, plan, new_req_data.prompt_len)
 
     def remove_request(self, req_id: str) -> None:
+        """A request ended or was preempted."""
         super().remove_request(req_id)  # type: ignore[misc]
         self.model.steering.rows.remove(req_id)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        """Write the row map of the step; dummy batches have unknown request ids and so get row 0 throughout."""
         count = input_batch.num_reqs
         steering = self.model.steering
         outcomes = steering.rows.write_step(
@@ -52,12 +54,7 @@ def state_class(model: Any) -> type[Any]:
     else:
         # vLLM looks at the model's modules and configuration; the stand-in hides the method that led here.
         own = resolve_model_state_cls(_config(model), types.SimpleNamespace(modules=model.modules))  # type: ignore[arg-type]
-    return own if model.steering is None else _mixed(own)
-
-
-@cache
-def _mixed(own: type[Any]) -> type[Any]:
-    return type(f"Steered{own.__name__}", (SteeredState, own), {})
+    return own if model.steering is None else type(f"Steered{own.__name__}", (SteeredState, own), {})
 
 
 def _first_steered(model_class: type[Any]) -> type[Any]:

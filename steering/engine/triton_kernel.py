@@ -1,7 +1,7 @@
 """The steering op in Triton, for CUDA devices and for Triton's interpreter.
 
-Same contract as `kernels.edit_reference`. Imported only where Triton is needed: at import it decides, by `TRITON_INTERPRET`,
-whether kernels are compiled or interpreted.
+Same contract as `kernels.edit_reference`. Imported only where Triton is needed: at import Triton decides, by
+`TRITON_INTERPRET`, whether kernels are compiled or interpreted.
 """
 
 from __future__ import annotations
