@@ -20,7 +20,7 @@ LOCKS := locks/$(TARGET).txt locks/dev.txt
 STAMP := $(VENV)/.trimtab-$(TARGET)
 TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' locks/$(TARGET).txt)
 
-.PHONY: help setup serve test check bench lock clean
+.PHONY: help setup system serve test check bench lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -38,28 +38,43 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile docker/Dockerfile.cpu
+	$(BIN)/shellcheck .ci/run
 	$(BIN)/python -m pytest -q tests/unit/test_layering.py
 
 bench: $(STAMP)
 	$(BIN)/trimtab bench $(ARGS)
 
-# A new environment is checked for what pip's own errors explain badly: the interpreter the wheels are for, Debian's
-# split-off venv, and an index that only has the CUDA build of torch (found by name, before anything is downloaded).
-$(BIN)/python:
+# What pip cannot bring: a library that vLLM's CPU build links to, and the compiler and Python headers with which
+# torch.compile builds kernels when an engine starts. As root on Debian they are installed, otherwise named.
+system:
 	@$(PYTHON) -c 'import platform, sys; sys.exit((sys.version_info[:2], platform.machine()) != ((3, 11), "x86_64"))' || { \
-	  echo 'trimtab: the locks are for CPython 3.11 on x86_64 Linux; name one with: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' || { \
-	  echo 'trimtab: this Python cannot make virtual environments; on Debian: apt-get install python3.11-venv' >&2; exit 1; }
+	  echo 'trimtab: the locks are for CPython 3.11 on x86-64 Linux; name one with: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@missing=(); \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3.11-venv); \
+	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || missing+=(python3.11-dev); \
+	$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing+=(libnuma1); \
+	command -v g++ >/dev/null || missing+=(g++); \
+	if [ "$${#missing[@]}" -gt 0 ]; then \
+	  echo "trimtab: this system lacks $${missing[*]}" >&2; \
+	  if [ "$$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then \
+	    echo "Install them first; on Debian: sudo apt-get install $${missing[*]}" >&2; exit 1; fi; \
+	  apt-get update -qq; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}"; fi
+
+$(BIN)/python:
+	@$(MAKE) --no-print-directory system
 	$(PYTHON) -m venv $(VENV)
 
+# An index that only has the CUDA build of torch is found by name, before anything is downloaded.
 $(STAMP): $(LOCKS) pyproject.toml | $(BIN)/python
 	@found="$$($(BIN)/python -m pip --disable-pip-version-check index versions torch 2>/dev/null || true)"; \
 	if ! grep -qE '[ (]$(subst +,[+],$(TORCH))([,)]|$$)' <<<"$$found"; then \
 	  echo 'trimtab: pip does not find torch $(TORCH) where it looks for packages.' >&2; \
 	  echo 'For the CPU build, take the address of the CPU wheel index from "Get started" on pytorch.org and run:' >&2; \
 	  echo '  PIP_EXTRA_INDEX_URL=<that address> make setup' >&2; exit 1; fi
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps --only-binary :all: $(LOCKS:%=-r %)
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
+	@echo 'trimtab: installing the locked environment into $(VENV) (several GB; minutes the first time, nothing later)'
+	$(BIN)/python -m pip --disable-pip-version-check install -qq --require-hashes --no-deps --only-binary :all: $(LOCKS:%=-r %)
+	$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 # Pins that still satisfy pyproject.toml stay (uv reads the present lock as a preference); to move everything up,
