@@ -41,6 +41,20 @@ def _finite(value: float) -> float:
     return value
 
 
+def _finite_tree(value: dict[str, Any]) -> dict[str, Any]:
+    """Free-form JSON may hold no NaN or infinity either: other readers of the file refuse it."""
+    waiting: list[Any] = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, float):
+            _finite(item)
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, list | tuple):
+            waiting.extend(item)
+    return value
+
+
 def _plain_name(value: str) -> str:
     if not value.isprintable() or value != value.strip() or "/" in value:
         raise ValueError("must be printable, without '/' and without spaces at either end")
@@ -103,7 +117,7 @@ class EditRecord(_Strict):
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     dose: str
     strength: StrengthRange
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    provenance: Annotated[dict[str, Any], AfterValidator(_finite_tree)] = Field(default_factory=dict)
 
 
 class Profile(_Strict):

@@ -95,7 +95,7 @@ def fingerprint_of(model: Path) -> Fingerprint:
             tokenizer_digest=_file_digest(model / "tokenizer.json"),
             chat_template_digest=digest_of(_chat_template(model).encode()),
         )
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise OperatorError(f"{model / 'config.json'} lacks {error}, needed to fingerprint the model") from error
 
 

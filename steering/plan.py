@@ -7,7 +7,6 @@ and flat lists); an outcome comes back on a message socket. Knows nothing of HTT
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -17,6 +16,9 @@ PLAN_KEY = "trimtab"
 """Key of the plan in `SamplingParams.extra_args` and in the `vllm_xargs` field of vLLM's own server."""
 
 PLAN_VERSION = 1
+
+SMALLEST_STRENGTH, LARGEST_STRENGTH = 2.0**-126, 2.0**127
+"""Absolute values that float32 holds as normal numbers; what a bundle certifies is far narrower."""
 
 
 class Mode(StrEnum):
@@ -43,7 +45,7 @@ class Plan:
         id: unguessable key under which the engine reports the outcome; n > 1 samples share it.
         bundle: digest of the bundle (`sha256:` and 64 hexadecimal digits), as the worker reports it.
         edit: name of an edit in that bundle.
-        strength: multiplier of the edit's calibrated dose; finite and not 0.
+        strength: multiplier of the edit's calibrated dose; finite and not 0 in float32, in which the engine keeps it.
         scope: which positions are edited.
     """
 
@@ -54,9 +56,11 @@ class Plan:
     scope: Scope = Scope.GENERATED
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength) or self.strength == 0.0:
+        # Too large for float32 is an edit of infinities, too small is none that says it was applied.
+        if not SMALLEST_STRENGTH <= abs(self.strength) <= LARGEST_STRENGTH:
             raise InvalidSpec(
-                f"strength must be finite and not 0, got {self.strength}; to leave a request alone send no plan",
+                f"strength must be finite and not 0 in float32, got {self.strength}; "
+                "to leave a request alone send no plan",
                 parameter="steering.strength",
             )
         if not self.id or len(self.id) > 128:
@@ -77,7 +81,7 @@ class Plan:
             raise InvalidSpec(f"a plan is one JSON string, got {type(text).__name__}")
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidSpec(f"plan is not JSON: {error}") from error
         expected = {"version", "id", "bundle", "edit", "strength", "scope"}
         if not isinstance(fields, dict) or set(fields) != expected:
@@ -91,13 +95,13 @@ class Plan:
         strength = fields["strength"]
         if isinstance(strength, bool) or not isinstance(strength, int | float):
             raise InvalidSpec(f"plan field 'strength' must be a number, got {strength!r}")
-        if fields["scope"] not in set(Scope):
+        if fields["scope"] not in [*Scope]:
             raise InvalidSpec(f"plan field 'scope' must be one of {[*Scope]}, got {fields['scope']!r}")
         return cls(
             id=fields["id"],
             bundle=fields["bundle"],
             edit=fields["edit"],
-            strength=float(strength),
+            strength=_as_float(strength),
             scope=Scope(fields["scope"]),
         )
 
@@ -133,3 +137,10 @@ class Outcome:
         """Read what `to_json` wrote."""
         fields = json.loads(payload)
         return cls(**{**fields, "scope": Scope(fields["scope"])})
+
+
+def _as_float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an integer of more than 308 digits; `Plan` refuses infinity
+        return float("inf")

@@ -45,7 +45,7 @@ class LayerTerms:
         rank, width = self.write.shape if self.write.dim() == 2 else (0, 0)
         if not 1 <= rank <= MAX_RANK:
             raise BundleFormatError(
-                f"write must be [R, D] with 1 <= R <= {MAX_RANK} terms, got {tuple(self.write.shape)} at layer {self.layer}"
+                f"layer {self.layer}: write must be [R, D], 1 <= R <= {MAX_RANK}, got {tuple(self.write.shape)}"
             )
         wanted = {"read": (rank, width), "write": (rank, width), "gain": (rank,), "bias": (rank,)}
         for name, shape in wanted.items():
@@ -158,7 +158,11 @@ def apply_terms(residual: Tensor, terms: LayerTerms, strength: float | Tensor) -
     Raises:
         BundleFormatError: the last dimension of `residual` is not the edit's width.
     """
-    return (residual.to(torch.float32) + delta(residual, terms, strength)).to(residual.dtype)
+    edited = (residual.to(torch.float32) + delta(residual, terms, strength)).to(residual.dtype)
+    if not isinstance(strength, Tensor):
+        return edited if strength else residual.clone()
+    # Chosen, not computed: adding 0 turns -0 into 0, and infinity times 0 is not a number.
+    return torch.where((strength.to(residual.device) == 0).unsqueeze(-1), residual, edited)
 
 
 def delta(residual: Tensor, terms: LayerTerms, strength: float | Tensor) -> Tensor:

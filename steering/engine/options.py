@@ -23,7 +23,7 @@ CONFIG_KEY = "trimtab"
 WORKER_CLASS = "steering.engine.worker.SteeringWorker"
 SCHEDULER_CLASS = "steering.engine.prefix_cache.make_scheduler"
 DEFAULT_TERMS_PER_LAYER = 128
-"""Terms a layer's table holds; steered layers × terms × (2·D + 4) × 4 bytes in all, 134 MB for 32 layers of width 4096."""
+"""Terms a layer's table holds: steered layers × terms × (2·D + 4) × 4 bytes, 134 MB for 32 layers of width 4096."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,8 +81,11 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
     ):
         if value != needed:
             raise UnsupportedConfiguration(f"steering needs {option}={needed!r}, this engine has {value!r}")
+    entries = given.get("bundles")
+    if not isinstance(entries, list) or not entries:
+        raise UnsupportedConfiguration(f"additional_config[{CONFIG_KEY!r}] needs a list of bundles, got {entries!r}")
     bundles = []
-    for entry in given["bundles"]:
+    for entry in entries:
         path, digest = (entry, None) if isinstance(entry, str) else (entry["path"], entry.get("digest"))
         bundle = load_bundle(Path(path))
         if digest is not None and bundle.digest != digest:

@@ -19,7 +19,7 @@ from steering.errors import EditNotApplied
 from steering.plan import Outcome
 
 ADDRESS_VARIABLE = "TRIMTAB_OUTCOME_ADDRESS"
-"""An environment variable, not an engine option: a fresh address would change vLLM's compile-cache key at every start."""
+"""An environment variable, as an engine option would change vLLM's compile-cache key at every start."""
 
 HIGH_WATER_MARK = 100_000
 """Messages that wait at most on either side; with one per request this is never reached before vLLM's own limits."""
@@ -57,7 +57,8 @@ class OutcomeListener:
         self._socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         self._socket.bind(self.address)
         os.environ[ADDRESS_VARIABLE] = self.address
-        self._expected: dict[str, list[Outcome]] = {}
+        self._expected: dict[str, dict[str, Outcome]] = {}
+        """By plan and sample: a sample that was preempted may be reported again and still counts once."""
         self._arrived: dict[str, asyncio.Event] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -67,7 +68,7 @@ class OutcomeListener:
 
     def expect(self, plan_id: str) -> None:
         """Keep outcomes of this plan; call before the request is sent. Others are dropped."""
-        self._expected.setdefault(plan_id, [])
+        self._expected.setdefault(plan_id, {})
         self._arrived.setdefault(plan_id, asyncio.Event())
 
     async def wait(self, plan_id: str, samples: int, timeout: float) -> list[Outcome]:  # noqa: ASYNC109 - a deadline is part of the contract
@@ -87,10 +88,10 @@ class OutcomeListener:
             raise EditNotApplied(
                 f"the engine confirmed {len(outcomes)} of {samples} edits within {timeout} s; the answer is withheld"
             ) from None
-        for outcome in outcomes:
+        for outcome in outcomes.values():
             if not outcome.applied:
                 raise EditNotApplied(f"the engine did not apply edit {outcome.edit!r}: {outcome.error}")
-        return list(outcomes)
+        return list(outcomes.values())
 
     def forget(self, plan_id: str) -> None:
         """Drop what is kept of a plan; call when its request ends, however it ends."""
@@ -113,5 +114,5 @@ class OutcomeListener:
             outcome = Outcome.from_json(await self._socket.recv())
             kept = self._expected.get(outcome.plan_id)
             if kept is not None:
-                kept.append(outcome)
+                kept[outcome.request_id] = outcome
                 self._arrived[outcome.plan_id].set()

@@ -52,11 +52,19 @@ def isolated(hasher: BlockHasher, *, plan: Plan, request_id: str, prompt_length:
     else:
         first_edited, key = prompt_length - 1, f"generated|{request_id}"
     salt = key.encode()
+    chain: list[Any] = []
 
     def hash_blocks(request: Any) -> list[Any]:
-        number = len(request.block_hashes)
+        # vLLM's hasher takes the last hash of the request as the parent of the next. It must find its own there, not
+        # the one made of it here: a block's key would else depend on how many blocks were hashed at a time.
+        ours, request.block_hashes = request.block_hashes, chain
+        try:
+            number, new = len(chain), hasher(request)
+        finally:
+            request.block_hashes = ours
+        chain.extend(new)
         hashes = []
-        for offset, plain in enumerate(hasher(request)):
+        for offset, plain in enumerate(new):
             end = (number + offset + 1) * block_size
             # Hashing vLLM's hash keeps what it already holds: all tokens so far, the tenant's salt, the parent block.
             hashes.append(plain if end <= first_edited else hashlib.sha256(plain + b"|" + salt).digest())
