@@ -1,0 +1,84 @@
+"""The application: wiring only."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from server.answers import error_answer
+from server.body import ClientGone
+from server.catalog import Catalog
+from server.edge import Edge
+from server.engine import Engine
+from server.errors import UnknownRoute, WrongMethod
+from server.metrics import Metrics
+from server.routes import Gateway, router
+from server.service import ChatService
+from server.settings import Settings
+from steering import __version__
+from steering.errors import CallerError, EngineError, InvalidSpec, TrimtabError
+
+_log = logging.getLogger("trimtab")
+
+
+def create_gateway(engine: Engine, catalog: Catalog, settings: Settings, *, engine_version: str = "") -> Gateway:
+    """What the routes share, not yet armed."""
+    metrics = Metrics(catalog, engine_version=engine_version)
+    service = ChatService(engine=engine, catalog=catalog, metrics=metrics, limits=settings.limits)
+    return Gateway(engine=engine, catalog=catalog, service=service, metrics=metrics, settings=settings)
+
+
+def create_app(gateway: Gateway) -> ASGIApp:
+    """The gateway as an ASGI application; serves no documentation pages, and no path but its own."""
+    app = FastAPI(title="Trimtab", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.gateway = gateway
+    app.router.redirect_slashes = False
+    app.include_router(router)
+    app.add_exception_handler(TrimtabError, _on_error)
+    app.add_exception_handler(ClientGone, _on_client_gone)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(Exception, _on_bug)
+    return Edge(app, gateway.metrics)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, TrimtabError)
+    if not isinstance(error, CallerError):
+        _log.warning("request id=req_%s failed: %s: %s", request.scope["trimtab"].request_id, error.code, error.message)
+    return error_answer(error)
+
+
+async def _on_client_gone(request: Request, _error: Exception) -> Response:
+    """Nobody reads this; 499 is what the metric counts."""
+    gateway: Gateway = request.app.state.gateway
+    gateway.metrics.disconnects.inc()
+    return Response(status_code=499)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, in the envelope."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        return error_answer(
+            WrongMethod(
+                f"method {request.method[:20]} is not allowed here; allowed: {(error.headers or {}).get('Allow')}"
+            ),
+            error.headers,
+        )
+    return error_answer(UnknownRoute("no such path; see GET /v1/models and GET /v1/steering"))
+
+
+async def _on_validation_error(_request: Request, _error: Exception) -> Response:
+    """FastAPI's 422, which only path and query parameters could raise here."""
+    return error_answer(InvalidSpec("a parameter of the address is not valid"))
+
+
+async def _on_bug(request: Request, _error: Exception) -> Response:
+    """A bug of ours: logged with its traceback by the server, told without it."""
+    return error_answer(EngineError(f"internal error; quote request id req_{request.scope['trimtab'].request_id}"))

@@ -1,0 +1,98 @@
+"""Readiness: proof, before the first client, that this engine steers and that it also leaves alone.
+
+Knows nothing of HTTP, vLLM or torch.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+
+from server.catalog import BundleView, Catalog, EditView
+from server.engine import ChatCall, Engine, WorkerReport
+from steering import __version__
+from steering.errors import PluginNotArmed
+from steering.plan import Plan
+
+PATIENCE = 60.0
+"""Seconds for the confirmation of one steered token; generous, since the engine may still be warming up."""
+
+
+async def self_check(engine: Engine, catalog: Catalog) -> None:
+    """Ask every worker what it is, then generate one token unsteered and one under each edit that proves a layer.
+
+    Raises:
+        PluginNotArmed: a worker reports another version, lacks a bundle, layer or edit, or a layer's op did not run.
+        EngineError: a token did not come.
+    """
+    reports = await engine.reports()
+    if not reports:
+        raise PluginNotArmed("no worker reports the plugin; is the distribution installed where vLLM runs?")
+    for rank, report in enumerate(reports):
+        for bundle in catalog.bundles:
+            _check_report(rank, report, bundle)
+    await _one_token(engine, None)
+    for bundle in catalog.bundles:
+        for edit in covering_edits(bundle.edits):
+            await engine.clear_witness()
+            plan = Plan(
+                id=secrets.token_hex(16),
+                bundle=bundle.digest,
+                edit=edit.name,
+                strength=min(max(1.0, edit.minimum), edit.maximum),
+            )
+            await _one_token(engine, plan)
+            seen = {layer for report in await engine.reports() for layer in report.witness}
+            if not set(edit.layers) <= seen:
+                raise PluginNotArmed(
+                    f"edit {edit.name!r} of {bundle.label} edits layers {list(edit.layers)}, but only {sorted(seen)} "
+                    "ran with an edit; a stale compile cache or an architecture that is wrapped wrongly does this"
+                )
+
+
+def covering_edits(edits: Mapping[str, EditView]) -> list[EditView]:
+    """Few edits that together touch every layer any of them touches (greedy, first by name)."""
+    missing = {layer for edit in edits.values() for layer in edit.layers}
+    chosen: list[EditView] = []
+    while missing:
+        best = max(sorted(edits), key=lambda name: len(missing & set(edits[name].layers)))
+        chosen.append(edits[best])
+        missing -= set(edits[best].layers)
+    return chosen
+
+
+def _check_report(rank: int, report: WorkerReport, bundle: BundleView) -> None:
+    if report.version != __version__:
+        raise PluginNotArmed(f"worker {rank} runs plugin version {report.version}, the gateway is {__version__}")
+    if bundle.digest not in report.bundles:
+        raise PluginNotArmed(
+            f"worker {rank} does not hold bundle {bundle.label} ({bundle.digest}); it holds {sorted(report.bundles)}"
+        )
+    lacking = set(bundle.edits) - set(report.bundles[bundle.digest])
+    if lacking:
+        raise PluginNotArmed(f"worker {rank} lacks the edits {sorted(lacking)} of bundle {bundle.label}")
+    needed = {layer for edit in bundle.edits.values() for layer in edit.layers}
+    if not needed <= set(report.layers):
+        raise PluginNotArmed(
+            f"worker {rank} can edit layers {list(report.layers)}, bundle {bundle.label} needs {sorted(needed)}"
+        )
+
+
+async def _one_token(engine: Engine, plan: Plan | None) -> None:
+    call = ChatCall(
+        request_id=f"selfcheck-{secrets.token_hex(8)}",
+        fields={
+            "model": engine.model.name,
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 1,
+            "temperature": 0.0,
+        },
+        plan=plan,
+    )
+    try:
+        await engine.complete(call)
+        if plan is not None:
+            await engine.outcomes(plan.id, 1, PATIENCE)
+    finally:
+        if plan is not None:
+            engine.forget(plan.id)

@@ -1,0 +1,363 @@
+"""Wire models of `POST /v1/chat/completions`: exactly what may enter, and nothing else.
+
+Strict: no coercion, no unknown keys, no NaN, limits on every count. Fields are OpenAI's; those marked *ignored* are
+accepted because SDKs send them. Knows nothing of HTTP, vLLM or torch.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError, to_json
+
+from server.policy import Report, SteeringSpec
+from steering.plan import Mode, Scope
+
+MAX_MESSAGES = 2048
+MAX_SAMPLES = 8
+MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
+MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 300
+MAX_TOOLS = 128
+MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_PATTERN_CHARACTERS = 64 * 1024, 16, 512
+_INT64 = 2**63 - 1
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+
+def _bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Limits on what becomes a grammar: size, depth and the length of regular expressions."""
+    if len(to_json(schema)) > MAX_SCHEMA_BYTES:
+        raise PydanticCustomError("schema_too_large", f"schema must have at most {MAX_SCHEMA_BYTES} bytes")
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH * 2):  # a level of a schema is an object and the map of its properties
+        deeper: list[Any] = []
+        for node in level:
+            if isinstance(node, dict):
+                pattern = node.get("pattern")
+                if isinstance(pattern, str) and len(pattern) > MAX_PATTERN_CHARACTERS:
+                    raise PydanticCustomError(
+                        "pattern_too_long", f"a pattern must have at most {MAX_PATTERN_CHARACTERS} characters"
+                    )
+                deeper.extend(node.values())
+            elif isinstance(node, list):
+                deeper.extend(node)
+        if not deeper:
+            return schema
+        level = deeper
+    raise PydanticCustomError("schema_too_deep", f"schema must be at most {MAX_SCHEMA_DEPTH} levels deep")
+
+
+def _plain_dict_of_token_ids(bias: dict[str, float]) -> dict[str, float]:
+    for key in bias:
+        if not re.fullmatch(r"[0-9]{1,9}", key, flags=re.ASCII):
+            raise PydanticCustomError("token_id", "keys must be token ids in decimal digits")
+    return bias
+
+
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+Identifier = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Schema = Annotated[dict[str, Any], AfterValidator(_bounded_schema)]
+Ignored = Annotated[str, Field(max_length=512)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class TextPart(_Wire):
+    """A part of a message's content; this server reads text only."""
+
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(_Wire):
+    """A refusal of an earlier answer, sent back."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Parts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class SystemMessage(_Wire):
+    """Instructions; newer clients call the role `developer`."""
+
+    role: Literal["system", "developer"]
+    content: str | Parts
+    name: Name | None = None
+
+
+class UserMessage(_Wire):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: str | Parts
+    name: Name | None = None
+
+
+class CalledFunction(_Wire):
+    """Name and arguments, as JSON text, of a call the model made."""
+
+    name: Name
+    arguments: str
+
+
+class ToolCall(_Wire):
+    """A call the model made in an earlier answer."""
+
+    id: Annotated[str, Field(min_length=1, max_length=128)]
+    type: Literal["function"]
+    function: CalledFunction
+    index: Annotated[int, Field(ge=0)] | None = None
+
+
+class AssistantMessage(_Wire):
+    """An earlier answer, as SDKs send it back: with every field an answer has."""
+
+    role: Literal["assistant"]
+    content: (
+        str
+        | Annotated[list[TextPart | RefusalPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+        | None
+    ) = None
+    name: Name | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class ToolMessage(_Wire):
+    """The result of a call."""
+
+    role: Literal["tool"]
+    content: str | Parts
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=128)]
+
+
+Message = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage,
+    Field(discriminator="role"),
+]
+
+
+class FunctionDefinition(_Wire):
+    """A function the model may call."""
+
+    name: Identifier
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+
+class Tool(_Wire):
+    """A tool the model may use."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(_Wire):
+    """The one function the model must call."""
+
+    name: Identifier
+
+
+class NamedTool(_Wire):
+    """The one tool the model must use."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(_Wire):
+    """The schema an answer must follow."""
+
+    name: Identifier
+    description: str | None = None
+    schema_: Schema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Wire):
+    """Structured output: plain text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_needed(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("json_schema", "json_schema goes with type 'json_schema', and only with it")
+        return self
+
+
+class StreamOptions(_Wire):
+    """`include_usage` adds a last chunk with the usage; `include_obfuscation` is ignored."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Thresholds(_Wire):
+    """Where a gate refuses and where it complies; probabilities."""
+
+    comply_below: Annotated[float, Field(ge=0, le=1)] | None = None
+    refuse_above: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class Steering(_Wire):
+    """The `steering` object of a request."""
+
+    profile: Annotated[str, Field(min_length=1, max_length=201)] | None = None
+    mode: Literal["auto", "refuse", "comply", "off"] | None = None
+    category: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    strength: Annotated[float, Field(gt=0)] | None = None
+    thresholds: Thresholds | None = None
+    scope: Literal["generated", "all"] | None = None
+    report: Literal["none", "decision", "full"] = "decision"
+
+
+class ChatRequest(_Wire):
+    """The body of `POST /v1/chat/completions`."""
+
+    model: Annotated[str, Field(min_length=1, max_length=512)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    steering: Steering | Annotated[str, Field(min_length=1, max_length=201)] | Literal[False] | None = None
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=_INT64)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_INT64)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_INT64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], Field(max_length=MAX_STOPS)
+        ]
+        | None
+    ) = None
+    ignore_eos: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_BIASES),
+            AfterValidator(_plain_dict_of_token_ids),
+        ]
+        | None
+    ) = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+    # Ignored: harmless, and sent by clients that talk to several servers.
+    user: Ignored | None = None
+    metadata: Annotated[dict[Name, Ignored], Field(max_length=16)] | None = None
+    store: bool | None = None
+    service_tier: Annotated[str, Field(max_length=64)] | None = None
+    safety_identifier: Ignored | None = None
+    prompt_cache_key: Ignored | None = None
+    prompt_cache_retention: Annotated[str, Field(max_length=64)] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _combinations(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise _at("max_tokens", "send max_tokens or max_completion_tokens, not both")
+        if self.top_logprobs and not self.logprobs:
+            raise _at("top_logprobs", "top_logprobs needs logprobs: true")
+        if self.stream_options is not None and not self.stream:
+            raise _at("stream_options", "stream_options needs stream: true")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise _at("tool_choice", "tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tools is not None:
+            names = [tool.function.name for tool in self.tools]
+            if self.tool_choice.function.name not in names:
+                raise _at("tool_choice.function.name", f"no such tool; tools: {names}")
+        return self
+
+    @property
+    def spec(self) -> SteeringSpec | None:
+        """What is asked of steering; None without a `steering` field."""
+        if self.steering is None:
+            return None
+        if self.steering is False:
+            return SteeringSpec(mode=Mode.OFF)
+        if isinstance(self.steering, str):
+            return SteeringSpec(profile=self.steering)
+        asked = self.steering
+        return SteeringSpec(
+            profile=asked.profile,
+            mode=None if asked.mode is None else Mode(asked.mode),
+            category=asked.category,
+            strength=asked.strength,
+            has_thresholds=asked.thresholds is not None,
+            scope=None if asked.scope is None else Scope(asked.scope),
+            report=Report(asked.report),
+        )
+
+    def engine_fields(self) -> dict[str, Any]:
+        """The fields that concern the engine, as JSON values; those not sent, or sent as null, are left out."""
+        fields = self.model_dump(
+            mode="python", by_alias=True, exclude=_NOT_FOR_THE_ENGINE, exclude_unset=True, exclude_none=True
+        )
+        for message in fields["messages"]:
+            if message["role"] == "assistant":
+                _as_engines_read_it(message)
+        return fields
+
+
+_NOT_FOR_THE_ENGINE = {
+    "steering",
+    "stream",
+    "stream_options",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "verbosity",
+    "modalities",
+}
+
+
+def _at(path: str, message: str) -> PydanticCustomError:
+    """An error of a combination; `path` names the field that `server/parsing.py` reports."""
+    return PydanticCustomError("combination", "{message}", {"message": message, "path": path})
+
+
+def _as_engines_read_it(message: dict[str, Any]) -> None:
+    """An earlier answer without the fields that only say what it was not; a refusal becomes its content."""
+    message.pop("annotations", None)
+    refusal = message.pop("refusal", None)
+    if isinstance(message.get("content"), list):
+        message["content"] = [
+            {"type": "text", "text": part["text"] if part["type"] == "text" else part["refusal"]}
+            for part in message["content"]
+        ]
+    elif "content" not in message:
+        message["content"] = refusal
+    for call in message.get("tool_calls", ()):
+        call.pop("index", None)

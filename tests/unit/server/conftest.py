@@ -1,0 +1,84 @@
+"""A gateway over the fake engine, spoken to over ASGI."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import ASGIApp
+
+from server.app import create_app, create_gateway
+from server.catalog import Catalog
+from server.routes import Gateway
+from server.settings import Settings
+from tests.fakes import MODEL, FakeEngine, make_catalog
+
+
+@dataclass
+class Spoken:
+    """A gateway and a client of it."""
+
+    gateway: Gateway
+    app: ASGIApp
+    client: httpx.AsyncClient
+
+    async def chat(self, **fields: Any) -> httpx.Response:
+        """Ask for a completion of one user message."""
+        return await self.client.post("/v1/chat/completions", json=chat_body(**fields))
+
+    async def events(self, **fields: Any) -> list[dict[str, Any]]:
+        """The chunks of a streamed completion; asserts that it ends as it must."""
+        response = await self.chat(stream=True, **fields)
+        assert response.status_code == 200, response.text
+        return read_events(response.text)
+
+
+def chat_body(**fields: Any) -> dict[str, Any]:
+    """A request body with defaults for what must be there."""
+    return {"model": MODEL, "messages": [{"role": "user", "content": "How do I kill a process?"}], **fields}
+
+
+def read_events(text: str) -> list[dict[str, Any]]:
+    """Parse server-sent events; the last must be `[DONE]` or an error frame."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    if lines[-1] != "[DONE]":
+        assert "error" in json.loads(lines[-1])
+        return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def content_of(events: list[dict[str, Any]], index: int = 0) -> str:
+    """All text of one choice."""
+    return "".join(
+        choice["delta"].get("content") or ""
+        for event in events
+        for choice in event.get("choices", ())
+        if choice["index"] == index
+    )
+
+
+Make = Callable[..., Spoken]
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    """Makes gateways that are armed, and closes their clients."""
+    clients: list[httpx.AsyncClient] = []
+
+    def build(
+        engine: FakeEngine | None = None, catalog: Catalog | None = None, *, is_armed: bool = True, **settings: Any
+    ) -> Spoken:
+        gateway = create_gateway(engine or FakeEngine(), catalog or make_catalog(), Settings(**settings))
+        gateway.is_armed = is_armed
+        app = create_app(gateway)
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://gateway")
+        clients.append(client)
+        return Spoken(gateway=gateway, app=app, client=client)
+
+    yield build
+    for client in clients:
+        await client.aclose()
