@@ -1,0 +1,121 @@
+"""Random terms, edits, bundles and plans of any shape, for tests of whatever reads them.
+
+Knows nothing of vLLM or HTTP.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.bundle import Bundle, Manifest, save_bundle
+from steering.fingerprint import Fingerprint
+from steering.plan import Plan, Scope
+from steering.terms import Edit, LayerTerms
+
+WIDTH = 16
+LAYERS = 4
+DIGEST = "sha256:" + "0" * 64
+
+
+def unit_rows(count: int, width: int, generator: torch.Generator) -> Tensor:
+    """[count, width] float32, rows of norm 1."""
+    return torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=-1)
+
+
+def random_terms(*, layer: int, rank: int, width: int = WIDTH, seed: int = 0, is_read: bool = True) -> LayerTerms:
+    """`rank` terms with gain and bias; without reads, terms that only add."""
+    generator = torch.Generator().manual_seed(seed)
+    gain = torch.randn(rank, generator=generator) if is_read else torch.zeros(rank)
+    return LayerTerms(
+        layer=layer,
+        read=unit_rows(rank, width, generator),
+        write=unit_rows(rank, width, generator),
+        gain=gain,
+        bias=torch.randn(rank, generator=generator),
+    )
+
+
+def random_edit(name: str, *, ranks: dict[int, int], width: int = WIDTH, seed: int = 0) -> Edit:
+    """An edit with `ranks[layer]` terms at each of its layers."""
+    return Edit(
+        name=name,
+        layers=tuple(
+            random_terms(layer=layer, rank=rank, width=width, seed=1000 * seed + layer)
+            for layer, rank in sorted(ranks.items())
+        ),
+    )
+
+
+def manifest_of(edits: dict[str, Edit], *, width: int = WIDTH, layers: int = LAYERS) -> dict[str, Any]:
+    """The fields `save_bundle` takes: one category, one profile that uses the first edit for both sides."""
+    first = next(iter(edits))
+    return {
+        "name": "sample",
+        "version": "1",
+        "model": {
+            "architecture": "LlamaForCausalLM",
+            "hidden_size": width,
+            "layers": layers,
+            "vocabulary": 64,
+            "config_digest": DIGEST,
+            "weights_digest": DIGEST,
+            "tokenizer_digest": DIGEST,
+            "chat_template_digest": DIGEST,
+        },
+        "categories": [{"name": "safety", "token": "[Safety]", "token_id": 5}],
+        "respond": {"token": "[respond]", "token_id": 6},
+        "edits": [
+            {
+                "name": name,
+                "purpose": "control",
+                "category": "safety",
+                "dose": "as drawn",
+                "strength": {"minimum": 0.0, "maximum": 2.0, "measured": "not at all: random numbers"},
+                "provenance": {"method": "random", "seed": 0},
+            }
+            for name in edits
+        ],
+        "profiles": [
+            {
+                "name": "default",
+                "refuse": {"safety": first},
+                "comply": {"safety": first},
+                "default_category": "safety",
+                "strength": 1.0,
+                "scope": "generated",
+            }
+        ],
+        "default_profile": "default",
+    }
+
+
+def write_bundle(path: Path, edits: dict[str, Edit], *, width: int = WIDTH, layers: int = LAYERS) -> Bundle:
+    """Write a bundle of these edits into `path` and read it back."""
+    return save_bundle(path, manifest_of(edits, width=width, layers=layers), edits)
+
+
+def bundle_in_memory(
+    edits: dict[str, Edit], *, width: int = WIDTH, layers: int = LAYERS, digest: str = DIGEST
+) -> Bundle:
+    """A bundle without files; its digest is whatever the test calls it."""
+    fields = manifest_of(edits, width=width, layers=layers) | {"tensors_digest": DIGEST}
+    fields["edits"] = [
+        record | {"layers": [terms.layer for terms in edits[record["name"]].layers]} for record in fields["edits"]
+    ]
+    return Bundle(manifest=Manifest.model_validate(fields), edits=edits, digest=digest)
+
+
+def plan_for(
+    edit: str, *, bundle: str = DIGEST, strength: float = 1.0, scope: Scope = Scope.GENERATED, plan_id: str = "plan"
+) -> Plan:
+    """A plan that names one edit of a bundle."""
+    return Plan(id=plan_id, bundle=bundle, edit=edit, strength=strength, scope=scope)
+
+
+def fingerprint(**changed: Any) -> Fingerprint:
+    """The fingerprint that sample manifests name, with some fields changed."""
+    return Fingerprint.model_validate(manifest_of({"e": random_edit("e", ranks={0: 1})})["model"] | changed)

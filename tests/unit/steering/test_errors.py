@@ -1,0 +1,75 @@
+"""The error tree: what its docstring draws, and that errors survive a process border."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterator
+
+import pytest
+
+import steering.errors
+from steering.errors import CallerError, EngineError, OperatorError, TrimtabError, UnknownName
+
+
+def tree(root: type[TrimtabError]) -> Iterator[type[TrimtabError]]:
+    """`root` and everything below it that the module defines."""
+    yield root
+    for child in root.__subclasses__():
+        if child.__module__ == steering.errors.__name__:
+            yield from tree(child)
+
+
+TREE = list(tree(TrimtabError))
+
+
+def test_docstring_draws_the_tree_as_it_is() -> None:
+    """Every class stands once in the drawing, one step right of its parent."""
+    drawn: list[tuple[int, str]] = []
+    for line in (steering.errors.__doc__ or "").splitlines():
+        found = re.match(r"^(\s+[│├└─\s]*)([A-Z]\w+)(\s{2,}.*)?$", line)
+        if found:
+            drawn.append((len(found[1]), found[2]))
+    parents: dict[str, str] = {}
+    above: list[tuple[int, str]] = []
+    for depth, name in drawn:
+        while above and above[-1][0] >= depth:
+            above.pop()
+        if above:
+            parents[name] = above[-1][1]
+        above.append((depth, name))
+    real = {error.__name__: error.__bases__[0].__name__ for error in TREE if error is not TrimtabError}
+    assert parents == real
+
+
+@pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
+def test_errors_survive_a_process_border_with_every_fact(error: type[TrimtabError]) -> None:
+    """Message, parameter and code come out of a pickle as they went in; engine processes send errors so."""
+    sent = error("found 1, needs 2", parameter="steering.strength", code="own_code")
+    received = pickle.loads(pickle.dumps(sent))  # noqa: S301 - made one line above
+    assert type(received) is error
+    assert (str(received), received.message) == ("found 1, needs 2", "found 1, needs 2")
+    assert (received.parameter, received.code) == ("steering.strength", "own_code")
+
+
+@pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
+def test_every_error_has_a_code_and_a_meaning_of_its_own(error: type[TrimtabError]) -> None:
+    """Clients act on codes, so no two errors share one; each class says in words what happened."""
+    assert error.__doc__
+    assert re.fullmatch(r"[a-z]+(_[a-z]+)*", error.code)
+    assert [other.__name__ for other in TREE if other.code == error.code] == [error.__name__]
+    assert error("x").code == error.code
+
+
+def test_every_error_is_either_the_callers_the_operators_or_the_engines() -> None:
+    """The three branches share no class, so a status is never ambiguous."""
+    for error in TREE:
+        if error is not TrimtabError:
+            assert sum(issubclass(error, branch) for branch in (CallerError, OperatorError, EngineError)) == 1
+
+
+def test_facts_are_optional() -> None:
+    """An error that no field caused has no parameter."""
+    error = UnknownName("no such edit")
+    assert error.parameter is None
+    assert error.code == "steering_unknown_name"
