@@ -85,7 +85,7 @@ def test_repositioning_sets_the_coefficient_whatever_it_was() -> None:
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_low_rank_map_is_the_map_itself_where_its_rank_suffices(rank: int) -> None:
-    """x' = x + A x for a matrix A of that rank, out of its singular value decomposition."""
+    """The edit is x' = x + A x for a matrix A of that rank, out of its singular value decomposition."""
     generator = torch.Generator().manual_seed(rank)
     matrix = torch.randn(16, rank, generator=generator) @ torch.randn(rank, 16, generator=generator)
     x = residual_of(4, 16, torch.float32)
