@@ -1,0 +1,1 @@
+"""The plugin in the real vLLM engine, on tiny random models."""

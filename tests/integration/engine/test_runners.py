@@ -1,0 +1,129 @@
+"""The same claims on Model Runner V2 (the GPU's, on Triton's interpreter) and under torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.engine.checks import check_against_oracle, prompt_of
+from tests.integration.engine.conftest import Tiny
+from tests.integration.engine.driver import Ask, Result, Scenario, play
+from tests.integration.engine.test_parity import BFLOAT16_TOLERANCE, every_edit
+
+# Five sequences of up to 70 tokens in 3 blocks of 32 each do not fit into 8: some are preempted.
+CROWDED: dict[str, Any] = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 32,
+    "num_gpu_blocks_override": 9,
+    "block_size": 32,
+    "max_model_len": 128,
+}
+
+
+def crowd(count: int) -> list[Ask]:
+    """Few tokens, every hard case: chunked prefill, decode beside it, both scopes, n = 2, unsteered, preemption."""
+    return [
+        Ask(prompt=prompt_of(60, 1), count=count, edit="add"),
+        Ask(prompt=prompt_of(5, 2), count=count),
+        Ask(prompt=prompt_of(61, 3), count=count, edit="several terms", strength=-1.0, scope="all"),
+        Ask(prompt=prompt_of(33, 4), count=count, edit="add everywhere", samples=2),
+        Ask(prompt=prompt_of(50, 5), count=count),
+        Ask(prompt=prompt_of(1, 6), count=count, edit="reposition", strength=0.5),
+    ]
+
+
+class TestModelRunnerV2:
+    """The runner GPUs use, with the Triton kernel, both interpreted on the CPU."""
+
+    @pytest.fixture(scope="class")
+    def crowded(self, tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, Result]:
+        """A crowded engine, then every edit in one batch."""
+        model = tiny("llama")
+        scenario = Scenario(
+            model=str(model.model),
+            bundle=model.bundle_path,
+            rounds=[crowd(8), every_edit(3)],
+            arguments=CROWDED,
+            environment={"TRIMTAB_KERNEL": "triton"},
+            v2_interpreted=True,
+        )
+        return model, play(scenario, tmp_path_factory.mktemp("v2"))
+
+    def test_it_is_that_runner(self, crowded: tuple[Tiny, Result]) -> None:
+        """The worker reports the runner, and that some request was preempted."""
+        assert crowded[1].report["runner"] == "v2"
+        assert crowded[1].preemptions > 0
+
+    def test_each_request_is_edited_as_the_oracle_says(self, crowded: tuple[Tiny, Result]) -> None:
+        """Chunked prefill, n = 2 and preemption."""
+        model, result = crowded
+        check_against_oracle(model.oracle, crowd(8), result.rounds[0])
+
+    def test_every_kind_of_edit_equals_the_oracle(self, crowded: tuple[Tiny, Result]) -> None:
+        """The Triton kernel, in the engine."""
+        model, result = crowded
+        check_against_oracle(model.oracle, every_edit(3), result.rounds[1])
+
+    def test_every_steered_sample_is_reported_once(self, crowded: tuple[Tiny, Result]) -> None:
+        """Also one that was preempted, which this runner sees as a new request."""
+        steered = sum(ask.samples for ask in [*crowd(8), *every_edit(3)] if ask.edit is not None)
+        request_ids = [outcome["request_id"] for outcome in crowded[1].outcomes]
+        assert len(request_ids) == len(set(request_ids)) == steered
+
+
+def test_v2_hybrid_state_class_is_kept(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+    """Qwen3-Next keeps vLLM's own state class for hybrid models, and is steered through it."""
+    model = tiny("qwen3_next")
+    asks = [
+        Ask(prompt=prompt_of(9, 1), count=3, edit="add"),
+        Ask(prompt=prompt_of(9, 1), count=3),
+        Ask(prompt=prompt_of(7, 2), count=3, edit="several terms", scope="all"),
+    ]
+    scenario = Scenario(
+        model=str(model.model),
+        bundle=model.bundle_path,
+        rounds=[asks],
+        arguments={"dtype": "bfloat16", "max_model_len": 128, "max_num_seqs": 4},
+        v2_interpreted=True,
+    )
+    result = play(scenario, tmp_path)
+    check_against_oracle(model.oracle, asks, result.rounds[0], BFLOAT16_TOLERANCE)
+    assert result.report["runner"] == "v2"
+
+
+class TestCompiled:
+    """torch.compile on, as vLLM does by default."""
+
+    def test_compiled_engine_equals_the_oracle_warm_and_cold(self, tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+        """Every edit, from an empty compile cache, from a filled one, and with a bundle of other layers on that cache.
+
+        The last is where a cache key without the layer set would serve a graph without the op: silently unsteered.
+        """
+        model = tiny("llama")
+        cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+        asks = every_edit(4)
+        scenario = Scenario(
+            model=str(model.model),
+            bundle=model.bundle_path,
+            rounds=[asks],
+            arguments={"enforce_eager": False},
+            environment=cache,
+        )
+        for name in ("cold", "warm"):
+            result = play(scenario, tmp_path / name)
+            check_against_oracle(model.oracle, asks, result.rounds[0])
+            assert result.report["witness"] == [0, 1, 2, 3]
+        stock = play(
+            Scenario(
+                model=str(model.model),
+                bundle=None,
+                rounds=[[ask for ask in asks if ask.edit is None]],
+                arguments={"enforce_eager": False},
+                environment=cache,
+            ),
+            tmp_path / "stock",
+        )
+        assert stock.rounds[0][0].tokens == result.rounds[0][0].tokens, "unsteered tokens equal stock vLLM's"
