@@ -1,14 +1,15 @@
 """The steering op: one call per steered layer edits every steered token of the step.
 
 `torch.ops.trimtab.edit(hidden, residual, token_rows, rows, table)` has two implementations with one contract: plain
-torch (CPU, and the reference) and a Triton kernel (CUDA). It is opaque to the compiler and no splitting op, so full CUDA
-graphs stay whole; only the contents of its fixed buffers change between steps.
+torch (CPU, and the reference) and a Triton kernel (CUDA). It is opaque to the compiler and no splitting op, so full
+CUDA graphs stay whole; only the contents of its fixed buffers change between steps.
 
 Shapes: `T` tokens of the step, `M` most tokens of a step, `S` rows, `N` terms of a layer's table, `D` residual width.
 
     hidden      [T, D]      the half of the residual stream that is written; strides of the row are free
     residual    [T, D]      the other half: x = hidden + residual (vLLM's fused norms add them later)
-    token_rows  [M + 1]     int32, row of each token; 0 means untouched; the last entry is the number of steered tokens
+    token_rows  [M + 1]     int32, row of each token; 0 means untouched; on the CPU the last entry is the number of
+                            steered tokens, so that an idle step costs one comparison
     rows        [S, 2]      float32, (edit, strength) of each live request; row 0 is (0, 0)
     table       [N, 2D + 4] float32, one layer's bank: columns 0…D-1 read, D…2D-1 write, 2D gain, 2D+1 bias of term n;
                             columns 2D+2, 2D+3 of row e: first term and number of terms of edit e; edit 0 is "none",

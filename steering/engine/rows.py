@@ -78,7 +78,8 @@ class Rows:
 
     Attributes:
         rows: [S, 2] float32, (edit number, strength).
-        token_rows: [tokens + 1] int32; the last entry is the number of steered tokens of the step.
+        token_rows: [tokens + 1] int32; the last entry is the number of steered tokens of the step, kept on the CPU only,
+            where the op reads it to leave at once.
     """
 
     def __init__(self, *, bank: Bank, requests: int, tokens: int, device: torch.device) -> None:
@@ -157,7 +158,7 @@ class Rows:
         """Write the row of every token of the next step.
 
         Positions decide, never phases: a token is edited when its position is at or after the request's first edited
-        one, so chunked prefill, recomputation after a preemption and decoding need no case of their own (design rule 4).
+        one, so chunked prefill, recomputation after a preemption and decoding need no case of their own (rule 4).
 
         Args:
             request_ids: [B] in batch order.

@@ -10,7 +10,10 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from steering import __version__
+from steering.engine.compat import ARCHITECTURES
+from steering.engine.options import options_from
 from steering.engine.runner_v1 import steer
+from steering.errors import UnsupportedArchitecture
 
 
 def _platform_worker() -> type[Any]:
@@ -31,6 +34,19 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         super().init_device()
         if not self.use_v2_model_runner:
             steer(self.model_runner)
+
+    def load_model(self, *arguments: Any, **named: Any) -> None:
+        """Load the model.
+
+        Raises:
+            UnsupportedArchitecture: bundles are to be served, but vLLM chose a class the plugin did not make.
+        """
+        super().load_model(*arguments, **named)
+        options = options_from(self.vllm_config)
+        if options is not None and getattr(self.model_runner.get_model(), "steering", None) is None:
+            raise UnsupportedArchitecture(
+                f"architecture {self.model_config.architecture!r} cannot be steered; supported: {sorted(ARCHITECTURES)}"
+            )
 
     def steering_report(self) -> dict[str, Any]:
         """What this worker can do and has done.

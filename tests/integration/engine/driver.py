@@ -160,8 +160,14 @@ def _main(question: Path, answer: Path) -> None:
         model=scenario.model,
         skip_tokenizer_init=True,
         disable_log_stats=False,
-        **{"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "seed": 0, **scenario.arguments},
-        **steering,
+        **{
+            "dtype": "float32",
+            "max_model_len": 512,
+            "enforce_eager": True,
+            "seed": 0,
+            **steering,
+            **scenario.arguments,
+        },
     )
     played = [_ask(engine, round_, digest) for round_ in rounds]
     outcomes = []

@@ -15,7 +15,7 @@ from tests.integration.engine.conftest import Tiny
 from tests.integration.engine.driver import Ask, Result, Scenario, play
 
 # 16 sequences run at once over chunks of 48 tokens, so that prompts of 100 tokens and more are prefilled in pieces
-# beside others that decode; 17 blocks of 32 tokens hold about five of them, so that some are preempted and computed again.
+# beside others that decode; 17 blocks of 32 tokens hold about five of them, so that some are preempted and recomputed.
 CROWDED = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": 48,
