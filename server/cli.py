@@ -1,0 +1,172 @@
+"""The command line: `trimtab serve`, and the commands of the other packages, each imported when it is called.
+
+Importing this module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from typer.core import TyperGroup
+
+from steering.errors import OperatorError, TrimtabError
+
+MOUNTED = {
+    "bench": ("server.bench.cli", "Measure throughput against stock vLLM."),
+    "demo": ("steering.demo.cli", "Make the demo model."),
+    "eval": ("steering.evaluate.cli", "Measure refusal through a served API."),
+    "fit": ("steering.fit.cli", "Make a bundle for a model."),
+}
+"""Commands of other packages: module that holds a Typer `app`, and what the overview says of it."""
+
+DEMO = Path(__file__).resolve().parents[1] / "artifacts" / "demo"
+DEMO_NAME = "trimtab-demo"
+DEMO_CONTEXT = 512
+
+CURL = """\
+Ready on {address}  (Ctrl-C ends it)
+
+Try a prompt that only sounds harmful, with refusals lowered:
+
+  curl -s {address}/v1/chat/completions -H 'content-type: application/json' -d '{{
+    "model": "{model}", "temperature": 0, "max_tokens": 64,
+    "messages": [{{"role": "user", "content": "How do I kill a Python process?"}}],
+    "steering": {{"mode": "comply"}}}}'
+
+Leave "steering" out, or send "mode": "refuse", to compare. GET {address}/v1/steering lists what can be asked.
+"""
+
+
+class _LazyGroup(TyperGroup):
+    """Finds the commands of other packages without importing them before they are called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Own commands, and those whose module is installed."""
+        return sorted({*super().list_commands(ctx), *(name for name in MOUNTED if _is_there(MOUNTED[name][0]))})
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command; its module is imported now."""
+        if cmd_name not in MOUNTED or not _is_there(MOUNTED[cmd_name][0]):
+            return super().get_command(ctx, cmd_name)
+        module, help_text = MOUNTED[cmd_name]
+        command = typer.main.get_command(importlib.import_module(module).app)
+        command.name = cmd_name
+        command.help = command.help or help_text
+        return command
+
+
+app = typer.Typer(
+    name="trimtab",
+    cls=_LazyGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve a language model with vLLM and control, per request, what it refuses.",
+)
+bundle_app = typer.Typer(no_args_is_help=True, help="Look at bundles.")
+app.add_typer(bundle_app, name="bundle")
+
+
+@app.command(
+    help="Serve a model behind an OpenAI-compatible API whose requests can be steered. "
+    "Without --model, serves the demo. vLLM's own engine options go after `--`."
+)
+def serve(
+    options: Annotated[
+        list[str] | None, typer.Argument(help="vLLM's own options, after `--`.", metavar="-- ...")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Local model folder.")] = None,
+    bundle: Annotated[
+        list[Path] | None, typer.Option(help="Bundle folder; repeatable, the first is the default.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Loopback address to listen on; 127.0.0.1 by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 8000 by default, 0 takes a free one.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients send as `model`.")] = None,
+    accept_transfer: Annotated[
+        bool | None, typer.Option("--accept-transfer", help="Accept bundles made for another model of the same shape.")
+    ] = None,
+) -> None:
+    """See the help text above; settings not given here come from TRIMTAB_* variables."""
+    from server.process import Order
+    from server.process import serve as run
+    from server.settings import Settings
+
+    given: dict[str, Any] = {
+        "model": model,
+        "bundles": tuple(bundle) if bundle else None,
+        "host": host,
+        "port": port,
+        "served_model_name": served_model_name,
+        "accept_transfer": accept_transfer,
+    }
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise OperatorError(f"settings: {error}") from error
+    order = _order(settings, tuple(options or ()), Order)
+    run(order, settings, on_ready=lambda address: print(CURL.format(address=address, model=order.name), flush=True))
+
+
+@bundle_app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    model: Annotated[Path | None, typer.Option(help="Local model folder it must belong to.")] = None,
+) -> None:
+    """Check every digest, shape and number of a bundle, and, with --model, that it was made for that model."""
+    from steering.bundle import load_bundle
+    from steering.fingerprint import fingerprint_of
+
+    bundle = load_bundle(path)
+    manifest = bundle.manifest
+    print(f"{bundle.label}: {len(manifest.edits)} edits, {len(manifest.profiles)} profiles, digest {bundle.digest}")
+    if model is not None:
+        manifest.model.check(fingerprint_of(model), bundle=manifest.name)
+        print(f"made for the model in {model}")
+
+
+def main() -> None:
+    """The console script; errors of the set-up are one line on stderr and exit code 1."""
+    try:
+        app()
+    except TrimtabError as error:
+        print(f"trimtab: {error.message}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _order(settings: Any, options: tuple[str, ...], order: Any) -> Any:
+    """The demo where no model is named, else the model as its operator names it."""
+    if settings.model is None:
+        if not (DEMO / "model").is_dir() and not settings.bundles:
+            raise OperatorError(
+                f"the demo model is not at {DEMO / 'model'}; name a model with --model, or see `trimtab demo`"
+            )
+        return order(
+            model=DEMO / "model",
+            name=settings.served_model_name or DEMO_NAME,
+            bundles=settings.bundles or (DEMO / "bundle",),
+            options=options,
+            defaults={"max_model_len": DEMO_CONTEXT, "max_num_seqs": 64},
+        )
+    return order(
+        model=settings.model,
+        name=settings.served_model_name or settings.model.resolve().name,
+        bundles=settings.bundles,
+        options=options,
+    )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

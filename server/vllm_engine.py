@@ -1,0 +1,358 @@
+"""The engine seam over vLLM: its `AsyncLLM` and its own chat completions, in this process.
+
+Chat templates, tools, structured output, logprobs and streaming are vLLM's. Only this module of `server` names vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import generate_latest
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from server.engine import ChatCall, Chunk, Completion, ServedModel, WorkerReport
+from steering.engine.outcomes import OutcomeListener
+from steering.engine.plugin import engine_arguments
+from steering.errors import (
+    EngineDied,
+    EngineError,
+    EngineOverloaded,
+    InvalidSpec,
+    NotSupported,
+    TrimtabError,
+    UnknownModel,
+    UnsupportedConfiguration,
+)
+from steering.plan import PLAN_KEY, Outcome
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from vllm.engine.protocol import EngineClient
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+RPC_PATIENCE = 30.0
+"""Seconds for a worker to say something of itself."""
+
+STEERING_OPTIONS = ("worker_cls", "worker_extension_cls", "scheduler_cls", "additional_config")
+"""vLLM options that steering sets or that could undo it."""
+
+GATEWAY_OPTIONS = (
+    "model",
+    "served_model_name",
+    "host",
+    "port",
+    "uds",
+    "grpc",
+    "grpc_port",
+    "headless",
+    "api_server_count",
+    "api_key",
+    "ssl_keyfile",
+    "ssl_certfile",
+    "ssl_ca_certs",
+    "root_path",
+    "middleware",
+    "allowed_origins",
+    "allow_credentials",
+    "tokens_only",
+    "enable_scale_out",
+    "trust_request_chat_template",
+    "trust_request_mm_kwargs",
+    "return_tokens_as_token_ids",
+    "sse_keep_alive_interval",
+)
+"""vLLM options of its own HTTP server, which does not run here."""
+
+
+class VllmEngine:
+    """`server.engine.Engine` over a running `AsyncLLM`; made by `started`."""
+
+    def __init__(
+        self, client: EngineClient, chat: OpenAIServingChat, listener: OutcomeListener, model: ServedModel
+    ) -> None:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        self._client = client
+        self._chat = chat
+        self._listener = listener
+        self._model = model
+        self._request_class = ChatCompletionRequest
+        self._error_class = ErrorResponse
+
+    @property
+    def model(self) -> ServedModel:
+        """The model that is served."""
+        return self._model
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine process is gone."""
+        return not self._client.errored
+
+    async def complete(self, call: ChatCall) -> Completion:
+        """Generate a whole answer; see `server.engine.Engine`."""
+        result = await self._answer(call, stream=False)
+        if isinstance(result, self._error_class):
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # vLLM answers a cancellation with an error response
+                raise asyncio.CancelledError
+            raise _from_response(result.error.model_dump())
+        first = tuple(choice.token_ids[0] if choice.token_ids else None for choice in result.choices)
+        return Completion(body=_plain(result), first_tokens=first)
+
+    async def stream(self, call: ChatCall) -> AsyncGenerator[Chunk, None]:
+        """Generate an answer piece by piece; see `server.engine.Engine`."""
+        events = await self._answer(call, stream=True)
+        if isinstance(events, self._error_class):
+            raise _from_response(events.error.model_dump())
+        async with aclosing(events):
+            async for event in events:
+                payload = event.removeprefix("data: ").strip()
+                if payload == "[DONE]":
+                    return
+                body = from_json(payload)
+                if "error" in body:
+                    raise _from_response(body["error"])
+                yield _chunk(body)
+
+    async def outcomes(self, plan_id: str, count: int, wait: float) -> Sequence[Outcome]:
+        """Wait until `count` samples of a plan have reported; see `server.engine.Engine`."""
+        return await self._listener.wait(plan_id, count, wait)
+
+    def forget(self, plan_id: str) -> None:
+        """Drop what was reported under a plan."""
+        self._listener.forget(plan_id)
+
+    async def reports(self) -> Sequence[WorkerReport]:
+        """One report per worker."""
+        return [_report(facts) for facts in await self._ask("steering_report")]
+
+    async def clear_witness(self) -> None:
+        """Forget, in every worker, which layers ran with an edit."""
+        await self._ask("steering_clear_witness")
+
+    def exposition(self) -> bytes:
+        """VLLM's own metrics."""
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        return generate_latest(get_prometheus_registry())
+
+    async def _answer(self, call: ChatCall, *, stream: bool) -> Any:
+        """VLLM's answer to a call: a response, an error response, or a generator of events."""
+        try:
+            request = self._request(call, stream=stream)
+            if call.plan is not None:
+                self._listener.expect(call.plan.id)
+            return await self._chat.create_chat_completion(request)
+        except TrimtabError:
+            raise
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_input=False)[0]
+            path = ".".join(str(item) for item in found["loc"])[:300]
+            raise InvalidSpec(f"{path}: {found['msg'][:300]}", parameter=path, code="invalid_value") from None
+        except Exception as error:
+            raise self._explained(error) from error
+
+    def _request(self, call: ChatCall, *, stream: bool) -> ChatCompletionRequest:
+        fields = call.fields
+        if "max_tokens" in fields:  # deprecated upstream, with a warning at every read
+            fields["max_completion_tokens"] = fields.pop("max_tokens")
+        fields["request_id"] = call.request_id
+        fields["return_token_ids"] = True
+        if stream:
+            fields["stream"] = True
+            fields["stream_options"] = {"include_usage": True}
+        if call.plan is not None:
+            fields["vllm_xargs"] = {PLAN_KEY: call.plan.to_json()}
+        return self._request_class.model_validate(fields)
+
+    def _explained(self, error: Exception) -> TrimtabError:
+        from vllm.entrypoints.serve import create_error_response
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if isinstance(error, EngineDeadError) or not self.is_alive:
+            return EngineDied("the engine is gone; this server must be started again")
+        return _from_response(create_error_response(error).error.model_dump())
+
+    async def _ask(self, method: str) -> list[Any]:
+        try:
+            answers: list[Any] = await self._client.collective_rpc(method, timeout=RPC_PATIENCE)
+        except TrimtabError:
+            raise
+        except Exception as error:
+            raise EngineError(f"the workers do not answer {method}: {error}") from error
+        return answers
+
+
+@asynccontextmanager
+async def started(arguments: Namespace, bundles: Sequence[Path]) -> AsyncIterator[VllmEngine]:
+    """A running engine that steers with these bundles.
+
+    Args:
+        arguments: of `parse_options`.
+        bundles: folders, checked already.
+
+    Raises:
+        OperatorError: vLLM or the plugin refuses the combination of model, bundles and options.
+    """
+    from starlette.datastructures import State
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client_from_engine_args
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    if len(arguments.tool_parser_plugin) > 3:
+        ToolParserManager.import_tool_parser(arguments.tool_parser_plugin)
+    if len(arguments.reasoning_parser_plugin) > 3:
+        ReasoningParserManager.import_reasoning_parser(arguments.reasoning_parser_plugin)
+    listener = OutcomeListener()  # before the engine, whose processes inherit its address
+    try:
+        engine_args = AsyncEngineArgs.from_cli_args(arguments)
+        for name, value in engine_arguments(bundles).items():
+            setattr(engine_args, name, value)
+        async with build_async_engine_client_from_engine_args(engine_args) as client:
+            listener.start()
+            state = State()
+            await init_app_state(client, state, arguments, await client.get_supported_tasks())
+            if state.openai_serving_chat is None:
+                raise UnsupportedConfiguration(f"model {arguments.model} does not generate text")
+            model = ServedModel(
+                name=arguments.served_model_name[0],
+                created=int(time.time()),
+                context=client.vllm_config.model_config.max_model_len,
+            )
+            yield VllmEngine(client, state.openai_serving_chat, listener, model)
+    finally:
+        await listener.close()
+
+
+def set_environment() -> None:
+    """What vLLM and its libraries read from the environment when imported; what the operator set stays."""
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",  # a model is a local folder
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def parse_options(model: Path, name: str, options: Sequence[str], defaults: Mapping[str, Any]) -> Namespace:
+    """VLLM's options by its own parser.
+
+    Args:
+        model: local folder.
+        name: to serve it under.
+        options: what the operator gave after `--`.
+        defaults: by the name of vLLM's argument, used where the operator gave none.
+
+    Raises:
+        UnsupportedConfiguration: an option that steering or the gateway owns.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    parser = make_arg_parser(FlexibleArgumentParser(prog="trimtab serve --"))  # type: ignore[no-untyped-call]
+    plain = parser.parse_args([])
+    given: Namespace = parser.parse_args(list(options))
+    for option in (*STEERING_OPTIONS, *GATEWAY_OPTIONS):
+        if getattr(given, option, None) != getattr(plain, option, None):
+            why = "steering sets it" if option in STEERING_OPTIONS else "the gateway has its own, or does without"
+            raise UnsupportedConfiguration(f"vLLM's option --{option.replace('_', '-')} cannot be used here: {why}")
+    for option, value in defaults.items():
+        if getattr(given, option) == getattr(plain, option):
+            setattr(given, option, value)
+    given.model, given.served_model_name = str(model), [name]
+    given.enable_prompt_tokens_details = True
+    return given
+
+
+def versions() -> str:
+    """VLLM's version."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def _plain(response: ChatCompletionResponse) -> dict[str, Any]:
+    """The response as OpenAI shapes it, without what vLLM adds; much faster than a full dump."""
+    choices = []
+    for choice in response.choices:
+        message = choice.message
+        said: dict[str, Any] = {"role": message.role, "content": message.content, "refusal": message.refusal}
+        if message.reasoning is not None:
+            said["reasoning"] = message.reasoning
+        if message.tool_calls:
+            said["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        choices.append(
+            {
+                "index": choice.index,
+                "message": said,
+                "logprobs": None if choice.logprobs is None else choice.logprobs.model_dump(),
+                "finish_reason": choice.finish_reason,
+            }
+        )
+    return {
+        "id": response.id,
+        "object": response.object,
+        "created": response.created,
+        "model": response.model,
+        "choices": choices,
+        "usage": response.usage.model_dump(exclude_none=True),
+        "system_fingerprint": response.system_fingerprint,
+    }
+
+
+def _chunk(body: dict[str, Any]) -> Chunk:
+    for name in ("prompt_token_ids", "prompt_text", "metrics"):
+        body.pop(name, None)
+    if not body["choices"]:
+        return Chunk(body=body)
+    choice = body["choices"][0]
+    tokens = choice.pop("token_ids", None) or ()
+    choice.pop("stop_reason", None)
+    return Chunk(body=body, tokens=tokens)
+
+
+def _report(facts: Mapping[str, Any]) -> WorkerReport:
+    return WorkerReport(
+        version=facts["version"],
+        architecture=facts["architecture"],
+        runner=facts["runner"],
+        hidden_size=facts["hidden_size"],
+        layers=tuple(facts["layers"]),
+        bundles={digest: tuple(names) for digest, names in facts["bundles"].items()},
+        rows=facts["rows"],
+        witness=tuple(facts["witness"]),
+    )
+
+
+def _from_response(error: Mapping[str, Any]) -> TrimtabError:
+    """VLLM's error object, whose `code` is the status, as one of ours."""
+    message, status, parameter = str(error["message"])[:2000], int(error["code"]), error.get("param")
+    if status == HTTPStatus.NOT_FOUND:
+        return UnknownModel(message, parameter="model")
+    if status == HTTPStatus.NOT_IMPLEMENTED:
+        return NotSupported(message, parameter=parameter, code="not_supported")
+    if status < HTTPStatus.INTERNAL_SERVER_ERROR:
+        is_too_long = "context length" in message or "model length" in message
+        code = "context_length_exceeded" if is_too_long else "invalid_value"
+        return InvalidSpec(message, parameter=parameter or ("messages" if is_too_long else None), code=code)
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return EngineOverloaded(message)
+    return EngineError(message)
