@@ -1,0 +1,220 @@
+"""Residuals at the outputs of decoder blocks, and edits by hooks: the transformers reference of what the engine does.
+
+Token sequences are grouped by length, so that nothing is ever padded: exact for every architecture, hybrid ones too.
+Knows nothing of data sets or bundles.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from steering.errors import NotSupported, OperatorError
+from steering.terms import Edit, LayerTerms, apply_terms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Sequences = Sequence[Sequence[int]]
+MAX_GROUP = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel:
+    """A causal language model with its tokenizer, in evaluation mode.
+
+    Attributes:
+        categories: refusal category to the id of its token, for the categories whose `[name]` is one token.
+        respond: id of `[respond]`, None where the model has none.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    categories: dict[str, int]
+    respond: int | None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks; their outputs are the residuals of layer 0, 1, ..."""
+        blocks = self.model.get_decoder().layers
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream, D."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def prompt(self, text: str, *, system: str | None = None) -> list[int]:
+        """Ids of the chat template up to and including the assistant's header."""
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer.encode(str(rendered), add_special_tokens=False))
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """`prompt` for each text."""
+        return [self.prompt(text) for text in texts]
+
+
+def load_model(path: Path, categories: Sequence[str] = (), *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a local model folder and find the refusal tokens among `categories`.
+
+    Raises:
+        OperatorError: no model in that folder.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (path / "config.json").is_file():
+        raise OperatorError(f"no model at {path}: config.json is missing; give a local model folder")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    vocabulary = tokenizer.get_vocab()
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        path=path,
+        categories={name: vocabulary[f"[{name}]"] for name in categories if f"[{name}]" in vocabulary},
+        respond=vocabulary.get("[respond]"),
+    )
+
+
+def require_tokens(loaded: LoadedModel, categories: Sequence[str]) -> int:
+    """The id of `[respond]`, once it is sure that the model has a token for each category.
+
+    Raises:
+        NotSupported: names the tokens that the model lacks.
+    """
+    missing = [f"[{name}]" for name in categories if name not in loaded.categories]
+    if loaded.respond is None or missing:
+        lacking = [*missing, *(["[respond]"] if loaded.respond is None else [])]
+        raise NotSupported(
+            f"{loaded.path} has no token for {lacking}; categorical directions need a model trained with refusal tokens"
+        )
+    return loaded.respond
+
+
+def by_length(sequences: Sequences, most: int = MAX_GROUP) -> Iterator[tuple[list[int], Tensor]]:
+    """Groups of at most `most` sequences of one length: their indices, and their ids as [B, S]."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, sequence in enumerate(sequences):
+        groups[len(sequence)].append(index)
+    for _, members in sorted(groups.items()):
+        for start in range(0, len(members), most):
+            chosen = members[start : start + most]
+            yield chosen, torch.tensor([list(sequences[index]) for index in chosen])
+
+
+@torch.inference_mode()
+def last_residuals(loaded: LoadedModel, sequences: Sequences) -> Tensor:
+    """Residuals at the last token of each sequence, at the output of every block.
+
+    Returns:
+        [N, L, D] float32 on the CPU.
+    """
+    count = len(loaded.blocks)
+    result = torch.empty(len(sequences), count, loaded.width)
+    for indices, ids in by_length(sequences):
+        with ExitStack() as stack:
+            kept: dict[int, Tensor] = {}
+            for layer, block in enumerate(loaded.blocks):
+                stack.enter_context(_removed_after(block.register_forward_hook(_keeper(kept, layer))))
+            loaded.model.get_decoder()(input_ids=ids.to(loaded.model.device), use_cache=False)
+        result[indices] = torch.stack([kept[layer] for layer in range(count)], dim=1).float().cpu()
+    return result
+
+
+@contextmanager
+def steered(loaded: LoadedModel, edit: Edit | None, strength: float = 1.0) -> Iterator[None]:
+    """While inside, every forward pass edits the last position of its input (scope `generated`); None edits nothing."""
+    with ExitStack() as stack:
+        for terms in edit.layers if edit is not None else ():
+            hook = loaded.blocks[terms.layer].register_forward_hook(_editor(terms, strength))
+            stack.enter_context(_removed_after(hook))
+        yield
+
+
+@torch.inference_mode()
+def first_logits(loaded: LoadedModel, sequences: Sequences, edit: Edit | None = None, strength: float = 1.0) -> Tensor:
+    """Logits of the first answer token of each prompt, [N, V] float32."""
+    rows: list[Tensor] = [torch.empty(0)] * len(sequences)
+    with steered(loaded, edit, strength):
+        for indices, ids in by_length(sequences):
+            output = loaded.model(input_ids=ids.to(loaded.model.device), use_cache=False, logits_to_keep=1)
+            logits = output.logits[:, -1].float().cpu()
+            for index, row in zip(indices, logits, strict=True):
+                rows[index] = row
+    return torch.stack(rows) if rows else torch.empty(0, 0)
+
+
+def first_tokens(
+    loaded: LoadedModel, sequences: Sequences, edit: Edit | None = None, strength: float = 1.0
+) -> list[int]:
+    """The greedy first answer token of each prompt."""
+    if not sequences:
+        return []
+    return [int(token) for token in first_logits(loaded, sequences, edit, strength).argmax(dim=-1)]
+
+
+@torch.inference_mode()
+def greedy(
+    loaded: LoadedModel, sequences: Sequences, edit: Edit | None = None, strength: float = 1.0, *, new_tokens: int = 48
+) -> list[list[int]]:
+    """Greedy answers, each up to and including the end token, or `new_tokens` long."""
+    end = loaded.tokenizer.eos_token_id
+    answers: list[list[int]] = [[] for _ in sequences]
+    with steered(loaded, edit, strength):
+        for indices, ids in by_length(sequences):
+            current = ids.to(loaded.model.device)
+            state: Any = None
+            live = dict.fromkeys(indices)
+            for _ in range(new_tokens):
+                output = loaded.model(input_ids=current, past_key_values=state, use_cache=True, logits_to_keep=1)
+                state = output.past_key_values
+                current = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+                for index, token in zip(indices, current[:, 0].tolist(), strict=True):
+                    if index in live:
+                        answers[index].append(token)
+                        if token == end:
+                            del live[index]
+                if not live:
+                    break
+    return answers
+
+
+@contextmanager
+def _removed_after(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _keeper(kept: dict[int, Tensor], layer: int) -> Any:
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        kept[layer] = _hidden(output)[:, -1]
+
+    return keep
+
+
+def _editor(terms: LayerTerms, strength: float) -> Any:
+    def edit(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = _hidden(output).clone()
+        hidden[:, -1] = apply_terms(hidden[:, -1], terms, strength)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return edit

@@ -1,0 +1,29 @@
+"""The refusal categories of P1's tokens and one more, and which of them a record falls under."""
+
+from __future__ import annotations
+
+from steering.fit.catalog import Label
+from steering.fit.datasets import Record
+
+SAFETY = "Requests with safety concerns"
+HUMANIZING = "Humanizing requests"
+INCOMPLETE = "Incomplete requests"
+INDETERMINATE = "Indeterminate requests"
+UNSUPPORTED = "Unsupported requests"
+POLITICAL = "Political"
+CATEGORIES = (HUMANIZING, INCOMPLETE, INDETERMINATE, SAFETY, UNSUPPORTED, POLITICAL)
+"""P1's five categories, in the order of its tokens, and `Political`."""
+
+
+def refusal_category(record: Record) -> str | None:
+    """The category a refusal of the record's prompt belongs to; None for plainly benign prompts.
+
+    Questions on China count as political also where they are borderline or harmless.
+    """
+    if record.dataset in ("deccp", "ccp_sensitive"):
+        return POLITICAL
+    if record.label in (Label.BENIGN, Label.PHRASE):
+        return None
+    if record.category in CATEGORIES:
+        return record.category
+    return SAFETY
