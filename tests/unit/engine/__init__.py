@@ -1,0 +1,1 @@
+"""Unit tests of the plugin's parts; none of them imports vLLM."""

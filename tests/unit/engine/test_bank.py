@@ -1,0 +1,162 @@
+"""Bank: what is loaded is what the op finds, a bundle is loaded whole or not at all, and memory is as stated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steering.engine.bank import Bank
+from steering.engine.kernels import COUNT, FIRST, SCALARS, table_width
+from steering.engine.options import DEFAULT_TERMS_PER_LAYER
+from steering.engine.rows import Rows
+from steering.errors import BundleFormatError, CapacityExceeded, UnknownName
+from tests.samples import bundle_in_memory, random_edit
+
+CPU = torch.device("cpu")
+WIDTH = 16
+
+
+def bank_of(*, layers: tuple[int, ...] = (0, 1, 2), terms: int = 8) -> Bank:
+    """An empty bank."""
+    return Bank(layers=layers, width=WIDTH, terms=terms, device=CPU)
+
+
+def test_every_term_of_every_edit_is_found_through_its_number() -> None:
+    """At each layer the edit's row names its first term and count, and those rows hold its numbers exactly."""
+    edits = {
+        "a": random_edit("a", ranks={0: 2, 2: 1}),
+        "b": random_edit("b", ranks={0: 3, 1: 1}, seed=1),
+        "c": random_edit("c", ranks={1: 4}, seed=2),
+    }
+    bank, bundle = bank_of(), bundle_in_memory(edits)
+    bank.load(bundle)
+    for name, edit in edits.items():
+        number = bank.number(bundle=bundle.digest, edit=name)
+        by_layer = {terms.layer: terms for terms in edit.layers}
+        for layer, table in bank.tables.items():
+            first, count = (int(table[number, 2 * WIDTH + column]) for column in (FIRST, COUNT))
+            if layer not in by_layer:
+                assert count == 0
+                continue
+            terms, rows = by_layer[layer], table[first : first + count]
+            assert count == terms.rank
+            assert torch.equal(rows[:, :WIDTH], terms.read)
+            assert torch.equal(rows[:, WIDTH : 2 * WIDTH], terms.write)
+            assert torch.equal(rows[:, 2 * WIDTH], terms.gain)
+            assert torch.equal(rows[:, 2 * WIDTH + 1], terms.bias)
+
+
+def test_number_zero_is_no_edit_at_any_layer() -> None:
+    """Row 0 of every table names no terms, so that padding edits nothing."""
+    bank = bank_of()
+    bank.load(bundle_in_memory({"a": random_edit("a", ranks={0: 2, 1: 2, 2: 2})}))
+    for table in bank.tables.values():
+        assert table[0, 2 * WIDTH + COUNT] == 0
+
+
+def test_the_same_edit_name_in_two_bundles_is_two_edits() -> None:
+    """Numbers belong to (digest, name), so bundles never shadow each other."""
+    bank = bank_of()
+    for digest, seed in (("sha256:a", 0), ("sha256:b", 1)):
+        bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1}, seed=seed)}, digest=digest))
+    assert bank.number(bundle="sha256:a", edit="e") != bank.number(bundle="sha256:b", edit="e")
+    assert bank.bundles == {"sha256:a": ["e"], "sha256:b": ["e"]}
+
+
+def test_loading_a_bundle_again_changes_nothing() -> None:
+    """The digest is the identity; tables stay as they are, at the address they had."""
+    bank, bundle = bank_of(), bundle_in_memory({"e": random_edit("e", ranks={0: 3})})
+    bank.load(bundle)
+    before, address = bank.tables[0].clone(), bank.tables[0].data_ptr()
+    bank.load(bundle)
+    assert torch.equal(bank.tables[0], before)
+    assert bank.tables[0].data_ptr() == address
+
+
+def test_a_bundle_that_does_not_fit_leaves_no_trace() -> None:
+    """Too many terms in one layer: the error says what is needed and held, and nothing of the bundle is loaded."""
+    bank = bank_of(terms=4)
+    bank.load(bundle_in_memory({"small": random_edit("small", ranks={0: 2})}, digest="sha256:a"))
+    before = {layer: table.clone() for layer, table in bank.tables.items()}
+    big = bundle_in_memory(
+        {"fits": random_edit("fits", ranks={1: 1}), "big": random_edit("big", ranks={0: 3})}, digest="sha256:b"
+    )
+    with pytest.raises(CapacityExceeded, match=r"needs 5 terms in one layer.*holds 4.*terms_per_layer"):
+        bank.load(big)
+    assert bank.bundles == {"sha256:a": ["small"]}
+    for layer, table in bank.tables.items():
+        assert torch.equal(table, before[layer])
+
+
+def test_more_edits_than_the_table_can_name_are_refused() -> None:
+    """An edit's number is a row of the table, and row 0 is taken."""
+    bank = bank_of(terms=4)
+    three = {f"e{n}": random_edit(f"e{n}", ranks={n: 1}) for n in range(3)}
+    bank.load(bundle_in_memory(three, digest="sha256:a"))
+    with pytest.raises(CapacityExceeded, match="4 edits in all"):
+        bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1})}, digest="sha256:b"))
+
+
+def test_another_width_or_layer_is_refused_by_name() -> None:
+    """A bundle for another model never gets into the tables."""
+    bank = bank_of(layers=(0, 1))
+    with pytest.raises(BundleFormatError, match="'e' has width 8, the model has 16"):
+        bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1}, width=8)}, width=8))
+    with pytest.raises(BundleFormatError, match=r"'e' needs layer 3; steered: \[0, 1\]"):
+        bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1, 3: 1})}))
+    assert bank.bundles == {}
+
+
+def test_unknown_names_are_refused_and_say_what_there_is() -> None:
+    """A plan for another bundle or edit finds no number, never that of a neighbour."""
+    bank, bundle = bank_of(), bundle_in_memory({"e": random_edit("e", ranks={0: 1})})
+    bank.load(bundle)
+    for digest, edit in ((bundle.digest, "f"), ("sha256:other", "e")):
+        with pytest.raises(UnknownName, match="loaded: "):
+            bank.number(bundle=digest, edit=edit)
+
+
+def test_witness_names_the_layers_whose_op_edited() -> None:
+    """Set by the op at the layers where it edited a token, cleared on demand."""
+    bank, bundle = bank_of(), bundle_in_memory({"e": random_edit("e", ranks={0: 1, 2: 1})})
+    bank.load(bundle)
+    rows = Rows(bank=bank, requests=1, tokens=4, device=CPU)
+    rows.rows[1] = torch.tensor([bank.number(bundle=bundle.digest, edit="e"), 1.0])
+    token_rows = torch.tensor([1, 0, 1], dtype=torch.int32)
+    assert bank.witness() == []
+    for table in bank.tables.values():
+        torch.ops.trimtab.edit(torch.zeros(2, WIDTH), torch.zeros(2, WIDTH), token_rows, rows.rows, table)
+    assert bank.witness() == [0, 2]
+    bank.clear_witness()
+    assert bank.witness() == []
+
+
+def added_bytes(*, layers: int, width: int, terms: int, requests: int, tokens: int) -> int:
+    """Device memory of the plugin: layers · N · (2 D + 4) · 4 + (2 · requests + 1) · 2 · 4 + (tokens + 1) · 4 bytes."""
+    return layers * terms * (2 * width + SCALARS) * 4 + (2 * requests + 1) * 2 * 4 + (tokens + 1) * 4
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "terms", "requests", "tokens"), [(3, 16, 8, 4, 32), (2, 192, 128, 7, 100), (6, 40, 5, 1, 1)]
+)
+def test_memory_formula_is_what_tensors_take(layers: int, width: int, terms: int, requests: int, tokens: int) -> None:
+    """The formula equals the bytes of every tensor that bank and rows hold."""
+    bank = Bank(layers=range(layers), width=width, terms=terms, device=CPU)
+    rows = Rows(bank=bank, requests=requests, tokens=tokens, device=CPU)
+    held = [*bank.tables.values(), rows.rows, rows.token_rows]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == added_bytes(
+        layers=layers, width=width, terms=terms, requests=requests, tokens=tokens
+    )
+
+
+def test_a_model_of_32_layers_of_4096_takes_less_than_300_megabytes() -> None:
+    """Default capacity, 1,024 requests, 8,192 tokens of a step: 134 MB, from the shapes of the real tensors."""
+    width, layers = 4096, 32
+    bank = Bank(layers=range(layers), width=width, terms=DEFAULT_TERMS_PER_LAYER, device=torch.device("meta"))
+    rows = Rows(bank=bank, requests=1024, tokens=8192, device=CPU)
+    held = [*bank.tables.values(), rows.rows, rows.token_rows]
+    taken = sum(tensor.nelement() * tensor.element_size() for tensor in held)
+    assert taken == added_bytes(layers=layers, width=width, terms=DEFAULT_TERMS_PER_LAYER, requests=1024, tokens=8192)
+    assert {tensor.shape for tensor in bank.tables.values()} == {(DEFAULT_TERMS_PER_LAYER, table_width(width))}
+    assert taken == 134_332_428
+    assert taken < 300_000_000

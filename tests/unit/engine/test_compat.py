@@ -1,0 +1,132 @@
+"""Compatibility: what is not proved is refused at start, by the name of its option."""
+
+from __future__ import annotations
+
+import sys
+import types
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from steering.engine.compat import ARCHITECTURES, check_configuration, class_location
+from steering.errors import UnsupportedArchitecture, UnsupportedConfiguration
+
+
+def configuration(**changed: Any) -> Any:
+    """The parts of vLLM's configuration that are read, as a single-GPU server has them, with some changed."""
+    parts: dict[str, dict[str, Any]] = {
+        "parallel_config": {
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "data_parallel_size": 1,
+            "enable_dbo": False,
+        },
+        "model_config": {"enable_prompt_embeds": False, "enable_sleep_mode": False, "runner_type": "generate"},
+        "cache_config": {"kv_sharing_fast_prefill": False},
+    }
+    whole: dict[str, Any] = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None}
+    for name, value in changed.items():
+        if name in whole:
+            whole[name] = value
+        else:
+            next(part for part in parts.values() if name in part)[name] = value
+    return SimpleNamespace(**whole, **{name: SimpleNamespace(**part) for name, part in parts.items()})
+
+
+def test_a_plain_server_is_accepted() -> None:
+    """One device, no option out of the ordinary."""
+    check_configuration(configuration())
+
+
+REFUSED = {
+    "tensor_parallel_size": 2,
+    "pipeline_parallel_size": 2,
+    "decode_context_parallel_size": 2,
+    "prefill_context_parallel_size": 2,
+    "data_parallel_size": 4,
+    "enable_dbo": True,
+    "speculative_config": SimpleNamespace(method="ngram"),
+    "lora_config": SimpleNamespace(),
+    "kv_transfer_config": SimpleNamespace(),
+    "enable_prompt_embeds": True,
+    "enable_sleep_mode": True,
+    "runner_type": "pooling",
+    "kv_sharing_fast_prefill": True,
+}
+NAMED = {"lora_config": "enable_lora", "runner_type": "runner"}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_each_unproved_option_is_refused_by_name(option: str) -> None:
+    """The message has the option as the operator knows it."""
+    with pytest.raises(UnsupportedConfiguration, match=rf"{NAMED.get(option, option)}="):
+        check_configuration(configuration(**{option: REFUSED[option]}))
+
+
+def test_all_refusals_are_named_at_once() -> None:
+    """The operator sees every option to change in one start."""
+    with pytest.raises(UnsupportedConfiguration) as caught:
+        check_configuration(configuration(**REFUSED))
+    for option in REFUSED:
+        assert f"{NAMED.get(option, option)}=" in str(caught.value)
+
+
+def test_options_an_older_vllm_lacks_are_no_refusal() -> None:
+    """A parallel option that does not exist there cannot have been set."""
+    config = configuration()
+    del config.parallel_config.decode_context_parallel_size, config.parallel_config.enable_dbo
+    check_configuration(config)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, str]]:
+    """A stand-in for vLLM's table of model classes, by its import path."""
+    table = {"LlamaForCausalLM": ("llama", "LlamaForCausalLM"), "Gemma3ForCausalLM": ("own.gemma", "Gemma")}
+    path = ""
+    for part in ("vllm", "model_executor", "models", "registry"):
+        path = f"{path}.{part}".removeprefix(".")
+        monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
+    sys.modules[path]._VLLM_MODELS = table  # type: ignore[attr-defined]
+    return table
+
+
+def test_class_location_follows_vllms_table(registry: dict[str, tuple[str, str]]) -> None:
+    """Short module names lie in vLLM's models package, dotted ones are whole."""
+    assert class_location("LlamaForCausalLM") == ("vllm.model_executor.models.llama", "LlamaForCausalLM")
+    assert class_location("Gemma3ForCausalLM") == ("own.gemma", "Gemma")
+
+
+def test_an_architecture_outside_the_table_is_refused_by_name(registry: dict[str, tuple[str, str]]) -> None:
+    """The message lists what is supported, also where vLLM itself has the model."""
+    registry["OPTForCausalLM"] = ("opt", "OPTForCausalLM")
+    with pytest.raises(
+        UnsupportedArchitecture, match=r"'OPTForCausalLM' is not supported; supported: .*LlamaForCausalLM"
+    ):
+        class_location("OPTForCausalLM")
+
+
+def test_an_architecture_this_vllm_lacks_is_refused(registry: dict[str, tuple[str, str]]) -> None:
+    """In our table, not in vLLM's: an older vLLM."""
+    with pytest.raises(UnsupportedArchitecture, match="no model class for 'GptOssForCausalLM'"):
+        class_location("GptOssForCausalLM")
+
+
+def test_the_families_of_the_design_are_in_the_table() -> None:
+    """Llama with Mistral, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next, Gemma 2 and 3, Phi-3, Mixtral, gpt-oss."""
+    for family in (
+        "Llama",
+        "Mistral",
+        "Qwen2",
+        "Qwen3",
+        "Qwen3Moe",
+        "Qwen3Next",
+        "Gemma2",
+        "Gemma3",
+        "Phi3",
+        "Mixtral",
+        "GptOss",
+    ):
+        assert f"{family}ForCausalLM" in ARCHITECTURES

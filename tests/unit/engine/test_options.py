@@ -1,0 +1,112 @@
+"""Options: what the gateway hands to vLLM is what every engine process reads back, or the engine does not start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from steering import __version__
+from steering.bundle import MANIFEST, load_bundle
+from steering.engine.options import (
+    CONFIG_KEY,
+    DEFAULT_TERMS_PER_LAYER,
+    SCHEDULER_CLASS,
+    WORKER_CLASS,
+    engine_arguments,
+    enter_compile_key,
+    options_from,
+)
+from steering.errors import BundleDigestError, BundleFormatError, UnsupportedConfiguration
+from tests.samples import random_edit, write_bundle
+
+
+@pytest.fixture
+def bundles(tmp_path: Path) -> list[Path]:
+    """Two bundles that edit layers 1 and 3, and 0 and 1."""
+    write_bundle(tmp_path / "one", {"a": random_edit("a", ranks={1: 1, 3: 2})})
+    write_bundle(tmp_path / "two", {"b": random_edit("b", ranks={0: 1, 1: 1}, seed=1)})
+    return [tmp_path / "one", tmp_path / "two"]
+
+
+def config_of(arguments: dict[str, Any], **changed: Any) -> Any:
+    """The parts of vLLM's configuration that engine arguments become."""
+    given = arguments | changed
+    return SimpleNamespace(
+        additional_config=given["additional_config"],
+        parallel_config=SimpleNamespace(worker_cls=given["worker_cls"]),
+        scheduler_config=SimpleNamespace(scheduler_cls=given["scheduler_cls"]),
+    )
+
+
+def test_engine_processes_read_what_the_gateway_gave(bundles: list[Path]) -> None:
+    """The same bundles in the same order, the union of their layers, the same capacity."""
+    options = options_from(config_of(engine_arguments(bundles, terms_per_layer=9)))
+    assert options is not None
+    assert [bundle.digest for bundle in options.bundles] == [load_bundle(path).digest for path in bundles]
+    assert options.layers == (0, 1, 3)
+    assert options.terms_per_layer == 9
+
+
+@pytest.mark.parametrize("additional", [None, {}, {"other": 1}, {CONFIG_KEY: None}, {CONFIG_KEY: {}}])
+def test_no_options_means_plain_vllm(additional: object) -> None:
+    """An engine that was given nothing serves vLLM's own model."""
+    assert options_from(SimpleNamespace(additional_config=additional)) is None
+
+
+def test_paths_alone_may_be_given_by_hand(bundles: list[Path]) -> None:
+    """Under plain `vllm serve --additional-config` a list of folders is enough; capacity has its default."""
+    arguments = engine_arguments(bundles) | {"additional_config": {CONFIG_KEY: {"bundles": [str(bundles[0])]}}}
+    options = options_from(config_of(arguments))
+    assert options is not None
+    assert (options.layers, options.terms_per_layer) == ((1, 3), DEFAULT_TERMS_PER_LAYER)
+
+
+@pytest.mark.parametrize("option", ["worker_cls", "scheduler_cls"])
+def test_steering_without_its_worker_or_scheduler_does_not_start(bundles: list[Path], option: str) -> None:
+    """Either missing would run requests unsteered or share their cache: refused, with the value that is needed."""
+    needed = {"worker_cls": WORKER_CLASS, "scheduler_cls": SCHEDULER_CLASS}[option]
+    with pytest.raises(UnsupportedConfiguration, match=f"{option}='{needed}', this engine has 'auto'"):
+        options_from(config_of(engine_arguments(bundles), **{option: "auto"}))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"bundles": []}, {"bundles": None}, {"terms_per_layer": 9}, {"bundles": "folder"}, {"bundels": ["folder"]}],
+)
+def test_options_that_name_no_bundles_are_refused(bundles: list[Path], given: dict[str, Any]) -> None:
+    """A misspelt or empty option is a mistake, not a wish for plain vLLM."""
+    with pytest.raises(UnsupportedConfiguration, match=CONFIG_KEY):
+        options_from(config_of(engine_arguments(bundles), additional_config={CONFIG_KEY: given}))
+
+
+def test_a_bundle_that_changed_since_the_gateway_read_it_is_refused(bundles: list[Path]) -> None:
+    """The digest travels with the path: both ends of the server speak of the same bundle."""
+    arguments = engine_arguments(bundles)
+    manifest = bundles[0] / MANIFEST
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(BundleDigestError, match="the engine was started with sha256:"):
+        options_from(config_of(arguments))
+
+
+def test_a_bundle_that_does_not_load_stops_the_start(tmp_path: Path) -> None:
+    """The gateway finds out before vLLM is started."""
+    with pytest.raises(BundleFormatError, match="cannot read"):
+        engine_arguments([tmp_path / "absent"])
+
+
+def test_compile_key_holds_version_layers_and_digests(bundles: list[Path]) -> None:
+    """VLLM hashes `additional_config` into the key of its compile cache; reading the options again still works."""
+    config = config_of(engine_arguments(bundles))
+    options = options_from(config)
+    assert options is not None
+    enter_compile_key(config, options)
+    entered = config.additional_config[CONFIG_KEY]
+    assert entered["version"] == __version__
+    assert entered["layers"] == [0, 1, 3]
+    assert [entry["digest"] for entry in entered["bundles"]] == [bundle.digest for bundle in options.bundles]
+    again = options_from(config)
+    assert again is not None
+    assert again.layers == options.layers

@@ -1,0 +1,157 @@
+"""Outcomes: worker to gateway over a real socket, and no answer where the engine did not confirm."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from steering.engine.outcomes import ADDRESS_VARIABLE, OutcomeListener, OutcomeSender
+from steering.errors import EditNotApplied
+from steering.plan import Outcome, Scope
+
+
+def outcome(plan: str, sample: str = "r", *, applied: bool = True, error: str = "") -> Outcome:
+    """What a worker reports of one sample."""
+    return Outcome(
+        plan_id=plan, request_id=sample, applied=applied, edit="e", strength=1.5, scope=Scope.ALL, error=error
+    )
+
+
+def file_exists(path: Path) -> bool:
+    """Whether there is anything at `path`."""
+    return path.exists()
+
+
+@pytest.fixture
+async def listener(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OutcomeListener]:
+    """A listener that receives in this test's event loop."""
+    monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)
+    made = OutcomeListener()
+    made.start()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def sender(listener: OutcomeListener) -> OutcomeSender:
+    """A worker's end that finds the listener as engine processes do: by the inherited environment."""
+    return OutcomeSender()
+
+
+async def test_an_outcome_arrives_as_it_was_sent(listener: OutcomeListener, sender: OutcomeSender) -> None:
+    """One message, one sample, every field."""
+    listener.expect("p")
+    sender.send(outcome("p"))
+    assert await listener.wait("p", 1, 5.0) == [outcome("p")]
+
+
+async def test_waiting_may_begin_before_or_after_the_message(listener: OutcomeListener, sender: OutcomeSender) -> None:
+    """The gateway asks when it has the first token; the outcome may be there already, or not yet."""
+    listener.expect("early")
+    sender.send(outcome("early"))
+    await asyncio.sleep(0.1)
+    assert await listener.wait("early", 1, 0.01) == [outcome("early")]
+    waiting = asyncio.create_task(listener.wait("late", 1, 5.0))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    sender.send(outcome("late"))
+    assert await waiting == [outcome("late")]
+
+
+async def test_all_samples_of_a_request_must_be_confirmed(listener: OutcomeListener, sender: OutcomeSender) -> None:
+    """N = 3 waits for three, in any order beside other plans; two are not enough."""
+    listener.expect("p")
+    listener.expect("q")
+    for plan, sample in (("p", "0_r"), ("q", "r"), ("p", "1_r")):
+        sender.send(outcome(plan, sample))
+    with pytest.raises(EditNotApplied, match=r"confirmed 2 of 3 edits within 0\.2 s"):
+        await listener.wait("p", 3, 0.2)
+    sender.send(outcome("p", "2_r"))
+    assert {each.request_id for each in await listener.wait("p", 3, 5.0)} == {"0_r", "1_r", "2_r"}
+    assert await listener.wait("q", 1, 5.0) == [outcome("q")]
+
+
+async def test_a_sample_reported_twice_counts_once(listener: OutcomeListener, sender: OutcomeSender) -> None:
+    """A sample that was preempted may be reported again; that confirms nothing about its sibling."""
+    listener.expect("p")
+    for _ in range(2):
+        sender.send(outcome("p", "0_r"))
+    with pytest.raises(EditNotApplied, match="confirmed 1 of 2"):
+        await listener.wait("p", 2, 0.2)
+
+
+async def test_silence_withholds_the_answer(listener: OutcomeListener) -> None:
+    """No message within the time allowed is an error that says so."""
+    with pytest.raises(EditNotApplied, match=r"0 of 1 edits within 0\.05 s; the answer is withheld"):
+        await listener.wait("p", 1, 0.05)
+
+
+async def test_an_edit_that_was_not_applied_withholds_the_answer(
+    listener: OutcomeListener, sender: OutcomeSender
+) -> None:
+    """A worker that says no is believed, with its reason."""
+    listener.expect("p")
+    sender.send(outcome("p", applied=False, error="no row"))
+    with pytest.raises(EditNotApplied, match="did not apply edit 'e': no row"):
+        await listener.wait("p", 1, 5.0)
+
+
+async def test_forgotten_and_unexpected_plans_keep_nothing(listener: OutcomeListener, sender: OutcomeSender) -> None:
+    """Messages of requests that ended, or that nobody announced, are dropped: memory does not grow."""
+    listener.expect("p")
+    listener.forget("p")
+    sender.send(outcome("p"))
+    sender.send(outcome("unknown"))
+    listener.expect("last")
+    sender.send(outcome("last"))
+    await listener.wait("last", 1, 5.0)
+    listener.forget("last")
+    listener.forget("never")
+    assert listener._expected == {}
+    assert listener._arrived == {}
+    with pytest.raises(EditNotApplied):
+        await listener.wait("p", 1, 0.05)
+
+
+async def test_a_thousand_plans_find_their_own_outcomes(listener: OutcomeListener, sender: OutcomeSender) -> None:
+    """Concurrent waits, sent in another order than awaited."""
+    plans = [f"p{number}" for number in range(1000)]
+    waiting = [asyncio.create_task(listener.wait(plan, 1, 20.0)) for plan in plans]
+    await asyncio.sleep(0)
+    for plan in reversed(plans):
+        sender.send(outcome(plan, f"r-{plan}"))
+    for plan, found in zip(plans, await asyncio.gather(*waiting), strict=True):
+        assert found == [outcome(plan, f"r-{plan}")]
+
+
+async def test_nobody_listening_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under plain `vllm serve` there is no gateway: the worker sends nothing and goes on."""
+    monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)
+    OutcomeSender().send(outcome("p"))
+    OutcomeSender("").send(outcome("p"))
+
+
+async def test_closing_frees_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The socket's file and the variable are gone; a listener of another gateway keeps its own."""
+    monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)
+    first = OutcomeListener()
+    first.start()
+    second = OutcomeListener()
+    socket_file = Path(first.address.removeprefix("ipc://"))
+    is_there = [file_exists(socket_file)]
+    await first.close()
+    is_there.append(file_exists(socket_file.parent))
+    assert is_there == [True, False]
+    assert os.environ[ADDRESS_VARIABLE] == second.address
+    await second.close()
+    assert ADDRESS_VARIABLE not in os.environ
+
+
+async def test_only_this_user_reaches_the_socket(listener: OutcomeListener) -> None:
+    """Outcomes are trusted, so the folder of the socket is closed to others."""
+    folder = Path(listener.address.removeprefix("ipc://")).parent
+    assert folder.stat().st_mode & 0o077 == 0

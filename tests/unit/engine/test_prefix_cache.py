@@ -1,0 +1,262 @@
+"""Prefix cache: which blocks may meet in vLLM's cache, judged with a hasher that chains as vLLM's does.
+
+Two requests share a block exactly when its key is equal, so every claim here is about equal and different keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import types
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steering.engine.prefix_cache import BlockHasher, SteeringScheduler, isolated, plan_of
+from steering.errors import InvalidSpec
+from steering.plan import PLAN_KEY, Plan, Scope
+from tests.samples import DIGEST, plan_for
+
+BLOCK = 4
+
+
+@dataclass(slots=True, kw_only=True)
+class Parameters:
+    """vLLM's `SamplingParams`, as far as it is read."""
+
+    extra_args: dict[str, object] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeRequest:
+    """vLLM's `Request`, as far as prefix caching reads it: keys are appended as tokens arrive."""
+
+    tokens: list[int]
+    request_id: str = "r"
+    sampling_params: Parameters | None = field(default_factory=Parameters)
+    _block_hasher: BlockHasher | None = None
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_prompt_tokens: int = 0
+    resumable: bool = False
+    abort_immediately: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.tokens)
+
+    def update_block_hashes(self) -> None:
+        if self._block_hasher is not None:
+            self.block_hashes.extend(self._block_hasher(self))
+
+
+def chained(request: FakeRequest) -> list[bytes]:
+    """VLLM's hasher in short (`v1/core/kv_cache_utils.py`): each full block over its tokens and its parent's key."""
+    parent = request.block_hashes[-1] if request.block_hashes else b"none"
+    hashes = []
+    for start in range(len(request.block_hashes) * BLOCK, len(request.tokens) - BLOCK + 1, BLOCK):
+        parent = hashlib.sha256(parent + repr(request.tokens[start : start + BLOCK]).encode()).digest()
+        hashes.append(parent)
+    return hashes
+
+
+def keys(
+    tokens: list[int], plan: Plan | None, *, prompt: int, request_id: str = "r", chunks: tuple[int, ...] = ()
+) -> list[bytes]:
+    """Keys of a request whose tokens arrive in `chunks` after the prompt, or one at a time after those."""
+    request = FakeRequest(tokens=tokens[:prompt], request_id=request_id, _block_hasher=chained)
+    if plan is not None:
+        request._block_hasher = isolated(
+            chained, plan=plan, request_id=request_id, prompt_length=prompt, block_size=BLOCK
+        )
+    request.update_block_hashes()
+    for chunk in (*chunks, *[1] * len(tokens)):
+        request.tokens = tokens[: min(len(tokens), len(request.tokens) + chunk)]
+        request.update_block_hashes()
+    return request.block_hashes
+
+
+TOKENS = list(range(100, 130))
+
+
+@pytest.mark.parametrize("prompt", range(1, 14))
+def test_generated_scope_shares_what_ends_before_the_last_prompt_token(prompt: int) -> None:
+    """Clean blocks have the unsteered key, every later one a key that neither unsteered nor other requests have."""
+    plan = plan_for("e")
+    plain = keys(TOKENS, None, prompt=prompt)
+    steered = keys(TOKENS, plan, prompt=prompt, request_id="r")
+    other = keys(TOKENS, plan, prompt=prompt, request_id="s")
+    assert len(steered) == len(plain)
+    clean = (prompt - 1) // BLOCK
+    assert steered[:clean] == other[:clean] == plain[:clean]
+    assert not set(steered[clean:]) & set(plain)
+    assert not set(steered[clean:]) & set(other)
+
+
+def test_a_block_that_ends_at_the_first_edited_position_is_clean() -> None:
+    """A prompt of 5 edits position 4 and shares positions 0 to 3; a prompt of 4 edits position 3 and does not."""
+    plain = keys(TOKENS, None, prompt=5)
+    assert keys(TOKENS, plan_for("e"), prompt=5)[0] == plain[0]
+    assert keys(TOKENS, plan_for("e"), prompt=4)[0] != plain[0]
+
+
+def test_all_scope_shares_with_equal_plans_only() -> None:
+    """Same edit, bundle and strength: every key equal, whoever asks. Another of the three, or none: no key equal."""
+    plan = plan_for("e", scope=Scope.ALL, plan_id="one")
+    mine = keys(TOKENS, plan, prompt=9, request_id="r")
+    assert keys(TOKENS, plan_for("e", scope=Scope.ALL, plan_id="two"), prompt=9, request_id="s") == mine
+    for other in (
+        None,
+        plan_for("f", scope=Scope.ALL),
+        plan_for("e", scope=Scope.ALL, strength=-1.0),
+        plan_for("e", scope=Scope.ALL, strength=1.0 + 2**-52),
+        plan_for("e", scope=Scope.ALL, bundle="sha256:" + "1" * 64),
+        plan_for("e", scope=Scope.GENERATED),
+    ):
+        assert not set(keys(TOKENS, other, prompt=9)) & set(mine)
+
+
+def test_all_scope_depends_on_the_tokens_as_plain_keys_do() -> None:
+    """Sharing ends at the first block whose tokens differ."""
+    plan = plan_for("e", scope=Scope.ALL)
+    changed = [*TOKENS[:9], 0, *TOKENS[10:]]
+    one, two = keys(TOKENS, plan, prompt=20), keys(changed, plan, prompt=20)
+    assert one[:2] == two[:2]
+    assert not set(one[2:]) & set(two[2:])
+
+
+@given(
+    prompt=st.integers(1, len(TOKENS)),
+    chunks=st.lists(st.integers(1, 9), max_size=8),
+    scope=st.sampled_from(Scope),
+)
+def test_keys_do_not_depend_on_how_many_tokens_came_at_a_time(prompt: int, chunks: list[int], scope: Scope) -> None:
+    """Hashing token by token over decode gives the keys of hashing all at once: a next turn finds this one's."""
+    plan = plan_for("e", scope=scope)
+    at_once = FakeRequest(tokens=TOKENS)
+    at_once.block_hashes = isolated(chained, plan=plan, request_id="r", prompt_length=prompt, block_size=BLOCK)(at_once)
+    assert keys(TOKENS, plan, prompt=prompt, chunks=tuple(chunks)) == at_once.block_hashes
+
+
+def test_next_turn_finds_blocks_generated_in_this_one() -> None:
+    """Scope `all`: what was prompt and answer in turn one is prompt in turn two, with the same keys."""
+    plan = plan_for("e", scope=Scope.ALL)
+    assert keys(TOKENS, plan, prompt=6) == keys(TOKENS, plan, prompt=len(TOKENS), request_id="next")
+
+
+def test_generated_scope_never_offers_an_answer_to_the_next_turn() -> None:
+    """Scope `generated`: the answer was edited in turn one, is clean prompt in turn two: its blocks do not meet."""
+    plan = plan_for("e")
+    first, second = keys(TOKENS, plan, prompt=6), keys(TOKENS, plan, prompt=len(TOKENS), request_id="next")
+    assert first[0] == second[0]
+    assert not set(first[1:]) & set(second)
+
+
+def test_the_hasher_leaves_the_request_as_it_found_it() -> None:
+    """An error inside vLLM's hasher passes through and the request keeps its own keys."""
+
+    def failing(request: FakeRequest) -> list[bytes]:
+        raise RuntimeError("inside vLLM")
+
+    request = FakeRequest(tokens=TOKENS, block_hashes=[b"own"])
+    with pytest.raises(RuntimeError, match="inside vLLM"):
+        isolated(failing, plan=plan_for("e"), request_id="r", prompt_length=5, block_size=BLOCK)(request)
+    assert request.block_hashes == [b"own"]
+
+
+class FakeScheduler:
+    """vLLM's scheduler, as far as it takes requests."""
+
+    def __init__(self) -> None:
+        self.accepted: list[FakeRequest] = []
+
+    def add_request(self, request: FakeRequest) -> None:
+        self.accepted.append(request)
+
+
+class Scheduler(SteeringScheduler, FakeScheduler):
+    edits = {DIGEST: frozenset({"e"})}  # noqa: RUF012 - set by `make_scheduler` in the same way
+    hash_block_size = BLOCK
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM's logger by its import path, so that vLLM need not be imported."""
+    package, module = types.ModuleType("vllm"), types.ModuleType("vllm.logger")
+    module.init_logger = logging.getLogger  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    monkeypatch.setitem(sys.modules, "vllm.logger", module)
+
+
+def submitted(plan_text: object, *, resumable: bool = False, caching: bool = True) -> FakeRequest:
+    """A request as it leaves the scheduler's `add_request`, with the keys vLLM gave it before."""
+    extra = None if plan_text is None else {PLAN_KEY: plan_text, "other": 1}
+    request = FakeRequest(tokens=TOKENS[:10], sampling_params=Parameters(extra_args=extra), resumable=resumable)
+    if caching:
+        request._block_hasher = chained
+        request.update_block_hashes()
+    scheduler = Scheduler()
+    scheduler.add_request(request)
+    assert scheduler.accepted == [request]
+    return request
+
+
+def test_a_steered_request_is_set_apart_before_it_can_be_scheduled() -> None:
+    """Keys vLLM had made at construction are replaced by the isolated ones."""
+    plan = plan_for("e", scope=Scope.ALL)
+    request = submitted(plan.to_json())
+    assert request.block_hashes == keys(TOKENS[:10], plan, prompt=10)
+    assert not request.abort_immediately
+
+
+def test_an_unsteered_request_is_vllms_own() -> None:
+    """No plan, no difference: the hasher and the keys stay vLLM's."""
+    request = submitted(None)
+    assert request._block_hasher is chained
+    assert request.block_hashes == keys(TOKENS[:10], None, prompt=10)
+    assert not request.abort_immediately
+
+
+def test_a_server_without_prefix_caching_needs_no_keys() -> None:
+    """No hasher, no keys; the steered request is accepted."""
+    request = submitted(plan_for("e").to_json(), caching=False)
+    assert request.block_hashes == []
+    assert not request.abort_immediately
+
+
+@pytest.mark.usefixtures("log")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json",
+        "",
+        5,
+        {"id": "p"},
+        plan_for("absent").to_json(),
+        plan_for("e", bundle="sha256:other").to_json(),
+        plan_for("e").to_json().replace('"scope":"generated"', '"scope":["all"]'),
+        plan_for("e").to_json().replace('"strength":1.0', '"strength":' + "9" * 400),
+    ],
+)
+def test_a_plan_that_cannot_be_followed_aborts_its_request_alone(text: object) -> None:
+    """Invalid plans and names this engine lacks: never run unsteered, and never an error that stops the scheduler."""
+    assert submitted(text).abort_immediately
+
+
+@pytest.mark.usefixtures("log")
+def test_a_session_that_takes_more_input_later_is_aborted_when_steered() -> None:
+    """Its prompt length changes, so positions cannot be decided; unsteered ones go through."""
+    assert submitted(plan_for("e").to_json(), resumable=True).abort_immediately
+    assert not submitted(None, resumable=True).abort_immediately
+
+
+def test_plan_of_reads_the_plan_and_nothing_else() -> None:
+    """No sampling parameters (pooling), no extra arguments, or others': no plan; a broken plan is an error."""
+    plan = plan_for("e")
+    assert plan_of(FakeRequest(tokens=[1], sampling_params=None)) is None
+    assert plan_of(FakeRequest(tokens=[1])) is None
+    assert plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={"other": 1}))) is None
+    assert plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: plan.to_json()}))) == plan
+    with pytest.raises(InvalidSpec):
+        plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: 1})))
