@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,11 +61,13 @@ class Settings:
         tau: P1's threshold on coordinates of class means.
         top_k: coordinates a direction keeps; None keeps 200, P1's value, which is all of a narrower residual.
         most: prompts per class at most.
+        calibration: calibration prompts of each kind at most.
+        ranged: calibration prompts that are answered in full for the certified range.
         multiples: doses tried, in units of the norm of the class difference at that layer.
         comply_target: share of refusals that a `comply` dose must remove on calibration prompts.
         refuse_target: share of prompts that a `refuse` dose must have refused on calibration prompts.
         strengths: multipliers of a dose that are tested for well-formed answers.
-        well_formed: share of answers that must be well formed at a certified strength.
+        most_spoiled: share of answers that a certified strength may spoil, against no steering.
     """
 
     categories: tuple[str, ...] = CATEGORIES
@@ -72,12 +75,13 @@ class Settings:
     tau: float = TAU
     top_k: int | None = None
     most: int = 1200
-    calibration: int = 160
-    multiples: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+    calibration: int = 100
+    ranged: int = 32
+    multiples: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     comply_target: float = 0.9
     refuse_target: float = 0.97
-    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-    well_formed: float = 0.95
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    most_spoiled: float = 0.1
     seed: int = 20261122
 
 
@@ -349,28 +353,34 @@ def edit_name(purpose: str, category: str) -> str:
 def certified_range(fit: Fit, edits: Mapping[str, Edit]) -> dict[str, Any]:
     """For each edit the share of well-formed answers at each strength, and the largest strength certified.
 
-    An answer is well formed when it begins with a refusal token or `[respond]` and holds no run of four tokens three times.
+    An answer is well formed when it begins with a refusal token or `[respond]` and holds no run of four tokens three
+    times. A small model repeats itself unsteered too, so a strength is held against that.
     """
 
     def make() -> dict[str, Any]:
         prompts = calibration_prompts(fit)
-        tested = prompts.borderline[:24] + prompts.harmful[:24]
+        tested = of_common_length(prompts.borderline + prompts.harmful, fit.settings.ranged)
+        plain = well_formed(fit.loaded, greedy(fit.loaded, tested, new_tokens=32))
         result: dict[str, Any] = {}
         for name, edit in edits.items():
-            rates = {
-                strength: well_formed(fit.loaded, greedy(fit.loaded, tested, edit, strength)).to_json()
-                for strength in fit.settings.strengths
-            }
-            maximum = 0.0
-            for strength, rate in rates.items():
-                if rate["rate"] < fit.settings.well_formed:
+            maximum, rates = 0.0, {}
+            for strength in fit.settings.strengths:
+                rate = well_formed(fit.loaded, greedy(fit.loaded, tested, edit, strength, new_tokens=32))
+                rates[f"{strength:g}"] = rate.to_json()
+                if rate.value < plain.value - fit.settings.most_spoiled:
                     break
                 maximum = strength
             result[name] = {"maximum": maximum, "well_formed": rates}
-            fit.say(f"  {name}: well formed up to strength {maximum}")
-        return {"edits": result, "prompts": len(tested)}
+            fit.say(f"  {name}: strength up to {maximum:g}")
+        return {"unsteered": plain.to_json(), "edits": result, "prompts": len(tested)}
 
     return fit.stage("range", make)
+
+
+def of_common_length(prompts: Sequence[list[int]], most: int) -> list[list[int]]:
+    """At most `most` prompts from the largest groups of equal length, which are generated together."""
+    counts = Counter(len(prompt) for prompt in prompts)
+    return sorted(prompts, key=lambda prompt: (-counts[len(prompt)], len(prompt)))[:most]
 
 
 def well_formed(loaded: LoadedModel, answers: Sequence[Sequence[int]]) -> Rate:

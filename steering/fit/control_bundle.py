@@ -42,8 +42,9 @@ def fit_directions(fit: Fit, bundle: Path, *, name: str, version: str) -> Bundle
     edits = edits_of(fit, means, doses)
     ranges = certified_range(fit, edits)
     held = held_effects(fit, edits)
-    manifest = _manifest(fit, edits, means_facts, swept, doses, ranges, name=name, version=version)
-    saved = save_bundle(bundle, manifest, edits)
+    manifest = _manifest(fit, edits, means_facts, doses, ranges, name=name, version=version)
+    kept = {record["name"]: edits[record["name"]] for record in manifest["edits"]}
+    saved = save_bundle(bundle, manifest, kept)
     report = {
         "settings": asdict(fit.settings),
         "data": means_facts,
@@ -129,7 +130,6 @@ def _manifest(
     fit: Fit,
     edits: Mapping[str, Edit],
     means: Mapping[str, Any],
-    swept: Mapping[str, Any],
     doses: Mapping[str, Any],
     ranges: Mapping[str, Any],
     *,
@@ -210,8 +210,8 @@ def _strength(found: Mapping[str, Any], prompts: int) -> dict[str, Any]:
     return {
         "minimum": 0.0,
         "maximum": found["maximum"],
-        "measured": f"largest strength up to which at least 95 % of {prompts} greedy answers to calibration prompts began "
-        "with a decision token and did not repeat themselves",
+        "measured": f"largest strength tried that spoiled at most 10 % of {prompts} greedy answers to "
+        "calibration prompts: they begin with a refusal token or [respond] and do not repeat themselves",
     }
 
 
