@@ -14,7 +14,7 @@ COPY steering ./steering
 RUN python3 -m pip install --no-cache-dir --break-system-packages --no-deps --no-build-isolation . \
  && rm -rf build server steering \
  && trimtab serve --help > /dev/null \
- && useradd --system --create-home --uid 10001 trimtab \
+ && useradd --no-log-init --create-home --uid 10001 trimtab \
  && install -d -o trimtab -g trimtab /cache
 
 USER 10001
@@ -24,6 +24,8 @@ WORKDIR /home/trimtab
 ENV HF_HUB_OFFLINE=1 \
     VLLM_NO_USAGE_STATS=1 \
     XDG_CACHE_HOME=/cache \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TRITON_CACHE_DIR=/cache/triton \
     TRIMTAB_MODEL=/models/model
 VOLUME ["/cache"]
 EXPOSE 8000
