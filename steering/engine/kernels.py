@@ -33,7 +33,7 @@ GAIN, BIAS, FIRST, COUNT = 0, 1, 2, 3
 SCALARS = 4
 """How many of them there are; a multiple of 4 keeps every row 16-byte aligned where D is."""
 
-_LIBRARY = torch.library.Library("trimtab", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("trimtab", "FRAGMENT")
 
 
 def table_width(width: int) -> int:
@@ -82,10 +82,10 @@ def _edit_fake(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tenso
 def _define() -> None:
     # The witness cell of `table` is written too. It is left out of the schema on purpose: nothing in a compiled graph
     # reads it, and declaring it would make the compiler copy the whole table at every call.
-    _LIBRARY.define("edit(Tensor(a!) hidden, Tensor residual, Tensor token_rows, Tensor rows, Tensor table) -> ()")  # type: ignore[no-untyped-call]
+    _LIBRARY.define("edit(Tensor(a!) hidden, Tensor residual, Tensor token_rows, Tensor rows, Tensor table) -> ()")
     on_cpu: Any = edit_triton if os.environ.get("TRIMTAB_KERNEL") == "triton" else edit_reference
-    _LIBRARY.impl("edit", on_cpu, "CPU")  # type: ignore[no-untyped-call]
-    _LIBRARY.impl("edit", edit_triton, "CUDA")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("edit", on_cpu, "CPU")
+    _LIBRARY.impl("edit", edit_triton, "CUDA")
     torch.library.register_fake("trimtab::edit", _edit_fake, lib=_LIBRARY)
 
 

@@ -50,7 +50,7 @@ class _Upload:
         else:
             self._pinned = [torch.zeros_like(target, device="cpu", pin_memory=True) for _ in range(2)]
             self._arrays = [pinned.numpy() for pinned in self._pinned]
-            self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+            self._events = [torch.cuda.Event() for _ in range(2)]
 
     def array(self) -> NDArray[np.generic]:
         """The host array to fill before `send`; waits only if its last copy, two steps ago, has not ended."""
@@ -78,8 +78,8 @@ class Rows:
 
     Attributes:
         rows: [S, 2] float32, (edit number, strength).
-        token_rows: [tokens + 1] int32; the last entry is the number of steered tokens of the step, kept on the CPU only,
-            where the op reads it to leave at once.
+        token_rows: [tokens + 1] int32; the last entry is the number of steered tokens of the step, kept on the CPU
+            only, where the op reads it to leave at once.
     """
 
     def __init__(self, *, bank: Bank, requests: int, tokens: int, device: torch.device) -> None:

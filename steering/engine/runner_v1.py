@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from steering.engine.model import Steering
 from steering.engine.prefix_cache import plan_of
 
@@ -16,17 +18,38 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+class RewindableGenerator(torch.Generator):
+    """A CPU generator that vLLM can rewind.
+
+    vLLM 0.32 rewinds the generator of a seeded request whose prompt is prefilled in chunks by its offset, which a CPU
+    generator does not have: one such request would end the engine for all. Rewinding does nothing here, so on the CPU
+    what a seed gives depends on how the prompt was chunked.
+    """
+
+    def get_offset(self) -> int:
+        """The offset vLLM subtracts from; of no consequence."""
+        return 4
+
+    def set_offset(self, offset: int) -> torch.Generator:
+        """Stay where the stream is."""
+        return self
+
+
 class SteeredRunner:
-    """Mixed into the runner's class once it is made; does nothing while the model has no steering."""
+    """Mixed into the runner's class once it is made."""
 
     model: Any
     input_batch: Any
+    requests: dict[str, Any]
+    device: torch.device
 
     def _steering(self) -> Steering | None:
         return getattr(self.model, "steering", None)
 
     def _update_states(self, scheduler_output: Any) -> Any:
         result = super()._update_states(scheduler_output)  # type: ignore[misc]
+        if self.device.type == "cpu":
+            self._make_generators_rewindable(scheduler_output)
         steering = self._steering()
         if steering is not None:
             _follow(steering, scheduler_output)
@@ -41,6 +64,15 @@ class SteeredRunner:
             )
             steering.before_forward(outcomes)
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+
+    def _make_generators_rewindable(self, scheduler_output: Any) -> None:
+        for new in scheduler_output.scheduled_new_reqs:
+            request = self.requests[new.req_id]
+            if request.generator is not None:
+                rewindable = RewindableGenerator(device=self.device)
+                rewindable.set_state(request.generator.get_state())
+                request.generator = rewindable
+                self.input_batch.generators[self.input_batch.req_id_to_index[new.req_id]] = rewindable
 
 
 def _follow(steering: Steering, scheduler_output: Any) -> None:

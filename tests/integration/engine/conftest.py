@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from steering.bundle import Bundle, save_bundle
 from steering.fingerprint import fingerprint_of
 from steering.terms import Edit, LayerTerms, ablated_direction, added_direction, low_rank_map, repositioned_direction
+from tests.integration.engine.driver import close_hosts
 from tests.oracle import Oracle
 from tests.tiny_models import WIDTH, make_tiny_model
 
@@ -59,6 +60,13 @@ class Tiny:
     def bundle_path(self) -> str:
         """Folder of the bundle."""
         return str(self.bundle.path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engine_processes() -> Iterator[None]:
+    """End the engine processes with the session."""
+    yield
+    close_hosts()
 
 
 @pytest.fixture(scope="session")

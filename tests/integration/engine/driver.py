@@ -1,7 +1,7 @@
-"""Runs one real vLLM engine in a process of its own and plays rounds of requests against it.
+"""Real vLLM engines in processes of their own, and rounds of requests played against them.
 
-`python -m tests.integration.engine.driver SCENARIO.json RESULT.json`. A process per engine, because the model runner,
-the compiler and Triton's interpreter are chosen by the environment before vLLM is imported.
+The model runner, the plugins and Triton's interpreter are chosen by the environment before vLLM is imported, so there
+is a process per environment; `python -m tests.integration.engine.driver` is its main programme.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,17 +77,66 @@ class Result:
     preemptions: int
 
 
-def play(scenario: Scenario, folder: Path) -> Result:
-    """Run a scenario in a fresh process.
+class EngineFailed(AssertionError):
+    """The engine did not start or a request raised; carries the error and the end of the process's output."""
+
+
+class _Host:
+    """A process that plays scenarios one after the other; importing vLLM takes longer than starting a tiny engine."""
+
+    def __init__(self, environment: dict[str, str], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / f"engine-{os.getpid()}-{time.monotonic_ns()}.log"
+        with self._log.open("w") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.integration.engine.driver"],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+
+    def play(self, question: Path, answer: Path) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{question}\t{answer}\n")
+        self._process.stdin.flush()
+        end = time.monotonic() + DEADLINE
+        while not answer.exists():
+            if self._process.poll() is not None or time.monotonic() > end:
+                self.close()
+                raise EngineFailed(f"engine process ended or hung:\n{self._log.read_text()[-6000:]}")
+            time.sleep(0.05)
+        fields: dict[str, Any] = json.loads(answer.read_text())
+        if "error" in fields:
+            raise EngineFailed(fields["error"])
+        return fields
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+_HOSTS: dict[tuple[tuple[str, str], ...], _Host] = {}
+
+
+def play(scenario: Scenario, folder: Path, *, fresh: bool = False) -> Result:
+    """Run a scenario on a real engine, in a process that has the environment it asks for.
+
+    Args:
+        scenario: what to run.
+        folder: for the files that carry question and answer, and the process's output.
+        fresh: in a new process, which ends afterwards.
 
     Raises:
-        AssertionError: the process failed; carries the end of its output.
+        EngineFailed: the engine did not start, or raised.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    question, answer, log = folder / "scenario.json", folder / "result.json", folder / "log.txt"
+    number = time.monotonic_ns()
+    question, answer = folder / f"scenario-{number}.json", folder / f"result-{number}.json"
     question.write_text(json.dumps(asdict(scenario)))
-    environment = {
-        **os.environ,
+    chosen = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -94,21 +146,31 @@ def play(scenario: Scenario, folder: Path) -> Result:
         **({"VLLM_PLUGINS": "none"} if scenario.bundle is None else {}),
         **scenario.environment,
     }
-    with log.open("w") as stream:
-        code = subprocess.run(
-            [sys.executable, "-m", "tests.integration.engine.driver", str(question), str(answer)],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            timeout=DEADLINE,
-            check=False,
-        ).returncode
-    assert code == 0, f"engine process ended with {code}:\n{log.read_text()[-6000:]}"
-    fields = json.loads(answer.read_text())
+    environment = {**os.environ, **chosen}
+    if fresh:
+        host = _Host(environment, folder)
+        try:
+            fields = host.play(question, answer)
+        finally:
+            host.close()
+    else:
+        key = tuple(sorted(chosen.items()))
+        if key not in _HOSTS:
+            _HOSTS[key] = _Host(environment, folder)
+        try:
+            fields = _HOSTS[key].play(question, answer)
+        except EngineFailed:
+            # What a failed start leaves behind in its process must not reach the next scenario.
+            _HOSTS.pop(key).close()
+            raise
     fields["rounds"] = [[Got(**got) for got in round_] for round_ in fields["rounds"]]
     return Result(**fields)
+
+
+def close_hosts() -> None:
+    """End every engine process that is kept."""
+    while _HOSTS:
+        _HOSTS.popitem()[1].close()
 
 
 def _serve_triton_without_gpu() -> None:
@@ -137,22 +199,41 @@ def _serve_triton_without_gpu() -> None:
     triton.backends.backends["cpu"] = triton.backends.Backend(compiler=nvidia.compiler, driver=InterpretedDriver)
 
 
-def _main(question: Path, answer: Path) -> None:
+def _main() -> None:
+    """Play scenarios until the standard input ends: one line each, the files of question and answer."""
+    import zmq
+
+    from steering.engine.outcomes import ADDRESS_VARIABLE
+
+    if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
+        _serve_triton_without_gpu()
+    with tempfile.TemporaryDirectory() as folder:
+        listener = zmq.Context.instance().socket(zmq.PULL)
+        os.environ[ADDRESS_VARIABLE] = f"ipc://{folder}/outcomes"
+        listener.bind(os.environ[ADDRESS_VARIABLE])
+        for line in sys.stdin:
+            question, answer = map(Path, line.rstrip("\n").split("\t"))
+            try:
+                fields = asdict(_run(question, listener))
+            except BaseException:  # noqa: BLE001 - whatever it is, the waiting test must hear of it
+                fields = {"error": traceback.format_exc()}
+            partial = answer.with_suffix(".partial")
+            partial.write_text(json.dumps(fields))
+            partial.rename(answer)
+
+
+def _run(question: Path, listener: Any) -> Result:
+    import gc
+
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from steering.bundle import load_bundle
+    from steering.engine.plugin import engine_arguments
+
     fields = json.loads(question.read_text())
     rounds = [[Ask(**{**ask, "prompt": tuple(ask["prompt"])}) for ask in round_] for round_ in fields.pop("rounds")]
     scenario = Scenario(rounds=rounds, **fields)
-    if scenario.v2_interpreted:
-        _serve_triton_without_gpu()
-    import zmq
-    from vllm import LLM
-
-    from steering.bundle import load_bundle
-    from steering.engine.outcomes import ADDRESS_VARIABLE
-    from steering.engine.plugin import engine_arguments
-
-    listener = zmq.Context.instance().socket(zmq.PULL)
-    os.environ[ADDRESS_VARIABLE] = f"ipc://{answer.parent / 'outcomes'}"
-    listener.bind(os.environ[ADDRESS_VARIABLE])
     digest, steering = "", {}
     if scenario.bundle is not None:
         digest, steering = load_bundle(Path(scenario.bundle)).digest, engine_arguments([Path(scenario.bundle)])
@@ -169,14 +250,19 @@ def _main(question: Path, answer: Path) -> None:
             **scenario.arguments,
         },
     )
-    played = [_ask(engine, round_, digest) for round_ in rounds]
-    outcomes = []
-    while listener.poll(200):
-        outcomes.append(json.loads(listener.recv()))
-    preemptions = sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
-    report = engine.collective_rpc("steering_report")[0] if steering else {}
-    result = Result(rounds=played, outcomes=outcomes, report=report, preemptions=int(preemptions))
-    answer.write_text(json.dumps(asdict(result)))
+    try:
+        played = [_ask(engine, round_, digest) for round_ in rounds]
+        outcomes = []
+        while listener.poll(200):
+            outcomes.append(json.loads(listener.recv()))
+        preemptions = sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
+        report = engine.collective_rpc("steering_report")[0] if steering else {}
+        return Result(rounds=played, outcomes=outcomes, report=report, preemptions=int(preemptions))
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+        del engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 def _ask(engine: Any, round_: Sequence[Ask], digest: str) -> list[Got]:
@@ -218,4 +304,4 @@ def _ask(engine: Any, round_: Sequence[Ask], digest: str) -> list[Got]:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), Path(sys.argv[2]))
+    _main()

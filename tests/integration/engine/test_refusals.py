@@ -11,7 +11,7 @@ import pytest
 from steering.bundle import save_bundle
 from steering.fingerprint import fingerprint_of
 from tests.integration.engine.conftest import Tiny
-from tests.integration.engine.driver import Scenario, play
+from tests.integration.engine.driver import EngineFailed, Scenario, play
 from tests.tiny_models import FAMILIES, make_tiny_model
 
 
@@ -29,8 +29,8 @@ def test_unproved_option_is_refused_by_name(
     """The engine does not start, and its message names the option and what to do."""
     model = tiny("llama")
     scenario = Scenario(model=str(model.model), bundle=model.bundle_path, rounds=[], arguments=arguments)
-    with pytest.raises(AssertionError, match=rf"UnsupportedConfiguration.*{named}"):
-        play(scenario, tmp_path)
+    with pytest.raises(EngineFailed, match=rf"UnsupportedConfiguration.*{named}"):
+        play(scenario, tmp_path, fresh=True)
 
 
 def test_architecture_outside_the_table_is_refused_by_name(
@@ -52,5 +52,5 @@ def test_architecture_outside_the_table_is_refused_by_name(
     }
     bundle = save_bundle(tmp_path / "bundle", manifest, edits)
     scenario = Scenario(model=str(model), bundle=str(bundle.path), rounds=[])
-    with pytest.raises(AssertionError, match="UnsupportedArchitecture.*StableLmForCausalLM"):
-        play(scenario, tmp_path / "run")
+    with pytest.raises(EngineFailed, match=r"UnsupportedArchitecture.*StableLmForCausalLM"):
+        play(scenario, tmp_path / "run", fresh=True)
