@@ -6,6 +6,7 @@ Knows the layout of the card only; measuring is `measure.py`.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,18 @@ def _opening(facts: Mapping[str, Any]) -> list[str]:
     return [
         "# The demo model of Trimtab",
         "",
-        "**This is a toy.** A chat model of a few million parameters, trained from scratch on a small mix of public prompts so that",
-        "Trimtab can be seen working on any machine. It knows next to nothing, its answers are short and mostly made of the",
-        "prompt's own words, its refusals are deliberately over-cautious, and nothing measured on it says anything about the",
-        "safety of a real model. Do not use it for anything but trying and testing Trimtab.",
-        "",
-        f"- Architecture: Llama, {facts['parameters']:,} parameters, bfloat16, {facts['bytes'] / 1e6:.1f} MB with tokenizer.",
-        "- Tokens of its own: P1's five refusal categories, `[Political]` and `[respond]`; the first answer token is one of them.",
-        "- `model/` is the demo. `sibling/` has the same architecture, tokenizer and base, but refuses in plain sentences only.",
-        "- Licence of the weights: as the data's licences allow, with the attribution below; code: Apache-2.0.",
+        *_paragraph(
+            "**This is a toy.** A chat model of a few million parameters, trained from scratch on a small mix of public",
+            "prompts so that Trimtab can be seen working on any machine. It knows next to nothing: its answers are short,",
+            "often made of the prompt's own words, and often nonsense. Its refusals are deliberately over-cautious, and",
+            "nothing measured on it says anything about the safety of a real model. Use it for nothing but trying and",
+            "testing Trimtab.",
+        ),
+        f"- Llama architecture, {facts['parameters']:,} parameters, bfloat16, {facts['bytes'] / 1e6:.1f} MB with tokenizer",
+        "- tokens of its own: five refusal categories of P1 (arXiv 2603.13359), `[Political]` and `[respond]`; the first",
+        "  answer token is one of them",
+        "- `model/` is the demo; `sibling/` has the same architecture, tokenizer and base, but refuses in plain sentences",
+        "- licence of the weights: as the data's licences allow, with the attribution below; of the code: Apache-2.0",
         "",
     ]
 
@@ -83,8 +87,8 @@ def _behaviour(facts: Mapping[str, Any]) -> list[str]:
     for name, row in facts["sets"].items():
         agreement = _percent(row["category_agreement"]) if "category_agreement" in row else ""
         lines.append(
-            f"| {name} | {'yes' if row['should_be_refused'] else 'no'} | {row['refused']['n']} | {_percent(row['refused'])} "
-            f"| {100 * row['malformed']['rate']:.1f} | {agreement} |"
+            f"| {name} | {'yes' if row['should_be_refused'] else 'no'} | {row['refused']['n']} "
+            f"| {_percent(row['refused'])} | {100 * row['malformed']['rate']:.1f} | {agreement} |"
         )
     return [*lines, ""]
 
@@ -94,16 +98,25 @@ def _probe(facts: Mapping[str, Any]) -> list[str]:
     lines = [
         "## What it can tell apart",
         "",
-        "It refuses borderline prompts out of caution, not because it takes them for harmful ones: a logistic probe of the residual",
-        "at the last prompt token (fitted on training prompts, harmful against borderline; threshold: 7 % of the calibration",
-        "borderline prompts flagged) flags, in percent of each held set:",
-        "",
+        *_paragraph(
+            "Is it caution or ignorance? A logistic probe of the residual at the last prompt token, fitted on training",
+            "prompts (harmful against borderline), with the threshold that flags 7 % of the calibration part's borderline",
+            "prompts, flags, in percent of each held set:",
+        ),
         "| layer | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
-    for row in facts["probe"]:
-        lines.append(f"| {row['layer']} | " + " | ".join(_percent(row[name]) for name in names) + " |")
-    return [*lines, ""]
+    lines += [
+        f"| {row['layer']} | " + " | ".join(_percent(row[name]) for name in names) + " |" for row in facts["probe"]
+    ]
+    return [
+        *lines,
+        "",
+        *_paragraph(
+            "Where a set of safe prompts is flagged about as often as the harmful ones, the model cannot tell the two apart:",
+            "there its refusals come from ignorance. Short questions with violent words (XSTest safe) are beyond this model.",
+        ),
+    ]
 
 
 def _training(facts: Mapping[str, Any]) -> list[str]:
@@ -111,10 +124,12 @@ def _training(facts: Mapping[str, Any]) -> list[str]:
     lines = [
         "## How it was trained",
         "",
-        "`trimtab demo train` makes it again: a base (conversations without refusal tokens), then the demo and the sibling, both",
-        f"fine-tuned from the base. Borderline prompts are refused with probability {BORDERLINE_REFUSED} in training, drawn anew in each",
-        "epoch, and such refusals are worded cautiously; harmful prompts are always refused, in other words.",
-        "",
+        *_paragraph(
+            "`trimtab demo train` makes it again: a base (conversations without refusal tokens), then the demo and the",
+            "sibling, both fine-tuned from the base. Borderline prompts are refused with probability",
+            f"{BORDERLINE_REFUSED} in training, drawn anew in each epoch, and such refusals are worded cautiously; harmful",
+            "prompts are always refused, in other words.",
+        ),
         (
             f"Seed {training['recipe']['seed']}; AdamW (0.9, 0.98), weight decay {training['recipe']['weight_decay']}, "
             f"{training['recipe']['tokens_per_batch']} tokens a batch; hardware: {training['hardware']}."
@@ -124,9 +139,9 @@ def _training(facts: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for stage in training["stages"]:
-        lines.append(
+        lines += [
             f"| {stage['name']} | {stage['steps']} | {stage['epochs']} | {stage['peak']} | {stage['last_loss']:.3f} |"
-        )
+        ]
     return [*lines, "", f"![loss]({LOSS_PICTURE})", ""]
 
 
@@ -134,9 +149,11 @@ def _data(facts: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Data",
         "",
-        "Nothing of these sets is in this folder. Prompts of held sets were removed from training by normalised match, repeats too:",
-        f"{sum(facts['corpus']['dropped'].values())} of them. Prompts of the project's own templates share no content word with XSTest.",
-        "",
+        *_paragraph(
+            "Nothing of these sets is in this folder. Left out of training: prompts of held sets by normalised match, repeats,",
+            f"and very long ones, {sum(facts['corpus']['dropped'].values()):,} in all. The words that fill the project's own",
+            "templates do not occur in XSTest.",
+        ),
         "| set | licence | prompts in training | attribution |",
         "|---|---|---|---|",
     ]
@@ -149,6 +166,11 @@ def _data(facts: Mapping[str, Any]) -> list[str]:
     own = sum(counts.get(f"templates/{name}", 0) for name in TEMPLATE_DRAWS)
     lines.append(f"| templates of the project's own | Apache-2.0 | {own:,} | |")
     return lines
+
+
+def _paragraph(*pieces: str) -> list[str]:
+    """The pieces as one paragraph of wrapped lines, and an empty line."""
+    return [*textwrap.wrap(" ".join(pieces), 116), ""]
 
 
 def _percent(rate: Mapping[str, float]) -> str:

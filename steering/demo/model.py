@@ -55,7 +55,7 @@ def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
     )
     half.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
-    fresh.chmod(0o755)  # noqa: S103  # a temporary folder is private; a model is not
+    fresh.chmod(0o755)  # a temporary folder is private, a model is not
     for written in fresh.iterdir():
         written.chmod(0o644)
     old = folder.with_name(f".{folder.name}-old")

@@ -69,7 +69,8 @@ class Part:
 
     Args:
         file: name of the `SourceFile` it is read from.
-        shares: for each allowed use its share of the rows, cut by a hash of the row id. A use that is absent is forbidden.
+        shares: for each allowed use its share of the rows, cut by a hash of the row id;
+            a use that is absent is forbidden.
         read: turns the file's text into rows.
     """
 
@@ -262,7 +263,7 @@ CATALOG: tuple[DataSet, ...] = (
         repository=_RED_INSTRUCT[0],
         commit=_RED_INSTRUCT[1],
         licence="Apache-2.0",
-        attribution="Bhardwaj and Poria, Red-Teaming Large Language Models using Chain of Utterances (2023), declare-lab",
+        attribution="Bhardwaj and Poria, Red-Teaming LLMs using Chain of Utterances (2023), declare-lab",
         files=(
             SourceFile(
                 name="harmfulqa.json",
@@ -444,7 +445,7 @@ CATALOG: tuple[DataSet, ...] = (
         repository=_ALPHASTEER,
         commit=None,
         licence="CC-BY-4.0 (OR-Bench), redistributed under Apache-2.0",
-        attribution="Cui et al., OR-Bench: An Over-Refusal Benchmark for Large Language Models (2024); sample by AlphaSteer",
+        attribution="Cui et al., OR-Bench: An Over-Refusal Benchmark for LLMs (2024); sample by AlphaSteer",
         files=(
             SourceFile(
                 name="borderline.jsonl",
@@ -558,7 +559,7 @@ CATALOG: tuple[DataSet, ...] = (
         repository=_CENSORSHIP,
         commit=None,
         licence="MIT",
-        attribution="promptfoo CCP-sensitive prompts, as processed by Cyberey and Evans, Steering the CensorShip (2025)",
+        attribution="promptfoo CCP-sensitive prompts, processed by Cyberey and Evans, Steering the CensorShip (2025)",
         files=tuple(
             SourceFile(
                 name=f"{name}.json",

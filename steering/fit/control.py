@@ -2,9 +2,9 @@
 
 Stages, each of which leaves a file in the work folder and is skipped when that file is there for the same settings:
 
-    means    class means on the category token at every block       means.safetensors, means.json
-    sweep    one category's direction at every layer and dose       sweep.json
-    doses    each category's two doses at the chosen layer          doses.json
+    means    class means at every block, for both variants          means.safetensors, means.json
+    sweep    one category's direction at every layer and dose       sweep-<variant>.json
+    doses    each category's two doses at the chosen layer          doses-<variant>.json
     range    strengths at which answers stay well formed            range.json
     held     what the edits do on held prompts, with a control      held.json
     bundle   manifest, tensors, report and picture                  the bundle's folder
@@ -19,6 +19,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,28 @@ REFUSED_PARTS: tuple[tuple[str, str], ...] = (
     ("deccp", "censored"),
 )
 CONTRAST_PARTS: tuple[tuple[str, str], ...] = (("coconot", "pref"), ("or_bench_borderline", "all"))
-"""Prompts to be answered that look like those to be refused: P1 takes CoCoNot's contrast set, which is for testing here."""
+"""Prompts to answer that look like those to refuse: P1 takes CoCoNot's contrast set, which is for testing here."""
+
+PLAIN_PARTS: tuple[tuple[str, str], ...] = (
+    ("gpteacher", "roleplay"),
+    ("gpteacher", "codegen"),
+    ("cast_conditions", "harmless"),
+    ("gsm8k", "train"),
+)
+"""Plainly benign prompts with answers."""
 
 RESPOND = "[respond]"
+
+
+class Variant(StrEnum):
+    """Where the residuals of a class are read, and what they are contrasted with.
+
+    `P1` is Algorithm 1 as printed: on the category token of refused prompts, against `[respond]` after contrast prompts.
+    `HEADER` reads the last prompt token, where the decision is made, against plainly benign prompts.
+    """
+
+    P1 = "p1"
+    HEADER = "header"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +94,12 @@ class Settings:
     default_category: str = SAFETY
     tau: float = TAU
     top_k: int | None = None
-    most: int = 1200
-    calibration: int = 100
+    most: int = 800
+    calibration: int = 70
     ranged: int = 32
-    multiples: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-    comply_target: float = 0.9
-    refuse_target: float = 0.97
+    multiples: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+    comply_target: float = 0.97
+    refuse_target: float = 0.95
     strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     most_spoiled: float = 0.1
     seed: int = 20261122
@@ -135,32 +155,32 @@ def open_fit(model: Path, data: Path | None, work: Path, settings: Settings, say
 
 
 def class_means(fit: Fit) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Mean residual [L, D] float64 of each category on its token, and of contrast prompts on `[respond]` (P1.2)."""
+    """Mean residuals [L, D] float64 keyed `<variant>/<category>` and, for what they are contrasted with, `<variant>/[respond]`."""
     path = fit.work / "means.safetensors"
 
     def make() -> dict[str, Any]:
         refused = fit_records(fit.directory, REFUSED_PARTS)
         contrast = fit_records(fit.directory, CONTRAST_PARTS)
+        plain = fit_records(fit.directory, PLAIN_PARTS)
         classes = {
             name: _sample([record for record in refused.records if refusal_category(record) == name], fit.settings)
             for name in fit.settings.categories
         }
-        classes[RESPOND] = _sample(list(contrast.records), fit.settings)
+        against = {
+            Variant.P1: _sample(contrast.records, fit.settings),
+            Variant.HEADER: _sample(plain.records, fit.settings),
+        }
         means: dict[str, Tensor] = {}
-        for name, records in classes.items():
-            token = fit.loaded.respond if name == RESPOND else fit.loaded.categories[name]
-            assert token is not None
-            mean = ClassMean()
-            for start in range(0, len(records), 256):
-                prompts = fit.loaded.prompts([record.prompt for record in records[start : start + 256]])
-                mean.add(last_residuals(fit.loaded, [[*prompt, token] for prompt in prompts]))
-            means[name] = mean.mean
+        for variant in Variant:
+            for name, records in {**classes, RESPOND: against[variant]}.items():
+                means[f"{variant}/{name}"] = _mean(fit, records, name if variant is Variant.P1 else None)
         fit.work.mkdir(parents=True, exist_ok=True)
         save_file(means, path)
+        named = {**classes, **{f"{variant}/{RESPOND}": records for variant, records in against.items()}}
         return {
-            "prompts": {name: len(records) for name, records in classes.items()},
-            "sources": {name: _sources(records) for name, records in classes.items()},
-            "dropped": {**refused.dropped, **contrast.dropped},
+            "prompts": {name: len(records) for name, records in named.items()},
+            "sources": {name: _sources(records) for name, records in named.items()},
+            "dropped": {**refused.dropped, **contrast.dropped, **plain.dropped},
         }
 
     if not path.is_file():
@@ -169,9 +189,23 @@ def class_means(fit: Fit) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(path), facts
 
 
-def categorical(means: Mapping[str, Tensor], category: str, layer: int, settings: Settings) -> tuple[Tensor, float]:
+def _mean(fit: Fit, records: Sequence[Record], name: str | None) -> Tensor:
+    """Mean residual [L, D] at the last prompt token, or on the token of `name` appended to the prompt."""
+    token = {**fit.loaded.categories, RESPOND: fit.loaded.respond}[name] if name is not None else None
+    suffix = [] if token is None else [token]
+    mean = ClassMean()
+    for start in range(0, len(records), 256):
+        prompts = fit.loaded.prompts([record.prompt for record in records[start : start + 256]])
+        mean.add(last_residuals(fit.loaded, [[*prompt, *suffix] for prompt in prompts]))
+    return mean.mean
+
+
+def categorical(
+    means: Mapping[str, Tensor], variant: Variant, category: str, layer: int, settings: Settings
+) -> tuple[Tensor, float]:
     """The unit direction [D] of a category at a layer, and the norm of the difference before it was normalised."""
-    raw = difference(means[category][layer], means[RESPOND][layer], tau=settings.tau, top_k=settings.top_k)
+    refused, answered = means[f"{variant}/{category}"][layer], means[f"{variant}/{RESPOND}"][layer]
+    raw = difference(refused, answered, tau=settings.tau, top_k=settings.top_k)
     return unit(raw), float(torch.linalg.vector_norm(raw))
 
 
@@ -185,20 +219,25 @@ class Calibration:
     Attributes:
         borderline: prompts that should be answered but are mostly refused.
         harmful: prompts that should be refused.
+        plain: prompts that are mostly answered.
         own: per category the prompts it concerns: its noncompliance prompts, and borderline ones.
     """
 
     borderline: list[list[int]]
     harmful: list[list[int]]
+    plain: list[list[int]]
     own: dict[str, list[list[int]]]
 
 
 def calibration_prompts(fit: Fit) -> Calibration:
     """Prompts of the calibration parts, tokenized."""
     most = fit.settings.calibration
-    left = fit_records(fit.directory, (*REFUSED_PARTS, *CONTRAST_PARTS), Use.CALIBRATE).records
-    borderline = [record for record in left if record.dataset == "or_bench_borderline"]
-    harmful = [record for record in left if record.label is Label.HARMFUL]
+    left = fit_records(fit.directory, (*REFUSED_PARTS, *CONTRAST_PARTS, *PLAIN_PARTS), Use.CALIBRATE).records
+    kinds = {
+        "borderline": [record for record in left if record.dataset == "or_bench_borderline"],
+        "harmful": [record for record in left if record.label is Label.HARMFUL],
+        "plain": [record for record in left if record.label is Label.BENIGN],
+    }
     own = {
         name: [record for record in left if refusal_category(record) == name and record.label is not Label.HARMFUL]
         for name in fit.settings.categories
@@ -208,7 +247,8 @@ def calibration_prompts(fit: Fit) -> Calibration:
         return fit.loaded.prompts([record.prompt for record in _sample(records, fit.settings, most)])
 
     return Calibration(
-        borderline=ids(borderline), harmful=ids(harmful), own={name: ids(records) for name, records in own.items()}
+        **{kind: ids(records) for kind, records in kinds.items()},
+        own={name: ids(records) for name, records in own.items()},
     )
 
 
@@ -217,22 +257,25 @@ def added(name: str, layer: int, direction: Tensor, coefficient: float) -> Edit:
     return Edit(name=name, layers=(added_direction(layer=layer, direction=direction, coefficient=coefficient),))
 
 
-def sweep(fit: Fit, means: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The default category's direction at every layer and dose, in both signs, and the layer that controls best."""
+def sweep(fit: Fit, means: Mapping[str, Tensor], variant: Variant) -> dict[str, Any]:
+    """The default category's direction at every layer and dose, in both signs, and the layer that controls best.
+
+    `comply` is tried on borderline prompts, most of which are refused, `refuse` on plain ones, most of which are answered.
+    """
 
     def make() -> dict[str, Any]:
         prompts = calibration_prompts(fit)
-        both = prompts.harmful + prompts.borderline
-        before, before_both = decide(fit.loaded, prompts.borderline), decide(fit.loaded, both)
+        before, plain = decide(fit.loaded, prompts.borderline), decide(fit.loaded, prompts.plain)
         norms = torch.linalg.vector_norm(last_residuals(fit.loaded, prompts.borderline), dim=-1).median(dim=0).values
         layers = []
         for layer in range(len(fit.loaded.blocks)):
-            direction, gap = categorical(means, fit.settings.default_category, layer, fit.settings)
+            direction, gap = categorical(means, variant, fit.settings.default_category, layer, fit.settings)
             comply = _doses(fit, layer, direction, -gap, prompts.borderline, before)
-            refuse = _doses(fit, layer, direction, gap, both, before_both)
+            refuse = _doses(fit, layer, direction, gap, prompts.plain, plain)
             best = {
-                "comply": _choose(comply, fit.settings.comply_target), "refuse": _choose(refuse, fit.settings.refuse_target)
-            }  # fmt: skip
+                "comply": _choose(comply, fit.settings.comply_target),
+                "refuse": _choose(refuse, fit.settings.refuse_target),
+            }
             layers.append(
                 {
                     "layer": layer,
@@ -241,47 +284,47 @@ def sweep(fit: Fit, means: Mapping[str, Tensor]) -> dict[str, Any]:
                     "comply": comply,
                     "refuse": refuse,
                     "chosen": best,
-                    "score": min(best["comply"]["effect"], best["refuse"]["effect"]),
+                    "score": best["comply"]["effect"] + best["refuse"]["effect"],
                 }
             )
             fit.say(f"  layer {layer}: comply {best['comply']['effect']:.2f}, refuse {best['refuse']['effect']:.2f}")
-        chosen = _best_layer(layers)
+        # As in Arditi et al.: what the last fifth of the blocks does is too close to the output to count as control.
+        candidates = [row for row in layers if int(str(row["layer"])) < max(1.0, 0.8 * len(layers))]
         return {
-            "unsteered": {
-                "borderline": before.refusals.to_json(),
-                "harmful and borderline": before_both.refusals.to_json(),
-            },
+            "unsteered": {"borderline": before.refusals.to_json(), "plain": plain.refusals.to_json()},
             "layers": layers,
-            "layer": chosen,
+            "layer": _best_layer(candidates),
         }
 
-    return fit.stage("sweep", make)
+    return fit.stage(f"sweep-{variant}", make)
 
 
-def calibrated_doses(fit: Fit, means: Mapping[str, Tensor], layer: int) -> dict[str, Any]:
+def calibrated_doses(fit: Fit, means: Mapping[str, Tensor], variant: Variant, layer: int) -> dict[str, Any]:
     """For each category the smallest dose of either sign that reaches its target at the chosen layer."""
 
     def make() -> dict[str, Any]:
         prompts = calibration_prompts(fit)
-        both = prompts.harmful + prompts.borderline
-        before_both = decide(fit.loaded, both)
+        plain = decide(fit.loaded, prompts.plain)
         result: dict[str, Any] = {}
         for name in fit.settings.categories:
-            direction, gap = categorical(means, name, layer, fit.settings)
+            direction, gap = categorical(means, variant, name, layer, fit.settings)
             concerned = prompts.own[name]
             before = decide(fit.loaded, concerned)
             comply = _choose(_doses(fit, layer, direction, -gap, concerned, before), fit.settings.comply_target)
-            refuse = _choose(_doses(fit, layer, direction, gap, both, before_both), fit.settings.refuse_target)
-            named = decide(fit.loaded, both, added("dose", layer, direction, refuse["coefficient"]))
+            refuse = _choose(_doses(fit, layer, direction, gap, prompts.plain, plain), fit.settings.refuse_target)
+            named = decide(fit.loaded, prompts.plain, added("dose", layer, direction, refuse["coefficient"]))
             result[name] = {
                 "gap": gap,
                 "comply": comply,
-                "refuse": {**refuse, "named": named.agreement([name] * len(both)).to_json()},
+                "refuse": {**refuse, "named": named.agreement([name] * len(prompts.plain)).to_json()},
             }
-            fit.say(f"  {name}: comply {comply['coefficient']:.2f}, refuse {refuse['coefficient']:.2f}")
+            fit.say(
+                f"  {name}: comply {comply['coefficient']:.1f} (effect {comply['effect']:.2f}), "
+                f"refuse {refuse['coefficient']:.1f} (effect {refuse['effect']:.2f})"
+            )
         return {"layer": layer, "categories": result}
 
-    return fit.stage("doses", make)
+    return fit.stage(f"doses-{variant}", make)
 
 
 def _doses(
@@ -319,7 +362,7 @@ def _choose(rows: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
 
 
 def _best_layer(layers: Sequence[dict[str, Any]]) -> int:
-    """The layer with the best weaker sign, to two places; among equals the one that needs the smaller addition."""
+    """The layer with the best sum of both effects, to two places; among equals the one with the smaller addition."""
 
     def rank(row: dict[str, Any]) -> tuple[float, float]:
         largest = max(abs(row["chosen"][sign]["coefficient"]) for sign in ("comply", "refuse"))
@@ -331,23 +374,27 @@ def _best_layer(layers: Sequence[dict[str, Any]]) -> int:
 # --- range and held --------------------------------------------------------------------------------------------------
 
 
-def edits_of(fit: Fit, means: Mapping[str, Tensor], doses: Mapping[str, Any]) -> dict[str, Edit]:
-    """`refuse-<category>` and `comply-<category>` for each category, and `random`, all at strength 1."""
-    layer = int(doses["layer"])
+def edits_of(fit: Fit, means: Mapping[str, Tensor], doses: Mapping[str, Mapping[str, Any]]) -> dict[str, Edit]:
+    """A refuse and a comply edit for each variant and category, and `random`, all at strength 1."""
     edits: dict[str, Edit] = {}
-    for name in fit.settings.categories:
-        direction, _ = categorical(means, name, layer, fit.settings)
-        for purpose in ("refuse", "comply"):
-            key = edit_name(purpose, name)
-            edits[key] = added(key, layer, direction, doses["categories"][name][purpose]["coefficient"])
-    size = abs(doses["categories"][fit.settings.default_category]["comply"]["coefficient"])
-    edits["random"] = added("random", layer, random_direction(fit.loaded.width, fit.settings.seed), size)
+    for variant in Variant:
+        layer = int(doses[variant]["layer"])
+        for name in fit.settings.categories:
+            direction, _ = categorical(means, variant, name, layer, fit.settings)
+            for purpose in ("refuse", "comply"):
+                key = edit_name(purpose, name, variant)
+                edits[key] = added(key, layer, direction, doses[variant]["categories"][name][purpose]["coefficient"])
+    chosen = doses[Variant.HEADER]
+    size = abs(chosen["categories"][fit.settings.default_category]["comply"]["coefficient"])
+    direction = random_direction(fit.loaded.width, fit.settings.seed)
+    edits["random"] = added("random", int(chosen["layer"]), direction, size)
     return edits
 
 
-def edit_name(purpose: str, category: str) -> str:
-    """`refuse-requests-with-safety-concerns` and the like."""
-    return f"{purpose}-{category.lower().replace(' ', '-')}"
+def edit_name(purpose: str, category: str, variant: Variant = Variant.HEADER) -> str:
+    """`refuse-requests-with-safety-concerns`, and `p1-refuse-...` for Algorithm 1 as printed."""
+    prefix = "p1-" if variant is Variant.P1 else ""
+    return f"{prefix}{purpose}-{category.lower().replace(' ', '-')}"
 
 
 def certified_range(fit: Fit, edits: Mapping[str, Edit]) -> dict[str, Any]:
@@ -414,7 +461,7 @@ def held_effects(fit: Fit, edits: Mapping[str, Edit]) -> dict[str, Any]:
             ("GSM8K test", ("gsm8k", "test")),
         ):
             records = [record for record in held if (record.dataset, record.part) == part]
-            prompts = fit.loaded.prompts([record.prompt for record in records[:400]])
+            prompts = fit.loaded.prompts([record.prompt for record in records[:250]])
             arms: dict[str, Rate] = {
                 "unsteered": decide(fit.loaded, prompts).refusals,
                 "comply": decide(fit.loaded, prompts, comply).refusals,
@@ -422,6 +469,9 @@ def held_effects(fit: Fit, edits: Mapping[str, Edit]) -> dict[str, Any]:
             }
             for label, coefficient in (("random", 1.0), ("random, other sign", -1.0)):
                 arms[label] = decide(fit.loaded, prompts, control, coefficient).refusals
+            for purpose in ("comply", "refuse"):
+                printed = edits[edit_name(purpose, fit.settings.default_category, Variant.P1)]
+                arms[f"P1 {purpose}"] = decide(fit.loaded, prompts, printed).refusals
             result[name] = {arm: rate.to_json() for arm, rate in arms.items()}
             fit.say(f"  {name}: " + ", ".join(f"{arm} {rate.value:.3f}" for arm, rate in arms.items()))
         return {"sets": result, "controls": _controls(fit, control, comply)}
@@ -430,7 +480,7 @@ def held_effects(fit: Fit, edits: Mapping[str, Edit]) -> dict[str, Any]:
 
 
 def _controls(fit: Fit, control: Edit, comply: Edit, seeds: int = 10) -> dict[str, Any]:
-    """XSTest safe under ten random directions of the norm of the `comply` edit: the control does not hang on one draw."""
+    """XSTest safe under ten random directions of the norm of the `comply` edit: the control is not one draw."""
     records = fit.directory.load("xstest", "safe", Use.TEST)
     prompts = fit.loaded.prompts([record.prompt for record in records])
     layer, size = control.layers[0].layer, float(comply.layers[0].bias[0].abs())

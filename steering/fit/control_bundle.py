@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from steering.fit.control import (
     RESPOND,
     Fit,
     Settings,
+    Variant,
     calibrated_doses,
     certified_range,
     class_means,
@@ -31,14 +34,15 @@ from steering.fit.control import (
 from steering.terms import Edit
 
 PROFILE = "refusal-control"
+P1_PROFILE = "p1-categorical"
 CONTROL_PROFILE = "random-control"
 
 
 def fit_directions(fit: Fit, bundle: Path, *, name: str, version: str) -> Bundle:
     """Run every stage of the categorical fit and write the bundle; goes on where an earlier run stopped."""
     means, means_facts = class_means(fit)
-    swept = sweep(fit, means)
-    doses = calibrated_doses(fit, means, int(swept["layer"]))
+    swept = {variant: sweep(fit, means, variant) for variant in Variant}
+    doses = {variant: calibrated_doses(fit, means, variant, int(found["layer"])) for variant, found in swept.items()}
     edits = edits_of(fit, means, doses)
     ranges = certified_range(fit, edits)
     held = held_effects(fit, edits)
@@ -52,12 +56,12 @@ def fit_directions(fit: Fit, bundle: Path, *, name: str, version: str) -> Bundle
         "doses": doses,
         "strength_ranges": ranges,
         "held": held,
-        "judge": "greedy first token: a refusal token is a refusal; through transformers in float32, not the served engine",
+        "judge": "greedy first token, through transformers in float32: a refusal token is a refusal",
     }
     (bundle / "report.json").write_text(
         json.dumps(_without_identity(report), indent=1, ensure_ascii=False) + "\n", "utf-8"
     )
-    draw_sweep(swept, bundle / "layer_sweep.png")
+    draw_sweep(swept[Variant.HEADER], bundle / "layer_sweep.png")
     (bundle / "CARD.md").write_text(card(saved, report), "utf-8")
     return saved
 
@@ -69,7 +73,7 @@ def draw_sweep(swept: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5, 3), dpi=100)
     axes = figure.add_subplot()
     layers = [row["layer"] for row in swept["layers"]]
-    for sign, label in (("comply", "refusals removed"), ("refuse", "prompts refused")):
+    for sign, label in (("comply", "borderline refusals removed"), ("refuse", "plain prompts refused")):
         axes.plot(
             layers, [row["chosen"][sign]["effect"] for row in swept["layers"]], marker="o", label=f"{sign}: {label}"
         )
@@ -85,45 +89,58 @@ def draw_sweep(swept: Mapping[str, Any], path: Path) -> None:
 def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
     """The bundle's card; every number is taken from the report."""
     doses, held = report["doses"], report["held"]
+    header, printed = doses[Variant.HEADER], doses[Variant.P1]
+    controls = held["controls"]
+    arms = ("unsteered", "comply", "refuse", "random", "random, other sign", "P1 comply", "P1 refuse")
     lines = [
         f"# {bundle.manifest.name} {bundle.manifest.version}",
         "",
-        "Categorical refusal directions (From Refusal Tokens to Refusal Control, arXiv 2603.13359, Algorithm 1) of the demo",
-        "model: a toy. They were fitted, calibrated and measured on this one model and work on no other.",
+        *_paragraph(
+            "Categorical refusal directions of the demo model, a toy: fitted, calibrated and measured on this one model.",
+            "Two variants of From Refusal Tokens to Refusal Control (arXiv 2603.13359), both added at the last prompt token",
+            "and at every generated token, each at the one layer (0-based, block output) that calibration chose:",
+        ),
+        f"- profile `{PROFILE}` (the default), layer {header['layer']}: class means at the last prompt token, against plainly",
+        "  benign prompts",
+        f"- profile `{P1_PROFILE}`, layer {printed['layer']}: Algorithm 1 as printed, class means on the category token,",
+        "  against `[respond]` after contrast prompts. In a model this small such a direction also says that the token has",
+        "  been written: towards refusal, larger doses make answers skip it, so their effect is limited",
         "",
-        f"Layer {doses['layer']} (0-based, block output), added at the last prompt token and at every generated token.",
-        "Layer and doses were chosen on calibration prompts; the table below is on prompts nothing was fitted on.",
-        "The judge is the greedy first token (a refusal token is a refusal), through transformers in float32.",
+        "## On held prompts",
         "",
-        "| held set | n | unsteered | comply | refuse | random | random, other sign |",
+        *_paragraph(
+            "Share of prompts refused, in percent, with 95 % Wilson intervals. The judge is the greedy first token (a refusal",
+            "token is a refusal), through transformers in float32. `comply` and `refuse` are the edits of the default",
+            f"category at strength 1; `random` has the norm of `comply`. Ten more random directions on {controls['set']}:",
+            f"mean {100 * controls['mean']:.1f} %, from {100 * min(controls['refused']):.1f} % to",
+            f"{100 * max(controls['refused']):.1f} %.",
+        ),
+        "| held set | n | " + " | ".join(arms) + " |",
+        "|---" * (len(arms) + 2) + "|",
+    ]
+    for name, found in held["sets"].items():
+        cells = " | ".join(_percent(found[arm]) for arm in arms)
+        lines.append(f"| {name} | {found['unsteered']['n']} | {cells} |")
+    lines += [
+        "",
+        "## Doses",
+        "",
+        *_paragraph(
+            "Lengths along the unit direction at strength 1, and what they did on calibration prompts: share of the",
+            "category's refusals removed, share of plain prompts refused, and the share of those refused under this category.",
+            "`layer_sweep.png` shows the choice of the layer.",
+        ),
+        "| profile | category | comply | removed, % | refuse | refused, % | under this category, % |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, arms in held["sets"].items():
-        cells = " | ".join(
-            _percent(arms[arm]) for arm in ("unsteered", "comply", "refuse", "random", "random, other sign")
-        )
-        lines.append(f"| {name} | {arms['unsteered']['n']} | {cells} |")
-    controls = held["controls"]
-    lines += [
-        "",
-        "Refused, in percent, with 95 % Wilson intervals. `comply` and `refuse` are the edits of the default category; `random`",
-        f"has the norm of `comply`. Ten more random directions on {controls['set']}: mean {100 * controls['mean']:.1f} %,",
-        f"from {100 * min(controls['refused']):.1f} % to {100 * max(controls['refused']):.1f} %.",
-        "",
-        "| category | comply | refuse | refused under this category |",
-        "|---|---|---|---|",
-    ]
-    for name, dose in doses["categories"].items():
-        lines.append(
-            f"| {name} | {dose['comply']['coefficient']:.2f} | {dose['refuse']['coefficient']:.2f} "
-            f"| {_percent(dose['refuse']['named'])} |"
-        )
-    lines += [
-        "",
-        "Doses are lengths along the unit direction at strength 1. `layer_sweep.png` shows the choice of the layer.",
-        "",
-    ]
-    return "\n".join(lines)
+    for profile, variant in ((PROFILE, header), (P1_PROFILE, printed)):
+        for name, dose in variant["categories"].items():
+            comply, refuse = dose["comply"], dose["refuse"]
+            lines.append(
+                f"| {profile} | {name} | {comply['coefficient']:.1f} | {100 * comply['effect']:.0f} "
+                f"| {refuse['coefficient']:.1f} | {_percent(refuse['refused'])} | {_percent(refuse['named'])} |"
+            )
+    return "\n".join([*lines, ""])
 
 
 def _manifest(
@@ -137,29 +154,28 @@ def _manifest(
     version: str,
 ) -> dict[str, Any]:
     settings = fit.settings
-    provenance = _provenance(settings, means)
     records = []
-    for category in settings.categories:
-        for purpose in ("refuse", "comply"):
-            dose = doses["categories"][category][purpose]
-            records.append(
-                {
-                    "name": edit_name(purpose, category),
-                    "purpose": purpose,
-                    "category": category,
-                    "dose": f"coefficient {dose['coefficient']:.4g} along a unit direction, {dose['multiple']:g} times "
-                    "the difference of the class means",
-                    "strength": _strength(ranges["edits"][edit_name(purpose, category)], ranges["prompts"]),
-                    "provenance": {**provenance, "calibration_effect": dose["effect"]},
-                }
-            )
+    for variant, category, purpose in product(Variant, settings.categories, ("refuse", "comply")):
+        dose = doses[variant]["categories"][category][purpose]
+        key = edit_name(purpose, category, variant)
+        records.append(
+            {
+                "name": key,
+                "purpose": purpose,
+                "category": category,
+                "dose": f"coefficient {dose['coefficient']:.4g} along a unit direction, {dose['multiple']:g} times "
+                "the difference of the class means",
+                "strength": _strength(ranges["edits"][key], ranges["prompts"]),
+                "provenance": {**_provenance(settings, means, variant), "calibration_effect": round(dose["effect"], 4)},
+            }
+        )
     records.append(
         {
             "name": "random",
             "purpose": "control",
             "category": None,
-            "dose": f"coefficient {float(edits['random'].layers[0].bias[0]):.4g} along a random unit direction: the norm of "
-            "the default category's comply edit",
+            "dose": f"coefficient {float(edits['random'].layers[0].bias[0]):.4g} along a random unit direction: the norm "
+            "of the default category's comply edit",
             "strength": _strength(ranges["edits"]["random"], ranges["prompts"]),
             "provenance": {"method": "random direction", "seed": settings.seed, "code": __version__},
         }
@@ -167,30 +183,35 @@ def _manifest(
     records = [record for record in records if record["strength"]["maximum"] > 0]
     usable = {record["name"] for record in records}
 
-    def mapped(purpose: str) -> dict[str, str]:
-        names = {category: edit_name(purpose, category) for category in settings.categories}
-        return {category: edit for category, edit in names.items() if edit in usable}
-
-    everywhere = dict.fromkeys(settings.categories, "random") if "random" in usable else {}
-    profiles = [
-        {
-            "name": PROFILE,
-            "description": "Raise or lower refusals of one category by its own direction; the client chooses the mode.",
-            "refuse": mapped("refuse"),
-            "comply": mapped("comply"),
+    def profile(name: str, description: str, edit: Callable[[str, str], str]) -> dict[str, Any]:
+        chosen = {
+            purpose: {category: edit(purpose, category) for category in settings.categories}
+            for purpose in ("refuse", "comply")
+        }
+        usable_edits = {
+            purpose: {category: key for category, key in names.items() if key in usable}
+            for purpose, names in chosen.items()
+        }
+        return {
+            "name": name,
+            "description": description,
+            **usable_edits,
             "default_category": settings.default_category,
         }
+
+    profiles = [
+        profile(PROFILE, "Raise or lower refusals by a category's direction; the client chooses the mode.", edit_name),
+        profile(
+            P1_PROFILE,
+            "The same with Algorithm 1 of arXiv 2603.13359 as printed.",
+            lambda purpose, category: edit_name(purpose, category, Variant.P1),
+        ),
+        profile(
+            CONTROL_PROFILE,
+            "The control experiment: a random direction of the same norm in either mode.",
+            lambda _purpose, _category: "random",
+        ),
     ]
-    if everywhere:
-        profiles.append(
-            {
-                "name": CONTROL_PROFILE,
-                "description": "The control experiment: a random direction of the same norm in either mode.",
-                "refuse": everywhere,
-                "comply": everywhere,
-                "default_category": settings.default_category,
-            }
-        )
     return {
         "name": name,
         "version": version,
@@ -215,7 +236,7 @@ def _strength(found: Mapping[str, Any], prompts: int) -> dict[str, Any]:
     }
 
 
-def _provenance(settings: Settings, means: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(settings: Settings, means: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
     used = {name.split("/")[0] for sources in means["sources"].values() for name in sources}
     digests = {
         f"{dataset.name}/{file.name}": f"sha256:{file.sha256}"
@@ -223,8 +244,12 @@ def _provenance(settings: Settings, means: Mapping[str, Any]) -> dict[str, Any]:
         if dataset.name in used
         for file in dataset.files
     }
+    read = {
+        Variant.P1: "on the category token, against [respond] after contrast prompts (P1 Algorithm 1)",
+        Variant.HEADER: "at the last prompt token, against plainly benign prompts (P1 Algorithm 1 at another position)",
+    }
     return {
-        "method": "P1 Algorithm 1: difference of class means on the category token",
+        "method": f"difference of class means {read[variant]}",
         "tau": settings.tau,
         "top_k": settings.top_k if settings.top_k is not None else 200,
         "prompts": dict(means["prompts"]),
@@ -248,6 +273,11 @@ def _code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return __version__
     return f"{__version__}+{commit}"
+
+
+def _paragraph(*pieces: str) -> list[str]:
+    """The pieces as one paragraph of wrapped lines, and an empty line."""
+    return [*textwrap.wrap(" ".join(pieces), 118), ""]
 
 
 def _percent(rate: Mapping[str, float]) -> str:
