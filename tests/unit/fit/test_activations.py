@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from steering.errors import NotSupported, OperatorError
-from steering.fit.activations import LoadedModel, first_logits, greedy, last_residuals, load_model, require_tokens, steered
+from steering.fit.activations import (
+    LoadedModel,
+    first_logits,
+    greedy,
+    last_residuals,
+    load_model,
+    require_tokens,
+    steered,
+)
 from steering.fit.categories import CATEGORIES, SAFETY
 from steering.fit.outcomes import Outcomes, decide
 from steering.terms import Edit, ablated_direction, added_direction
@@ -32,7 +40,10 @@ def test_residuals_are_block_outputs_at_the_last_token(tiny: LoadedModel) -> Non
             torch.testing.assert_close(found[row, layer], states[layer + 1][0, -1].detach(), atol=1e-5, rtol=1e-5)
     normed = tiny.model.get_decoder().norm(found[:, 2])
     last = torch.stack(
-        [tiny.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1] for ids in prompts]
+        [
+            tiny.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+            for ids in prompts
+        ]
     )
     torch.testing.assert_close(normed, last, atol=1e-5, rtol=1e-5)
 
@@ -77,7 +88,7 @@ def test_hooks_are_gone_after_use_and_strength_zero_changes_nothing(tiny: Loaded
 
 
 def test_generation_edits_the_last_prompt_token_and_every_generated_one(tiny: LoadedModel) -> None:
-    """Cached generation equals recomputing each prefix from scratch with an edit at every position from the last prompt token on."""
+    """Cached generation equals recomputing each prefix with every position from the last prompt token on edited."""
     prompt = tiny.prompts(PROMPTS[:1])[0]
     direction = torch.nn.functional.normalize(torch.arange(1.0, 17.0), dim=0)
     edit = Edit(name="a", layers=(ablated_direction(layer=1, direction=direction),))

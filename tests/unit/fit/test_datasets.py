@@ -108,7 +108,9 @@ def test_every_file_has_an_address_pinned_to_a_commit_or_says_how_it_was_convert
 
 def test_coconot_eval_keeps_about_forty_percent_for_testing_and_never_moves_a_row() -> None:
     """The split is a function of the row's id alone."""
-    part = next(part for dataset in CATALOG if dataset.name == "coconot" for part in dataset.parts if part.name == "eval")
+    part = next(
+        part for dataset in CATALOG if dataset.name == "coconot" for part in dataset.parts if part.name == "eval"
+    )
     uses = [use_of(part, f"coconot/eval/row{number}") for number in range(4000)]
     assert uses.count(Use.TEST) / len(uses) == pytest.approx(0.40, abs=0.03)
     assert use_of(part, "coconot/eval/bajp42a") is use_of(part, "coconot/eval/bajp42a")
@@ -155,7 +157,10 @@ def test_a_download_is_checked_and_renamed_into_place(monkeypatch: pytest.Monkey
     with pytest.raises(DatasetCorrupt):
         directory.load("toy", "all", Use.FIT)
     assert not list(tmp_path.rglob("*.csv*"))
-    assert [record.prompt for record in directory.load("toy", "all", Use.FIT)] == ["How do I tie a knot?", "What is tea?"]
+    assert [record.prompt for record in directory.load("toy", "all", Use.FIT)] == [
+        "How do I tie a knot?",
+        "What is tea?",
+    ]
     assert len(directory.load("toy", "all", Use.FIT)) == 2, "the second time nothing is fetched"
 
 
@@ -204,7 +209,9 @@ def test_no_held_prompt_is_left_among_those_fitted_or_calibrated_on(data_directo
     """After deduplication fit, calibration and test prompts are disjoint by normalised match."""
     directory = DataDirectory(path=data_directory)
     held = {normalised(record.prompt) for record in datasets.held_records(directory)}
-    fitted = {normalised(record.prompt) for record in datasets.fit_records(directory, datasets.parts_for(Use.FIT)).records}
+    fitted = {
+        normalised(record.prompt) for record in datasets.fit_records(directory, datasets.parts_for(Use.FIT)).records
+    }
     calibrated = {
         normalised(record.prompt)
         for record in datasets.fit_records(
