@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs a checkout: 
 def test_only_pins_that_are_not_installed_are_printed(tmp_path: Path) -> None:
     """Installed distributions are left out under any spelling of their names; the others keep every hash."""
     lock = tmp_path / "lock.txt"
-    present = sorted({found.metadata["Name"] for found in distributions()})[0].upper().replace("-", "_")
+    present = min(found.metadata["Name"] for found in distributions()).upper().replace("-", "_")
     lock.write_text(
         f"# a comment\n{present}==0 \\\n    {HASH}\nno-such-thing==1.0 \\\n    {HASH} \\\n    {HASH}\nnor-this==2\n",
         encoding="utf-8",
