@@ -27,7 +27,7 @@ TENSORS = frozenset({"vllm", "transformers", "torch"})
 STEERING_CORE = ("steering.errors", "steering.terms", "steering.plan", "steering.bundle")
 GATE = "steering.gate"  # keeps the core's rule from its first line on
 SERVER_CORE = ("server.service", "server.policy")
-VLLM_IS_NAMED_IN = ("steering.engine", "server.vllm_engine")
+VLLM_IS_NAMED_IN = ("steering.engine", "server.vllm_engine", "server.bench.resident")
 
 IMPORT_EACH = """
 import importlib, json, sys
@@ -139,7 +139,7 @@ def test_steering_source_never_names_server(all_imports: list[Import]) -> None:
 
 
 def test_vllm_is_named_only_in_the_plugin_and_the_engine_adapter(all_imports: list[Import]) -> None:
-    """`import vllm` in any form stands only in `steering/engine/` and `server/vllm_engine.py`."""
+    """`import vllm` in any form stands only in the plugin, the engine adapter and the bench's engine process."""
     assert [i for i in all_imports if is_within(i.target, ENGINE) and not is_within(i.module, VLLM_IS_NAMED_IN)] == []
 
 

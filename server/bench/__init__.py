@@ -1,0 +1,1 @@
+"""`trimtab bench`: what steering costs, against vLLM as it comes, in pairs of rounds on the same machine."""

@@ -1,0 +1,53 @@
+"""Host bench: what the plugin's own work per step costs on the host, without an engine.
+
+One call of `Rows.write_step` per step is all the plugin does there; the rest is in the model's graph.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from server.bench.subject import Subject
+from steering.engine.bank import Bank
+from steering.engine.rows import Rows
+
+STEPS, CHUNK = 2000, 50
+BATCHES = ((32, 0), (32, 1), (32, 32), (256, 0), (256, 256))
+"""(requests of a step, steered ones among them)."""
+
+
+def measure(subject: Subject) -> list[dict[str, Any]]:
+    """Microseconds per decode step, median over chunks of steps, by batch and steered requests."""
+    return [_measured(subject, batch, steered) for batch, steered in BATCHES]
+
+
+def _measured(subject: Subject, batch: int, steered: int) -> dict[str, Any]:
+    layers = sorted({layer for edit in subject.bundle.manifest.edits for layer in edit.layers})
+    width = subject.bundle.manifest.model.hidden_size
+    bank = Bank(layers=layers, width=width, terms=256, device=torch.device("cpu"))
+    bank.load(subject.bundle)
+    rows = Rows(bank=bank, requests=batch, tokens=8192, device=torch.device("cpu"))
+    names = [f"request-{number}" for number in range(batch)]
+    for name, plan in zip(names[:steered], subject.plans(max(1, steered), distinct=True), strict=False):
+        rows.add(name, plan, 32)
+    tokens, computed = np.ones(batch, dtype=np.int32), np.full(batch, 32, dtype=np.int32)
+    rows.write_step(names, tokens * 32, computed * 0)
+    times = []
+    for _ in range(STEPS // CHUNK):
+        began = time.perf_counter()
+        for _ in range(CHUNK):
+            computed += 1
+            rows.write_step(names, tokens, computed)
+        times.append((time.perf_counter() - began) / CHUNK * 1e6)
+    per_step = statistics.median(times)
+    return {
+        "requests": batch,
+        "steered": steered,
+        "microseconds_per_step": round(per_step, 2),
+        "microseconds_per_steered_request": round(per_step / steered, 3) if steered else None,
+    }

@@ -1,0 +1,124 @@
+"""Subject: the model, bundle and plans that a bench is about.
+
+What an edit costs depends on its layers and ranks and not on its numbers, so that a model without a bundle is measured
+with random directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from steering.bundle import Bundle, load_bundle, save_bundle
+from steering.errors import OperatorError
+from steering.fingerprint import Fingerprint, fingerprint_of
+from steering.plan import Plan
+from steering.terms import Edit, added_direction
+
+DEMO = Path(__file__).resolve().parents[2] / "artifacts" / "demo"
+EDITS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        model: local folder.
+        bundle: checked.
+        is_random: the bundle was drawn for this run.
+    """
+
+    model: Path
+    bundle: Bundle
+    is_random: bool
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """For the report; names and digests, no paths."""
+        layers = sorted({layer for edit in self.bundle.manifest.edits for layer in edit.layers})
+        return {
+            "model": self.model.resolve().name if self.model != DEMO / "model" else "demo",
+            "fingerprint": self.bundle.manifest.model.model_dump(),
+            "bundle": "random directions" if self.is_random else self.bundle.label,
+            "edits": len(self.bundle.edits),
+            "layers": layers,
+        }
+
+    def plans(self, count: int, *, distinct: bool) -> list[Plan]:
+        """Plans of one batch: all the default profile's edit at its strength, or all different from each other."""
+        profile = self.bundle.manifest.profiles[0]
+        names = list(self.bundle.edits)
+        first = next(iter({**profile.comply, **profile.refuse}.values()), names[0])
+        return [
+            Plan(
+                id=f"bench-{number}",
+                bundle=self.bundle.digest,
+                edit=names[number % len(names)] if distinct else first,
+                strength=profile.strength * (0.5 + (number + 1) / count) if distinct else profile.strength,
+            )
+            for number in range(count)
+        ]
+
+
+def subject_of(model: Path | None, bundle: Path | None, folder: Path) -> Subject:
+    """The model and bundle to measure; the demo where none is named.
+
+    Args:
+        model: local folder; None takes the demo.
+        bundle: folder; None takes the demo's, or for another model random directions written into `folder`.
+        folder: for this run, removed afterwards by the caller.
+
+    Raises:
+        OperatorError: there is no such model or bundle, or they do not belong together.
+    """
+    where = model or DEMO / "model"
+    if not where.is_dir():
+        raise OperatorError(f"no model folder at {where}; name one with --model")
+    found = fingerprint_of(where)
+    if bundle is None and model is None and (DEMO / "bundle").is_dir():
+        bundle = DEMO / "bundle"
+    if bundle is None:
+        return Subject(model=where, bundle=_random_bundle(folder / "bundle", found), is_random=True)
+    loaded = load_bundle(bundle)
+    loaded.manifest.model.check(found, bundle=loaded.manifest.name)
+    return Subject(model=where, bundle=loaded, is_random=False)
+
+
+def _random_bundle(path: Path, model: Fingerprint) -> Bundle:
+    """Additions at the middle layer, as P1 makes them: one layer, one term."""
+    draw = torch.Generator().manual_seed(0)
+    layer = model.layers // 2
+    edits = {}
+    for number in range(EDITS):
+        direction = torch.nn.functional.normalize(torch.randn(model.hidden_size, generator=draw), dim=0)
+        terms = added_direction(layer=layer, direction=direction, coefficient=1.0)
+        edits[f"random-{number}"] = Edit(name=f"random-{number}", layers=(terms,))
+    manifest = {
+        "name": "random",
+        "version": "1",
+        "model": model.model_dump(),
+        "categories": [{"name": "any"}],
+        "edits": [
+            {
+                "name": name,
+                "purpose": "control",
+                "category": "any",
+                "dose": "coefficient 1 along a random unit direction",
+                "strength": {"minimum": 0.0, "maximum": 2.0, "measured": "not measured: made to be timed"},
+            }
+            for name in edits
+        ],
+        "profiles": [
+            {
+                "name": "random",
+                "refuse": {"any": "random-0"},
+                "comply": {"any": "random-0"},
+                "default_category": "any",
+            }
+        ],
+        "default_profile": "random",
+    }
+    return save_bundle(path, manifest, edits)
