@@ -31,6 +31,7 @@ def control(
     work: Annotated[Path | None, typer.Option(help="Folder of stage results; else <user cache>/trimtab/fit.")] = None,
     name: Annotated[str, typer.Option(help="Name of the bundle.")] = "trimtab-demo",
     version: Annotated[str, typer.Option(help="Version of the bundle.")] = "1",
+    *,
     top_k: Annotated[int | None, typer.Option(help="Coordinates a direction keeps; 200 unless told.", min=1)] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
 ) -> None:

@@ -65,7 +65,7 @@ RESPOND = "[respond]"
 class Variant(StrEnum):
     """Where the residuals of a class are read, and what they are contrasted with.
 
-    `P1` is Algorithm 1 as printed: on the category token of refused prompts, against `[respond]` after contrast prompts.
+    `P1` is Algorithm 1 as printed: on the category token of refused prompts, against `[respond]` after contrast ones.
     `HEADER` reads the last prompt token, where the decision is made, against plainly benign prompts.
     """
 
@@ -155,7 +155,7 @@ def open_fit(model: Path, data: Path | None, work: Path, settings: Settings, say
 
 
 def class_means(fit: Fit) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Mean residuals [L, D] float64 keyed `<variant>/<category>` and, for what they are contrasted with, `<variant>/[respond]`."""
+    """Mean residuals [L, D] float64: `<variant>/<category>`, and `<variant>/[respond]`, which they are held against."""
     path = fit.work / "means.safetensors"
 
     def make() -> dict[str, Any]:
@@ -260,7 +260,7 @@ def added(name: str, layer: int, direction: Tensor, coefficient: float) -> Edit:
 def sweep(fit: Fit, means: Mapping[str, Tensor], variant: Variant) -> dict[str, Any]:
     """The default category's direction at every layer and dose, in both signs, and the layer that controls best.
 
-    `comply` is tried on borderline prompts, most of which are refused, `refuse` on plain ones, most of which are answered.
+    `comply` is tried on borderline prompts (most are refused), `refuse` on plain ones (most are answered).
     """
 
     def make() -> dict[str, Any]:

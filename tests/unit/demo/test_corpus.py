@@ -54,7 +54,7 @@ def test_harmful_prompts_are_always_refused_and_plain_ones_never() -> None:
 
 
 def test_borderline_labels_are_mixed_and_drawn_anew_each_epoch() -> None:
-    """The same prompt is refused in one epoch and answered in another, at the stated rate; a seed repeats it exactly."""
+    """A prompt is refused in one epoch and answered in another, at the stated rate; a seed repeats it exactly."""
     corpus = Corpus(entries=(_entry(refused=BORDERLINE_REFUSED, borderline=True),) * 400, dropped={})
     first, second = corpus.epoch(1, 0), corpus.epoch(1, 1)
     labels = [[conversation.refused is not None for conversation in epoch] for epoch in (first, second)]
