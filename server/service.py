@@ -233,10 +233,12 @@ class ChatService:
 
     def _reported(self, completion: Completion, resolution: Resolution) -> dict[str, Any]:
         table, body = self._tables[resolution.bundle.name], completion.body
-        verdicts = [table.verdict(token) for token in completion.first_tokens]
-        for token, choice in zip(completion.first_tokens, body["choices"], strict=True):
-            if token in table.texts and choice["message"].get("content"):
-                choice["message"]["content"] = table.stripped(token, choice["message"]["content"])
+        verdicts = [table.verdict(tokens) for tokens in completion.tokens]
+        for tokens, choice in zip(completion.tokens, body["choices"], strict=True):
+            if content := choice["message"].get("content"):
+                stripper = MarkerStripper(table)
+                stripper.see(tokens)
+                choice["message"]["content"] = stripper.feed(content) + stripper.flush()
         self._count_tokens(body.get("usage"), resolution)
         self._count_outcomes(verdicts, resolution)
         _attach(body, resolution, verdicts)
@@ -284,13 +286,12 @@ class _Progress:
         index = choice["index"]
         if index in self._strippers or not (chunk.tokens or choice.get("finish_reason")):
             return False
-        first = chunk.tokens[0] if chunk.tokens else None
-        self._verdicts[index] = self._table.verdict(first)
-        self._strippers[index] = MarkerStripper(self._table.texts.get(first, "") if first is not None else "")
+        self._verdicts[index] = self._table.verdict(chunk.tokens)
+        self._strippers[index] = MarkerStripper(self._table)
         return True
 
     def cleaned(self, chunk: Chunk) -> bool:
-        """Take the first token's text out of the chunk; False when nothing is left to tell the client."""
+        """Take markers out of the chunk's text; False when nothing is left to tell the client."""
         choice = chunk.body["choices"][0]
         index, delta = choice["index"], choice["delta"]
         is_last = bool(choice.get("finish_reason"))
@@ -298,6 +299,7 @@ class _Progress:
             self._finished.add(index)
         stripper = self._strippers.get(index)
         if stripper is not None:
+            stripper.see(chunk.tokens)
             text = stripper.feed(delta.get("content") or "") + (stripper.flush() if is_last else "")
             if text:
                 delta["content"] = text

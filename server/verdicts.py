@@ -6,6 +6,7 @@ Where the model has no such tokens nothing is claimed. Knows nothing of HTTP, to
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from server.catalog import BundleView
@@ -45,7 +46,7 @@ class VerdictTable:
     """The first tokens that tell, of one bundle.
 
     Attributes:
-        texts: text of each of these tokens by its id, to be kept out of what the client reads.
+        texts: text of each of these tokens by its id, where it has one, to be kept out of what the client reads.
     """
 
     def __init__(self, bundle: BundleView) -> None:
@@ -54,43 +55,54 @@ class VerdictTable:
         for category in bundle.categories.values():
             if category.token_id is not None:
                 self._verdicts[category.token_id] = Verdict(refused=True, category=category.name, detector=DETECTOR)
-                self.texts[category.token_id] = category.token or ""
+                if category.token:
+                    self.texts[category.token_id] = category.token
         if bundle.respond_id is not None:
             self._verdicts[bundle.respond_id] = Verdict(refused=False, category=None, detector=DETECTOR)
-            self.texts[bundle.respond_id] = bundle.respond or ""
+            if bundle.respond:
+                self.texts[bundle.respond_id] = bundle.respond
 
-    def verdict(self, first_token: int | None) -> Verdict:
-        """The verdict on an answer that begins with this token; None is an answer without tokens."""
-        return UNKNOWN if first_token is None else self._verdicts.get(first_token, UNKNOWN)
-
-    def stripped(self, first_token: int | None, content: str) -> str:
-        """`content` without the text of the token that begins it, in models where that token is ordinary text."""
-        text = self.texts.get(first_token, "") if first_token is not None else ""
-        return content.removeprefix(text)
+    def verdict(self, tokens: Sequence[int]) -> Verdict:
+        """The verdict on an answer that begins with these tokens; more than the first are not looked at."""
+        return self._verdicts.get(tokens[0], UNKNOWN) if tokens else UNKNOWN
 
 
 class MarkerStripper:
-    """Keeps the first token's text out of a streamed choice, however the text is cut into pieces.
+    """Keeps the text of refusal and respond tokens out of one choice, however its text is cut into pieces.
 
-    Args:
-        text: of the first token; empty when it is no refusal or respond token, and nothing is held back.
+    vLLM leaves special tokens out by itself, but not in models where these are ordinary tokens, and not where a tool
+    parser asks to see special tokens. Once such a token was generated, its text is taken out wherever it comes.
     """
 
-    def __init__(self, text: str) -> None:
-        self._text = text
+    def __init__(self, table: VerdictTable) -> None:
+        self._texts = table.texts
+        self._active: set[str] = set()
         self._held = ""
+
+    def see(self, tokens: Iterable[int]) -> None:
+        """Take note of generated tokens, before the text that may hold theirs is fed."""
+        for token in tokens:
+            if token in self._texts:
+                self._active.add(self._texts[token])
 
     def feed(self, piece: str) -> str:
         """What of `piece`, and of pieces held back before, can be given to the client now."""
-        if not self._text:
+        if not self._active:
             return piece
-        self._held += piece
-        if self._text.startswith(self._held) and self._held != self._text:
-            return ""
-        released, self._text, self._held = self._held.removeprefix(self._text), "", ""
-        return released
+        text = self._held + piece
+        while any(marker in text for marker in self._active):  # taking one out may join the halves of another
+            for marker in self._active:
+                text = text.replace(marker, "")
+        kept = max(_overlap(text, marker) for marker in self._active)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
 
     def flush(self) -> str:
         """What is still held back when the choice ends."""
-        released, self._text, self._held = self._held, "", ""
+        released, self._held = self._held, ""
         return released
+
+
+def _overlap(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that may be the beginning of `marker`."""
+    return next((size for size in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:size])), 0)

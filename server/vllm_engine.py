@@ -108,8 +108,7 @@ class VllmEngine:
             if task is not None and task.cancelling():  # vLLM answers a cancellation with an error response
                 raise asyncio.CancelledError
             raise _from_response(result.error.model_dump())
-        first = tuple(choice.token_ids[0] if choice.token_ids else None for choice in result.choices)
-        return Completion(body=_plain(result), first_tokens=first)
+        return Completion(body=_plain(result), tokens=tuple(choice.token_ids or () for choice in result.choices))
 
     async def stream(self, call: ChatCall) -> AsyncGenerator[Chunk, None]:
         """Generate an answer piece by piece; see `server.engine.Engine`."""
@@ -351,8 +350,9 @@ def _from_response(error: Mapping[str, Any]) -> TrimtabError:
         return NotSupported(message, parameter=parameter, code="not_supported")
     if status < HTTPStatus.INTERNAL_SERVER_ERROR:
         is_too_long = "context length" in message or "model length" in message
-        code = "context_length_exceeded" if is_too_long else "invalid_value"
-        return InvalidSpec(message, parameter=parameter or ("messages" if is_too_long else None), code=code)
+        if is_too_long:  # vLLM names an internal parameter
+            return InvalidSpec(message, parameter="messages", code="context_length_exceeded")
+        return InvalidSpec(message, parameter=parameter, code="invalid_value")
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return EngineOverloaded(message)
     return EngineError(message)

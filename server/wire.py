@@ -33,6 +33,10 @@ def _bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """Limits on what becomes a grammar: size, depth and the length of regular expressions."""
     if len(to_json(schema)) > MAX_SCHEMA_BYTES:
         raise PydanticCustomError("schema_too_large", f"schema must have at most {MAX_SCHEMA_BYTES} bytes")
+    if _refers_to_itself(schema):
+        raise PydanticCustomError(
+            "schema_is_circular", "a $ref must not lead back to itself without anything in between"
+        )
     level: list[Any] = [schema]
     for _ in range(MAX_SCHEMA_DEPTH * 2):  # a level of a schema is an object and the map of its properties
         deeper: list[Any] = []
@@ -50,6 +54,35 @@ def _bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
             return schema
         level = deeper
     raise PydanticCustomError("schema_too_deep", f"schema must be at most {MAX_SCHEMA_DEPTH} levels deep")
+
+
+def _refers_to_itself(schema: dict[str, Any]) -> bool:
+    """Whether a chain of references never reaches anything but references, which grammar compilers cannot follow."""
+    waiting: list[Any] = [schema]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            waiting.extend(node.values())
+            seen: set[str] = set()
+            while isinstance(node, dict) and isinstance(reference := node.get("$ref"), str):
+                if reference in seen:
+                    return True
+                seen.add(reference)
+                node = _target(schema, reference)
+        elif isinstance(node, list):
+            waiting.extend(node)
+    return False
+
+
+def _target(schema: dict[str, Any], reference: str) -> object:
+    """What a local reference such as `#/$defs/a` points to; None for others and for those that point nowhere."""
+    if not reference.startswith("#"):
+        return None
+    node: object = schema
+    for step in reference[1:].split("/")[1:]:
+        key = step.replace("~1", "/").replace("~0", "~")
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
 
 
 def _plain_dict_of_token_ids(bias: dict[str, float]) -> dict[str, float]:

@@ -139,7 +139,7 @@ class FakeEngine:
                 "choices": choices,
                 "usage": _usage(sum(map(len, pieces))),
             },
-            first_tokens=tuple(said[0][0] if said else None for said in pieces),
+            tokens=tuple([token for token, _ in said] for said in pieces),
         )
 
     async def stream(self, call: ChatCall) -> AsyncGenerator[Chunk, None]:

@@ -31,7 +31,7 @@ def value(found: Samples, name: str, **labels: str) -> float:
 
 
 async def test_decisions_outcomes_and_tokens_are_counted(make: Make) -> None:
-    """Refusals by category come from refusal tokens, decisions from what was done, tokens by whether they were steered."""
+    """Refusals by category come from refusal tokens, decisions from what was done, tokens by steered or not."""
     spoken = make()
     await spoken.chat()
     await spoken.chat(n=2, steering={"mode": "comply"})

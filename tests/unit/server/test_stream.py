@@ -15,7 +15,7 @@ from tests.unit.server.conftest import Make, Spoken, chat_body, content_of, read
 
 
 async def test_chunks_come_in_openais_order(make: Make) -> None:
-    """Role first, text, one finish per choice, then the end; the steering object is on the last chunk of the choices."""
+    """Role first, text, one finish per choice, then the end; the steering object is on the choices' last chunk."""
     events = await make().events(steering={"mode": "comply"})
     assert events[0]["choices"][0]["delta"]["role"] == "assistant"
     assert content_of(events) == "Hello there!"

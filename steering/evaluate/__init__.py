@@ -1,0 +1,1 @@
+"""Measuring refusal: prompts nothing was fitted on, judged, with intervals."""

@@ -1,0 +1,144 @@
+"""The gateway as a process: what it refuses to start with, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.serving import MODEL, serving
+
+
+def refused(*arguments: str) -> str:
+    """The message of a server that does not start; asserts that it ends by itself, with 1."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+def test_reachable_host_is_refused(tiny_arguments: tuple[str, ...]) -> None:
+    """Without keys nobody else may reach the server; told before the engine starts."""
+    assert "no API keys" in refused("serve", "--host", "0.0.0.0", *tiny_arguments)  # noqa: S104 - refused is the point
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--worker-cls", "x.Y"), "--worker-cls"),
+        (("--scheduler-cls=x.Y",), "--scheduler-cls"),
+        (("--additional_config", '{"a":1}'), "--additional-config"),
+        (("--api-key", "x"), "--api-key"),
+        (("--served-model-name", "other"), "--served-model-name"),
+    ],
+)
+def test_options_that_would_undo_steering_are_refused(
+    tiny_arguments: tuple[str, ...], option: tuple[str, ...], words: str
+) -> None:
+    """By name, however vLLM's parser lets them be written."""
+    assert words in refused("serve", *tiny_arguments, *option)
+
+
+def test_bundle_of_another_model_is_refused(tiny_served_model: tuple[Path, Path], tmp_path: Path) -> None:
+    """The fingerprint is compared before the engine starts, and the message says which part differs."""
+    model, bundle = tiny_served_model
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    weights = other / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    message = refused("serve", "--model", str(other), "--bundle", str(bundle))
+    assert "weights_digest" in message
+    assert "--accept-transfer" in message
+    assert "weights_digest" in refused("bundle", "verify", str(bundle), "--model", str(other))
+
+
+def test_damaged_bundle_and_missing_folders_are_refused(tiny_served_model: tuple[Path, Path], tmp_path: Path) -> None:
+    """One line each, no traceback."""
+    model, bundle = tiny_served_model
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "manifest.json").write_bytes((bundle / "manifest.json").read_bytes())
+    (damaged / "tensors.safetensors").write_bytes((bundle / "tensors.safetensors").read_bytes() + b"x")
+    assert "digest" in refused("serve", "--model", str(model), "--bundle", str(damaged))
+    assert "config.json" in refused("serve", "--model", str(tmp_path / "nowhere"), "--bundle", str(bundle))
+    assert "bundle" in refused("serve", "--model", str(model))
+
+
+def test_verify_says_what_a_bundle_is(tiny_served_model: tuple[Path, Path]) -> None:
+    """`trimtab bundle verify` names the bundle and the model it was made for."""
+    model, bundle = tiny_served_model
+    ended = subprocess.run(
+        [sys.executable, "-m", "server.cli", "bundle", "verify", str(bundle), "--model", str(model)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "tiny-bundle@sha256:" in ended.stdout
+    assert "made for the model" in ended.stdout
+
+
+def test_sigterm_lets_streams_finish(tiny_arguments: tuple[str, ...]) -> None:
+    """Not ready at once, no new work, the stream in flight complete, exit code 0."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True, "temperature": 0}
+    body |= {"max_tokens": 300, "ignore_eos": True, "n": 8, "steering": {"mode": "comply"}}
+    with serving(*tiny_arguments, TRIMTAB_DRAIN_DELAY="2") as server:
+        lines: list[str] = []
+        begun = threading.Event()
+
+        def read() -> None:
+            with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as response:
+                for line in response.iter_lines():
+                    lines.append(line)
+                    begun.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert begun.wait(60)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert httpx.get(f"{server.url}/readyz").status_code == 503
+        refusal = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "stream": False})
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "1")
+        reader.join(timeout=120)
+        assert server.process.wait(timeout=60) == 0
+    assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert sum('"finish_reason":"length"' in line for line in lines) == 8
+
+
+def test_death_of_the_engine_is_told(tiny_arguments: tuple[str, ...]) -> None:
+    """A killed engine process turns every state and request to 503 and cuts streams with a frame."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 450, "ignore_eos": True}
+    with serving(*tiny_arguments) as server:
+        found = subprocess.run(
+            ["ps", "--ppid", str(server.process.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True
+        )
+        (engine,) = [line.split()[0] for line in found.stdout.splitlines() if "EngineCore" in line]
+        with httpx.stream(
+            "POST", f"{server.url}/v1/chat/completions", json={**body, "stream": True, "n": 8}, timeout=60
+        ) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(int(engine), signal.SIGKILL)
+            rest = [line for line in lines if line]
+        assert json.loads(rest[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+        deadline = time.monotonic() + 20
+        while httpx.get(f"{server.url}/readyz").status_code != 503:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert httpx.get(f"{server.url}/livez").status_code == 503
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 503
