@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def bench(  # noqa: PLR0917 - typer calls it by name
+def bench(
     only: Annotated[list[Part] | None, typer.Option(help="Repeatable; all parts by default.")] = None,
     model: Annotated[Path | None, typer.Option(help="Local model folder; the demo by default.")] = None,
     bundle: Annotated[

@@ -55,7 +55,8 @@ class Resident:
             plans: one JSON plan per request, or none at all.
 
         Returns:
-            seconds, tokens generated, and the layers that edited a token of this round.
+            seconds; seconds of processor time, of this process and its engine's; tokens generated; and the layers that
+            edited a token of this round.
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
@@ -78,11 +79,21 @@ class Resident:
         ]
         if self._is_steering:
             self._llm.collective_rpc("steering_clear_witness")
-        began = time.perf_counter()
+        worked, began = _processor_seconds(), time.perf_counter()
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        seconds = time.perf_counter() - began
+        seconds, worked = time.perf_counter() - began, _processor_seconds() - worked
         edited = self._llm.collective_rpc("steering_report")[0]["witness"] if self._is_steering else []
-        return {"seconds": seconds, "tokens": sum(len(o.outputs[0].token_ids) for o in outputs), "edited": edited}
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        return {"seconds": seconds, "processor_seconds": worked, "tokens": tokens, "edited": edited}
+
+
+def _processor_seconds() -> float:
+    """What this process and its children have taken so far; a neighbour on the machine changes it little."""
+    import psutil  # type: ignore[import-untyped]  # vLLM requires it
+
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return float(sum(each.user + each.system for each in times))
 
 
 def _listen() -> None:
