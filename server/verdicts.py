@@ -89,13 +89,13 @@ class MarkerStripper:
         """What of `piece`, and of pieces held back before, can be given to the client now."""
         if not self._active:
             return piece
-        text = self._held + piece
-        while any(marker in text for marker in self._active):  # taking one out may join the halves of another
-            for marker in self._active:
-                text = text.replace(marker, "")
+        released, text = "", self._held + piece
+        while found := [(at, marker) for marker in self._active if (at := text.find(marker)) >= 0]:
+            at, marker = min(found)
+            released, text = released + text[:at], text[at + len(marker) :]
         kept = max(_overlap(text, marker) for marker in self._active)
         self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
+        return released + text[: len(text) - kept]
 
     def flush(self) -> str:
         """What is still held back when the choice ends."""

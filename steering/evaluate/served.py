@@ -88,7 +88,7 @@ async def measure(
     *,
     concurrency: int = 32,
     max_tokens: int = 4,
-    on_progress: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Ask every prompt of every suite under every arm.
 

@@ -50,7 +50,7 @@ def test_markers_are_taken_out_where_they_were_generated() -> None:
 
 @given(st.lists(st.sampled_from(["[", "[Safety]", "[Safe", "ty]", "y]", "a"]), max_size=8), st.lists(st.integers(1, 4)))
 def test_streamed_stripping_equals_stripping_the_whole(parts: list[str], cuts: list[int]) -> None:
-    """However an answer is cut into pieces, the marker never shows, and all that is not a marker does."""
+    """However an answer is cut into pieces, the client reads it without the marker and with all the rest."""
     whole = "".join(parts)
     stripper, read, at = MarkerStripper(VerdictTable(make_bundle())), "", 0
     stripper.see([SAFETY])
@@ -58,9 +58,7 @@ def test_streamed_stripping_equals_stripping_the_whole(parts: list[str], cuts: l
         read += stripper.feed(whole[at : at + cut])
         at += cut
     read += stripper.flush()
-    while "[Safety]" in whole:
-        whole = whole.replace("[Safety]", "")
-    assert read == whole
+    assert read == whole.replace("[Safety]", "")
 
 
 def test_nothing_is_held_back_for_long() -> None:
