@@ -48,7 +48,7 @@ def train(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     import torch
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     from steering.demo.corpus import build_corpus
     from steering.demo.model import write_model
@@ -62,7 +62,7 @@ def train(
     typer.echo(f"{len(corpus.entries)} prompts; left out: {sum(corpus.dropped.values())}")
     if not (folder / "tokenizer").is_dir():
         train_tokenizer(corpus.texts()).save_pretrained(folder / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     for stage in STAGES:
         if only and stage.name not in only:
             continue

@@ -101,7 +101,8 @@ class Encoder:
         self._recipe = recipe
         self._cache: dict[str, list[int]] = {}
         names = (BOS, END, SYSTEM, USER, ASSISTANT, RESPOND, *CATEGORY_TOKENS.values())
-        self._id: dict[str, int] = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in names}
+        vocabulary = tokenizer.get_vocab()
+        self._id: dict[str, int] = {name: vocabulary[name] for name in names}
 
     def examples(self, conversations: Sequence[Conversation], stage: Stage, random: Random) -> list[Example]:
         """Examples of one epoch; those longer than the recipe allows are left out."""
@@ -258,7 +259,7 @@ def run_stage(
                 group["lr"] = rate
             loss = weighted_loss(model, inputs, targets, weights)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             value = loss.item()
@@ -269,7 +270,8 @@ def run_stage(
             if (step + 1) % recipe.save_every == 0 or step + 1 == last:
                 stream.flush()
                 _save(stage, model, optimizer, step + 1, work)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
@@ -291,7 +293,7 @@ def _restore(
     from steering.demo.model import demo_config
 
     torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(demo_config(tokenizer)).to(torch.float32)
+    model = LlamaForCausalLM(demo_config(tokenizer)).float()
     decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     plain = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     optimizer = torch.optim.AdamW(

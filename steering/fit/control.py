@@ -95,13 +95,13 @@ class Settings:
     tau: float = TAU
     top_k: int | None = None
     most: int = 800
-    calibration: int = 70
+    calibration: int = 60
     ranged: int = 32
-    multiples: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-    comply_target: float = 0.97
-    refuse_target: float = 0.95
-    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    most_spoiled: float = 0.1
+    multiples: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
+    comply_target: float = 0.9
+    refuse_target: float = 0.75
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.25, 1.5)
+    most_spoiled: float = 0.15
     seed: int = 20261122
 
 
@@ -374,7 +374,7 @@ def _best_layer(layers: Sequence[dict[str, Any]]) -> int:
 # --- range and held --------------------------------------------------------------------------------------------------
 
 
-def edits_of(fit: Fit, means: Mapping[str, Tensor], doses: Mapping[str, Mapping[str, Any]]) -> dict[str, Edit]:
+def edits_of(fit: Fit, means: Mapping[str, Tensor], doses: Mapping[Variant, Mapping[str, Any]]) -> dict[str, Edit]:
     """A refuse and a comply edit for each variant and category, and `random`, all at strength 1."""
     edits: dict[str, Edit] = {}
     for variant in Variant:
@@ -461,7 +461,7 @@ def held_effects(fit: Fit, edits: Mapping[str, Edit]) -> dict[str, Any]:
             ("GSM8K test", ("gsm8k", "test")),
         ):
             records = [record for record in held if (record.dataset, record.part) == part]
-            prompts = fit.loaded.prompts([record.prompt for record in records[:250]])
+            prompts = fit.loaded.prompts([record.prompt for record in records[:200]])
             arms: dict[str, Rate] = {
                 "unsteered": decide(fit.loaded, prompts).refusals,
                 "comply": decide(fit.loaded, prompts, comply).refusals,

@@ -148,14 +148,14 @@ def _manifest(
     fit: Fit,
     edits: Mapping[str, Edit],
     means: Mapping[str, Any],
-    doses: Mapping[str, Any],
+    doses: Mapping[Variant, Mapping[str, Any]],
     ranges: Mapping[str, Any],
     *,
     name: str,
     version: str,
 ) -> dict[str, Any]:
     settings = fit.settings
-    records = []
+    records: list[dict[str, Any]] = []
     for variant, category, purpose in product(Variant, settings.categories, ("refuse", "comply")):
         dose = doses[variant]["categories"][category][purpose]
         key = edit_name(purpose, category, variant)
@@ -181,8 +181,9 @@ def _manifest(
             "provenance": {"method": "random direction", "seed": settings.seed, "code": __version__},
         }
     )
+    # An edit that spoils answers at every strength tried is left out; the report has its numbers.
     records = [record for record in records if record["strength"]["maximum"] > 0]
-    usable = {record["name"] for record in records}
+    usable = {record["name"]: float(record["strength"]["maximum"]) for record in records}
 
     def profile(name: str, description: str, edit: Callable[[str, str], str]) -> dict[str, Any]:
         chosen = {
@@ -198,6 +199,7 @@ def _manifest(
             "description": description,
             **usable_edits,
             "default_category": settings.default_category,
+            "strength": min([1.0, *(usable[key] for names in usable_edits.values() for key in names.values())]),
         }
 
     profiles = [
@@ -232,7 +234,7 @@ def _strength(found: Mapping[str, Any], prompts: int) -> dict[str, Any]:
     return {
         "minimum": 0.0,
         "maximum": found["maximum"],
-        "measured": f"largest strength tried that spoiled at most 10 % of {prompts} greedy answers to "
+        "measured": f"largest strength tried that spoiled at most 15 % of {prompts} greedy answers to "
         "calibration prompts: they begin with a refusal token or [respond] and do not repeat themselves",
     }
 

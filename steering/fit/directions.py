@@ -75,7 +75,8 @@ def unit(vector: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(wide)
     if not bool(torch.isfinite(norm)) or norm.item() == 0.0:
         raise OperatorError("a direction has no length: the class means do not differ or are not finite")
-    return (wide / norm).to(torch.float32)
+    scaled: Tensor = wide / norm
+    return scaled.to(torch.float32)
 
 
 def random_direction(width: int, seed: int) -> Tensor:
