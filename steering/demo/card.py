@@ -80,7 +80,7 @@ def _behaviour(facts: Mapping[str, Any]) -> list[str]:
     lines = [
         "## What it refuses",
         "",
-        "Greedy first token, no steering, prompts it never saw; 95 % Wilson intervals.",
+        "Greedy first token, no steering, prompts it never saw (up to 900 tokens long); 95 % Wilson intervals.",
         "",
         "| set | should it refuse? | n | refused, % | neither token, % | category right among refusals, % |",
         "|---|---|---|---|---|---|",
