@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.integration.serving import MODEL, serving
 
@@ -32,21 +31,47 @@ def test_reachable_host_is_refused(tiny_arguments: tuple[str, ...]) -> None:
     assert "no API keys" in refused("serve", "--host", "0.0.0.0", *tiny_arguments)  # noqa: S104 - refused is the point
 
 
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [
-        (("--worker-cls", "x.Y"), "--worker-cls"),
-        (("--scheduler-cls=x.Y",), "--scheduler-cls"),
-        (("--additional_config", '{"a":1}'), "--additional-config"),
-        (("--api-key", "x"), "--api-key"),
-        (("--served-model-name", "other"), "--served-model-name"),
-    ],
-)
-def test_options_that_would_undo_steering_are_refused(
-    tiny_arguments: tuple[str, ...], option: tuple[str, ...], words: str
-) -> None:
-    """By name, however vLLM's parser lets them be written."""
-    assert words in refused("serve", *tiny_arguments, *option)
+FORBIDDEN = {
+    "worker-cls": ["--worker-cls", "x.Y"],
+    "scheduler-cls": ["--scheduler-cls=x.Y"],
+    "additional-config": ["--additional_config", '{"a":1}'],
+    "api-key": ["--api-key", "x"],
+    "served-model-name": ["--served-model-name", "other"],
+    "port": ["--port=9"],
+    "middleware": ["--middleware", "x.Y"],
+    "trust-request-chat-template": ["--trust-request-chat-template"],
+}
+PARSE_EACH = """
+import json, pathlib, sys
+from server.vllm_engine import parse_options, set_environment
+from steering.errors import UnsupportedConfiguration
+set_environment()
+told = {}
+for name, options in json.loads(sys.argv[1]).items():
+    try:
+        parse_options(pathlib.Path("m"), "m", options, {})
+    except UnsupportedConfiguration as error:
+        told[name] = error.message
+allowed = parse_options(pathlib.Path("m"), "n", ["--max-model-len", "99"], {"max_model_len": 5, "max_num_seqs": 7})
+told["allowed"] = [allowed.model, allowed.served_model_name, allowed.max_model_len, allowed.max_num_seqs]
+print("\\n" + json.dumps(told))
+"""
+
+
+def test_options_that_would_undo_steering_are_refused() -> None:
+    """By name, however vLLM's parser lets them be written; others pass, and win over our defaults."""
+    ended = subprocess.run(
+        [sys.executable, "-c", PARSE_EACH, json.dumps(FORBIDDEN)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert told.pop("allowed") == ["m", ["n"], 99, 7]
+    assert set(told) == set(FORBIDDEN)
+    assert all(f"--{name} " in message for name, message in told.items())
 
 
 def test_bundle_of_another_model_is_refused(tiny_served_model: tuple[Path, Path], tmp_path: Path) -> None:
