@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,25 +216,29 @@ async def started(arguments: Namespace, bundles: Sequence[Path]) -> AsyncIterato
         ToolParserManager.import_tool_parser(arguments.tool_parser_plugin)
     if len(arguments.reasoning_parser_plugin) > 3:
         ReasoningParserManager.import_reasoning_parser(arguments.reasoning_parser_plugin)
-    listener = OutcomeListener()  # before the engine, whose processes inherit its address
-    try:
-        engine_args = AsyncEngineArgs.from_cli_args(arguments)
-        for name, value in engine_arguments(bundles).items():
-            setattr(engine_args, name, value)
-        async with build_async_engine_client_from_engine_args(engine_args) as client:
+    async with AsyncExitStack() as stack:
+        listener = OutcomeListener()  # before the engine, whose processes inherit its address
+        stack.push_async_callback(listener.close)
+        try:
+            engine_args = AsyncEngineArgs.from_cli_args(arguments)
+            for name, value in engine_arguments(bundles).items():
+                setattr(engine_args, name, value)
+            client = await stack.enter_async_context(build_async_engine_client_from_engine_args(engine_args))
             listener.start()
             state = State()
             await init_app_state(client, state, arguments, await client.get_supported_tasks())
-            if state.openai_serving_chat is None:
-                raise UnsupportedConfiguration(f"model {arguments.model} does not generate text")
-            model = ServedModel(
-                name=arguments.served_model_name[0],
-                created=int(time.time()),
-                context=client.vllm_config.model_config.max_model_len,
-            )
-            yield VllmEngine(client, state.openai_serving_chat, listener, model)
-    finally:
-        await listener.close()
+        except TrimtabError:
+            raise
+        except Exception as error:
+            raise UnsupportedConfiguration(f"vLLM did not start, its own log says why: {error}") from error
+        if state.openai_serving_chat is None:
+            raise UnsupportedConfiguration(f"model {arguments.model} does not generate text")
+        model = ServedModel(
+            name=arguments.served_model_name[0],
+            created=int(time.time()),
+            context=client.vllm_config.model_config.max_model_len,
+        )
+        yield VllmEngine(client, state.openai_serving_chat, listener, model)
 
 
 def set_environment() -> None:

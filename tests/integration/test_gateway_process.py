@@ -103,6 +103,21 @@ def test_damaged_bundle_and_missing_folders_are_refused(tiny_served_model: tuple
     assert "bundle" in refused("serve", "--model", str(model))
 
 
+def test_plugin_that_does_not_load_stops_the_start(tiny_arguments: tuple[str, ...]) -> None:
+    """vLLM skips a plugin it was not told to load and would serve unsteered; the self-check ends the server instead."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "server.cli", "serve", "--port", "0", *tiny_arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        env={**os.environ, "VLLM_PLUGINS": "another"},
+    )
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "Ready" not in ended.stdout
+    assert any(line.startswith("trimtab: ") for line in ended.stderr.splitlines())
+
+
 def test_verify_says_what_a_bundle_is(tiny_served_model: tuple[Path, Path]) -> None:
     """`trimtab bundle verify` names the bundle and the model it was made for."""
     model, bundle = tiny_served_model
