@@ -27,7 +27,10 @@ class Oracle:
     def __init__(self, model: Path, edits: Mapping[str, Edit]) -> None:
         import transformers
 
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        # The eager attention: torch's fused one leaves out the soft cap of Gemma 2.
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         self._edits = edits
 
     def score(

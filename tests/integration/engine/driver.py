@@ -141,6 +141,8 @@ def play(scenario: Scenario, folder: Path, *, fresh: bool = False) -> Result:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Idle engine processes are kept; their threads must not spin.
+        "OMP_WAIT_POLICY": "passive",
         "VLLM_USE_V2_MODEL_RUNNER": "1" if scenario.v2_interpreted else "0",
         **({"TRITON_INTERPRET": "1"} if scenario.v2_interpreted else {}),
         **({"VLLM_PLUGINS": "none"} if scenario.bundle is None else {}),
@@ -282,7 +284,8 @@ def _ask(engine: Any, round_: Sequence[Ask], digest: str) -> list[Got]:
             SamplingParams(
                 # vLLM refuses n > 1 for greedy requests; this temperature picks the best token all the same.
                 temperature=0.0 if ask.samples == 1 else 1e-4,
-                seed=1,
+                # Stock vLLM 0.32 ends a CPU engine at a seeded request whose prompt is chunked; ours must not.
+                seed=1 if digest else None,
                 n=ask.samples,
                 max_tokens=ask.count,
                 ignore_eos=True,

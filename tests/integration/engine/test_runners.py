@@ -35,22 +35,23 @@ def crowd(count: int) -> list[Ask]:
     ]
 
 
+@pytest.fixture(scope="module")
+def crowded(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, Result]:
+    """A crowded engine, then every edit in one batch."""
+    model = tiny("llama")
+    scenario = Scenario(
+        model=str(model.model),
+        bundle=model.bundle_path,
+        rounds=[crowd(8), every_edit(3)],
+        arguments=CROWDED,
+        environment={"TRIMTAB_KERNEL": "triton"},
+        v2_interpreted=True,
+    )
+    return model, play(scenario, tmp_path_factory.mktemp("v2"))
+
+
 class TestModelRunnerV2:
     """The runner GPUs use, with the Triton kernel, both interpreted on the CPU."""
-
-    @pytest.fixture(scope="class")
-    def crowded(self, tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, Result]:
-        """A crowded engine, then every edit in one batch."""
-        model = tiny("llama")
-        scenario = Scenario(
-            model=str(model.model),
-            bundle=model.bundle_path,
-            rounds=[crowd(8), every_edit(3)],
-            arguments=CROWDED,
-            environment={"TRIMTAB_KERNEL": "triton"},
-            v2_interpreted=True,
-        )
-        return model, play(scenario, tmp_path_factory.mktemp("v2"))
 
     def test_it_is_that_runner(self, crowded: tuple[Tiny, Result]) -> None:
         """The worker reports the runner, and that some request was preempted."""
