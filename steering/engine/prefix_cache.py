@@ -83,8 +83,12 @@ class SteeringScheduler:
     edits: dict[str, frozenset[str]]
     hash_block_size: int
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._rejected: list[Request] = []
+
     def add_request(self, request: Request) -> None:
-        """Accept a request; one whose plan is invalid or names what this engine lacks is aborted, never run unsteered.
+        """Accept a request; one whose plan is invalid or names what this engine lacks is ended, never run unsteered.
 
         vLLM offers no public way to set a block hasher, hence the private name.
         """
@@ -93,22 +97,38 @@ class SteeringScheduler:
         except TrimtabError as error:
             from vllm.logger import init_logger
 
-            init_logger(__name__).error("request %s aborted: %s", request.request_id, error)
-            # vLLM's `EngineCore.add_request` finishes such a request before it can be scheduled.
-            request.abort_immediately = True
-        else:
-            hasher = request._block_hasher  # noqa: SLF001
-            if plan is not None and hasher is not None:
-                request._block_hasher = isolated(  # noqa: SLF001
-                    hasher,
-                    plan=plan,
-                    request_id=request.request_id,
-                    prompt_length=request.num_prompt_tokens,
-                    block_size=self.hash_block_size,
-                )
-                request.block_hashes.clear()
-                request.update_block_hashes()
+            init_logger(__name__).error("request %s rejected: %s", request.request_id, error)
+            self._rejected.append(request)
+            return
+        hasher = request._block_hasher  # noqa: SLF001
+        if plan is not None and hasher is not None:
+            request._block_hasher = isolated(  # noqa: SLF001
+                hasher,
+                plan=plan,
+                request_id=request.request_id,
+                prompt_length=request.num_prompt_tokens,
+                block_size=self.hash_block_size,
+            )
+            request.block_hashes.clear()
+            request.update_block_hashes()
         super().add_request(request)  # type: ignore[misc]
+
+    def has_finished_requests(self) -> bool:
+        """As vLLM's; rejected requests count, so that the engine takes a step and tells their clients."""
+        return bool(self._rejected) or super().has_finished_requests()  # type: ignore[misc]
+
+    def update_from_output(self, *arguments: Any, **named: Any) -> Any:
+        """As vLLM's, with an error for the client of each rejected request; it would else wait for ever."""
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+        outputs = super().update_from_output(*arguments, **named)  # type: ignore[misc]
+        for request in self._rejected:
+            group = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            group.outputs.append(
+                EngineCoreOutput(request_id=request.request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
+            )
+        self._rejected.clear()
+        return outputs
 
     def _checked_plan(self, request: Request) -> Plan | None:
         plan = plan_of(request)

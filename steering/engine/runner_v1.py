@@ -30,7 +30,7 @@ class RewindableGenerator(torch.Generator):
         """The offset vLLM subtracts from; of no consequence."""
         return 4
 
-    def set_offset(self, offset: int) -> torch.Generator:
+    def set_offset(self, offset: int) -> torch.Generator:  # noqa: ARG002 - the signature is torch's
         """Stay where the stream is."""
         return self
 
