@@ -96,6 +96,7 @@ def test_v2_hybrid_state_class_is_kept(tiny: Callable[[str], Tiny], tmp_path: Pa
     assert result.report["runner"] == "v2"
 
 
+@pytest.mark.timeout(900)
 class TestCompiled:
     """torch.compile on, as vLLM does by default."""
 
