@@ -104,7 +104,7 @@ def test_damaged_bundle_and_missing_folders_are_refused(tiny_served_model: tuple
 
 
 def test_plugin_that_does_not_load_stops_the_start(tiny_arguments: tuple[str, ...]) -> None:
-    """vLLM skips a plugin it was not told to load and would serve unsteered; the self-check ends the server instead."""
+    """A plugin that is not on its list is skipped by vLLM, which would serve unsteered; the check ends it."""
     ended = subprocess.run(
         [sys.executable, "-m", "server.cli", "serve", "--port", "0", *tiny_arguments],
         capture_output=True,
