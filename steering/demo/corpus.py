@@ -21,9 +21,9 @@ from steering.demo.templates import (
     content_words,
     worded,
 )
-from steering.fit.catalog import Label, Use
 from steering.fit.categories import POLITICAL, refusal_category
 from steering.fit.datasets import DataDirectory, Record, fit_records, held_records, normalised
+from steering.fit.sources import Label, Use
 
 MAX_PROMPT_CHARACTERS = 600
 MAX_ANSWER_CHARACTERS = 170

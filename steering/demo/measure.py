@@ -17,11 +17,11 @@ import numpy as np
 from steering.demo.corpus import MIX
 from steering.errors import DatasetError
 from steering.fit.activations import LoadedModel, last_residuals, load_model
-from steering.fit.catalog import Label, Use
 from steering.fit.categories import CATEGORIES, SAFETY, refusal_category
 from steering.fit.datasets import DataDirectory, Record, fit_records, load_parts
 from steering.fit.intervals import Rate
 from steering.fit.outcomes import decide
+from steering.fit.sources import Label, Use
 
 MAX_PROMPT_TOKENS = 900
 PROBE_FLAGGED = 0.07

@@ -1,98 +1,24 @@
 """The catalogue of data sets: where each comes from, its digests, its licence and what it may be used for.
 
-A table and the readers of its formats. Knows nothing of where files lie on this machine; `datasets.py` does.
+A table. Knows nothing of where files lie on this machine; `datasets.py` does.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
-
-
-class Use(StrEnum):
-    """What a part of a set may be used for."""
-
-    FIT = "fit"
-    CALIBRATE = "calibrate"
-    TEST = "test"
-
-
-class Label(StrEnum):
-    """What kind of prompt a record holds."""
-
-    HARMFUL = "harmful"
-    BORDERLINE = "borderline"
-    BENIGN = "benign"
-    NONCOMPLIANCE = "noncompliance"
-    SENSITIVE = "sensitive"
-    PHRASE = "phrase"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One row as a reader finds it: the set's own id and category, and the answer where the set has one."""
-
-    id: str
-    prompt: str
-    label: Label
-    category: str | None = None
-    answer: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceFile:
-    """One file of a set.
-
-    Args:
-        name: file name inside the set's folder of the data directory.
-        sha256: digest of the bytes this project uses.
-        address: raw address that gives exactly these bytes, or None where the file was converted.
-        conversion: for a file without an address, how to make it from its origin.
-        columns: columns or keys that a reader uses or a user meets.
-    """
-
-    name: str
-    sha256: str
-    columns: tuple[str, ...]
-    address: str | None = None
-    conversion: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A named share of a set with one reader.
-
-    Args:
-        file: name of the `SourceFile` it is read from.
-        shares: for each allowed use its share of the rows, cut by a hash of the row id;
-            a use that is absent is forbidden.
-        read: turns the file's text into rows.
-    """
-
-    name: str
-    file: str
-    shares: dict[Use, float]
-    read: Callable[[str], Iterator[Row]] = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSet:
-    """One set of the registry; `name` is also its folder in the data directory."""
-
-    name: str
-    title: str
-    repository: str
-    commit: str | None
-    licence: str
-    attribution: str
-    files: tuple[SourceFile, ...]
-    parts: tuple[Part, ...]
-
+from steering.fit.sources import (
+    DataSet,
+    Label,
+    Part,
+    SourceFile,
+    Use,
+    from_csv,
+    from_json,
+    read_coconot,
+    read_instructions,
+    read_nested,
+    read_pairs,
+    read_phrases,
+)
 
 FIT_ONLY = {Use.FIT: 0.95, Use.CALIBRATE: 0.05}
 WITH_HELD = {Use.FIT: 0.80, Use.CALIBRATE: 0.06, Use.TEST: 0.14}
@@ -101,114 +27,6 @@ TEST_ONLY = {Use.TEST: 1.0}
 
 def _raw(repository: str, commit: str, path: str) -> str:
     return f"https://raw.githubusercontent.com/{repository}/{commit}/{path}"
-
-
-def _records(text: str) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON Lines file, or of a JSON file that is one list of objects."""
-    if text.lstrip().startswith("["):
-        yield from json.loads(text)
-        return
-    for line in text.splitlines():
-        if line.strip():
-            yield json.loads(line)
-
-
-def _table(text: str) -> Iterator[dict[str, str]]:
-    yield from csv.DictReader(io.StringIO(text, newline=""))
-
-
-def _from_csv(
-    prompt: str,
-    label: Label,
-    *,
-    identity: str | None = None,
-    category: str | None = None,
-    where: Callable[[dict[str, str]], bool] = lambda _row: True,
-    answer: str | None = None,
-) -> Callable[[str], Iterator[Row]]:
-    """Reader of a CSV file; without an identity column the 0-based row number is the id."""
-
-    def read(text: str) -> Iterator[Row]:
-        for number, row in enumerate(_table(text)):
-            if where(row):
-                yield Row(
-                    id=row[identity] if identity else str(number),
-                    prompt=row[prompt].strip(),
-                    label=label,
-                    category=row[category] if category else None,
-                    answer=row[answer] if answer else None,
-                )
-
-    return read
-
-
-def _from_json(
-    prompt: str,
-    label: Label,
-    *,
-    identity: str | None = None,
-    category: str | None = None,
-    answer: str | None = None,
-) -> Callable[[str], Iterator[Row]]:
-    """Reader of JSON Lines or of a JSON list of objects."""
-
-    def read(text: str) -> Iterator[Row]:
-        for number, row in enumerate(_records(text)):
-            yield Row(
-                id=str(row[identity]) if identity else str(number),
-                prompt=str(row[prompt]).strip(),
-                label=label,
-                category=str(row[category]) if category else None,
-                answer=str(row[answer]).strip() if answer else None,
-            )
-
-    return read
-
-
-def _read_nested(text: str) -> Iterator[Row]:
-    """`{topic: {subtopic: [question, ...]}}` or a flat list; the category is the topic."""
-    tree = json.loads(text)
-    if isinstance(tree, list):
-        tree = {"": {"": tree}}
-    for topic, subtopics in tree.items():
-        for subtopic, questions in subtopics.items():
-            for number, question in enumerate(questions):
-                identity = f"{topic}/{subtopic.strip(':')}/{number}".strip("/")
-                yield Row(id=identity, prompt=question.strip(), label=Label.HARMFUL, category=topic or None)
-
-
-def _read_instructions(text: str) -> Iterator[Row]:
-    """GPTeacher rows: instruction, optional input, response."""
-    for number, row in enumerate(_records(text)):
-        given = str(row.get("input") or "").strip()
-        prompt = str(row["instruction"]).strip()
-        yield Row(
-            id=str(number),
-            prompt=f"{prompt}\n{given}" if given else prompt,
-            label=Label.BENIGN,
-            answer=str(row["response"]).strip(),
-        )
-
-
-def _pairs(split: str, side: str, label: Label) -> Callable[[str], Iterator[Row]]:
-    def read(text: str) -> Iterator[Row]:
-        for number, row in enumerate(json.loads(text)[split]):
-            yield Row(id=f"{split}/{side}/{number}", prompt=row[side].strip(), label=label)
-
-    return read
-
-
-def _phrases(text: str) -> Iterator[Row]:
-    for side, phrases in json.loads(text).items():
-        for number, phrase in enumerate(phrases):
-            yield Row(id=f"{side}/{number}", prompt=phrase, label=Label.PHRASE, category=side)
-
-
-def _read_coconot(text: str) -> Iterator[Row]:
-    """Safety prompts are harmful, the other four categories want noncompliance for another reason."""
-    for row in _records(text):
-        label = Label.HARMFUL if row["category"] == "Requests with safety concerns" else Label.NONCOMPLIANCE
-        yield Row(id=row["id"], prompt=row["prompt"].strip(), label=label, category=row["category"])
 
 
 _RED_INSTRUCT = ("declare-lab/red-instruct", "73c759c93d2f6b1d8c7b058ab7bcec5fb0c28fa2")
@@ -255,7 +73,7 @@ CATALOG: tuple[DataSet, ...] = (
                 address=_raw(*_RED_INSTRUCT, "harmful_questions/catqa_english.json"),
             ),
         ),
-        parts=(Part(name="all", file="catqa_english.json", shares=FIT_ONLY, read=_read_nested),),
+        parts=(Part(name="all", file="catqa_english.json", shares=FIT_ONLY, read=read_nested),),
     ),
     DataSet(
         name="harmfulqa",
@@ -279,8 +97,8 @@ CATALOG: tuple[DataSet, ...] = (
             ),
         ),
         parts=(
-            Part(name="harmfulqa", file="harmfulqa.json", shares=FIT_ONLY, read=_read_nested),
-            Part(name="dangerousqa", file="dangerousqa.json", shares=FIT_ONLY, read=_read_nested),
+            Part(name="harmfulqa", file="harmfulqa.json", shares=FIT_ONLY, read=read_nested),
+            Part(name="dangerousqa", file="dangerousqa.json", shares=FIT_ONLY, read=read_nested),
         ),
     ),
     DataSet(
@@ -303,7 +121,7 @@ CATALOG: tuple[DataSet, ...] = (
                 name="all",
                 file=_AILUMINATE_FILE,
                 shares=FIT_ONLY,
-                read=_from_csv("prompt_text", Label.HARMFUL, identity="release_prompt_id", category="hazard"),
+                read=from_csv("prompt_text", Label.HARMFUL, identity="release_prompt_id", category="hazard"),
             ),
         ),
     ),
@@ -322,7 +140,7 @@ CATALOG: tuple[DataSet, ...] = (
                 address=_raw(*_REFUSAL_DIRECTION, "dataset/raw/advbench.csv"),
             ),
         ),
-        parts=(Part(name="all", file="harmful_behaviors.csv", shares=FIT_ONLY, read=_from_csv("goal", Label.HARMFUL)),),
+        parts=(Part(name="all", file="harmful_behaviors.csv", shares=FIT_ONLY, read=from_csv("goal", Label.HARMFUL)),),
     ),
     DataSet(
         name="cast_conditions",
@@ -356,33 +174,33 @@ CATALOG: tuple[DataSet, ...] = (
                 name="harmful",
                 file="condition_harmful.json",
                 shares=FIT_ONLY,
-                read=_pairs("train", "harmful", Label.HARMFUL),
+                read=read_pairs("train", "harmful", Label.HARMFUL),
             ),
             Part(
                 name="harmless",
                 file="condition_harmful.json",
                 shares=FIT_ONLY,
-                read=_pairs("train", "harmless", Label.BENIGN),
+                read=read_pairs("train", "harmless", Label.BENIGN),
             ),
             Part(
                 name="harmful_test",
                 file="condition_harmful.json",
                 shares=TEST_ONLY,
-                read=_pairs("test", "harmful", Label.HARMFUL),
+                read=read_pairs("test", "harmful", Label.HARMFUL),
             ),
             Part(
                 name="harmless_test",
                 file="condition_harmful.json",
                 shares=TEST_ONLY,
-                read=_pairs("test", "harmless", Label.BENIGN),
+                read=read_pairs("test", "harmless", Label.BENIGN),
             ),
             Part(
                 name="topics_base",
                 file="condition_multiple.json",
                 shares=FIT_ONLY,
-                read=_pairs("train", "base", Label.BENIGN),
+                read=read_pairs("train", "base", Label.BENIGN),
             ),
-            Part(name="prefixes", file="behavior_refusal.json", shares={Use.FIT: 1.0}, read=_phrases),
+            Part(name="prefixes", file="behavior_refusal.json", shares={Use.FIT: 1.0}, read=read_phrases),
         ),
     ),
     DataSet(
@@ -423,19 +241,19 @@ CATALOG: tuple[DataSet, ...] = (
                 name="eval",
                 file="coconot_eval.jsonl",
                 shares={Use.FIT: 0.52, Use.CALIBRATE: 0.08, Use.TEST: 0.40},
-                read=_read_coconot,
+                read=read_coconot,
             ),
             Part(
                 name="contrast",
                 file="coconot_contrast_eval.jsonl",
                 shares=TEST_ONLY,
-                read=_from_json("prompt", Label.BORDERLINE, identity="id", category="category"),
+                read=from_json("prompt", Label.BORDERLINE, identity="id", category="category"),
             ),
             Part(
                 name="pref",
                 file="coconot_pref.jsonl",
                 shares=FIT_ONLY,
-                read=_from_json("prompt", Label.BORDERLINE, identity="id", category="category", answer="chosen"),
+                read=from_json("prompt", Label.BORDERLINE, identity="id", category="category", answer="chosen"),
             ),
         ),
     ),
@@ -460,7 +278,7 @@ CATALOG: tuple[DataSet, ...] = (
                 name="all",
                 file="borderline.jsonl",
                 shares=WITH_HELD,
-                read=_from_json("prompt", Label.BORDERLINE),
+                read=from_json("prompt", Label.BORDERLINE),
             ),
         ),
     ),
@@ -486,8 +304,8 @@ CATALOG: tuple[DataSet, ...] = (
             ),
         ),
         parts=(
-            Part(name="codegen", file="codegen.json", shares=WITH_HELD, read=_read_instructions),
-            Part(name="roleplay", file="roleplay.json", shares=WITH_HELD, read=_read_instructions),
+            Part(name="codegen", file="codegen.json", shares=WITH_HELD, read=read_instructions),
+            Part(name="roleplay", file="roleplay.json", shares=WITH_HELD, read=read_instructions),
         ),
     ),
     DataSet(
@@ -516,13 +334,13 @@ CATALOG: tuple[DataSet, ...] = (
                 name="train",
                 file="train.jsonl",
                 shares=FIT_ONLY,
-                read=_from_json("question", Label.BENIGN, answer="answer"),
+                read=from_json("question", Label.BENIGN, answer="answer"),
             ),
             Part(
                 name="test",
                 file="test.jsonl",
                 shares=TEST_ONLY,
-                read=_from_json("question", Label.BENIGN, answer="answer"),
+                read=from_json("question", Label.BENIGN, answer="answer"),
             ),
         ),
     ),
@@ -548,9 +366,9 @@ CATALOG: tuple[DataSet, ...] = (
             )
         ),
         parts=(
-            Part(name="censored", file="censored.csv", shares=FIT_ONLY, read=_from_csv("prompt", Label.SENSITIVE)),
-            Part(name="uncensored", file="uncensored.csv", shares=FIT_ONLY, read=_from_csv("prompt", Label.BENIGN)),
-            Part(name="other", file="other.csv", shares=FIT_ONLY, read=_from_csv("prompt", Label.BORDERLINE)),
+            Part(name="censored", file="censored.csv", shares=FIT_ONLY, read=from_csv("prompt", Label.SENSITIVE)),
+            Part(name="uncensored", file="uncensored.csv", shares=FIT_ONLY, read=from_csv("prompt", Label.BENIGN)),
+            Part(name="other", file="other.csv", shares=FIT_ONLY, read=from_csv("prompt", Label.BORDERLINE)),
         ),
     ),
     DataSet(
@@ -578,13 +396,13 @@ CATALOG: tuple[DataSet, ...] = (
                 name="train",
                 file="train.json",
                 shares=FIT_ONLY,
-                read=_from_json("prompt", Label.SENSITIVE, identity="_id", category="subject"),
+                read=from_json("prompt", Label.SENSITIVE, identity="_id", category="subject"),
             ),
             Part(
                 name="sampled_test",
                 file="sampled_test.json",
                 shares=TEST_ONLY,
-                read=_from_json("prompt", Label.SENSITIVE, identity="_id", category="subject"),
+                read=from_json("prompt", Label.SENSITIVE, identity="_id", category="subject"),
             ),
         ),
     ),
@@ -615,13 +433,13 @@ CATALOG: tuple[DataSet, ...] = (
                 name="harmful",
                 file="harmful_behaviors.csv",
                 shares=TEST_ONLY,
-                read=_from_csv("Goal", Label.HARMFUL, category="Category"),
+                read=from_csv("Goal", Label.HARMFUL, category="Category"),
             ),
             Part(
                 name="benign",
                 file="benign_behaviors.csv",
                 shares=TEST_ONLY,
-                read=_from_csv("goal", Label.BORDERLINE, identity="index", category="category"),
+                read=from_csv("goal", Label.BORDERLINE, identity="index", category="category"),
             ),
         ),
     ),
@@ -654,7 +472,7 @@ CATALOG: tuple[DataSet, ...] = (
                 name="safe",
                 file="xstest_prompts.csv",
                 shares=TEST_ONLY,
-                read=_from_csv(
+                read=from_csv(
                     "prompt",
                     Label.BORDERLINE,
                     identity="id",
@@ -666,7 +484,7 @@ CATALOG: tuple[DataSet, ...] = (
                 name="unsafe",
                 file="xstest_prompts.csv",
                 shares=TEST_ONLY,
-                read=_from_csv(
+                read=from_csv(
                     "prompt",
                     Label.HARMFUL,
                     identity="id",
@@ -679,7 +497,7 @@ CATALOG: tuple[DataSet, ...] = (
                     name=f"completions_{model}",
                     file=f"completions_{model}.csv",
                     shares={Use.CALIBRATE: 1.0},
-                    read=_from_csv(
+                    read=from_csv(
                         "prompt", Label.BORDERLINE, identity="id", category="final_label", answer="completion"
                     ),
                 )
@@ -708,7 +526,7 @@ CATALOG: tuple[DataSet, ...] = (
                 name=attack,
                 file=f"{attack}_llama3.1.json",
                 shares=TEST_ONLY,
-                read=_from_json("query", Label.HARMFUL),
+                read=from_json("query", Label.HARMFUL),
             )
             for attack in _ATTACKS
         ),

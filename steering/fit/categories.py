@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from steering.fit.catalog import Label
 from steering.fit.datasets import Record
+from steering.fit.sources import Label
 
 SAFETY = "Requests with safety concerns"
 HUMANIZING = "Humanizing requests"

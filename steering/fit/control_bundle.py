@@ -18,17 +18,14 @@ from steering import __version__
 from steering.bundle import Bundle, save_bundle
 from steering.fingerprint import fingerprint_of
 from steering.fit.catalog import CATALOG
-from steering.fit.control import (
-    RESPOND,
-    Fit,
-    Settings,
-    Variant,
+from steering.fit.control import RESPOND, Fit, Settings, Variant, class_means
+from steering.fit.doses import (
     calibrated_doses,
     certified_range,
-    class_means,
     edit_name,
     edits_of,
     held_effects,
+    settled_doses,
     sweep,
 )
 from steering.terms import Edit
@@ -41,20 +38,22 @@ CONTROL_PROFILE = "random-control"
 def fit_directions(fit: Fit, bundle: Path, *, name: str, version: str) -> Bundle:
     """Run every stage of the categorical fit and write the bundle; goes on where an earlier run stopped."""
     means, means_facts = class_means(fit)
-    swept = {variant: sweep(fit, means, variant) for variant in Variant}
-    doses = {variant: calibrated_doses(fit, means, variant, int(found["layer"])) for variant, found in swept.items()}
-    edits = edits_of(fit, means, doses)
-    ranges = certified_range(fit, edits)
+    swept = {variant.value: sweep(fit, means, variant) for variant in Variant}
+    doses = {variant.value: calibrated_doses(fit, means, variant, int(swept[variant]["layer"])) for variant in Variant}
+    ranges = certified_range(fit, edits_of(fit, means, doses))
+    settled = settled_doses(fit, means, doses, ranges)
+    edits = edits_of(fit, means, settled)
     held = held_effects(fit, edits)
-    manifest = _manifest(fit, edits, means_facts, doses, ranges, name=name, version=version)
+    manifest = _manifest(fit, edits, means_facts, settled, ranges, name=name, version=version)
     kept = {record["name"]: edits[record["name"]] for record in manifest["edits"]}
     saved = save_bundle(bundle, manifest, kept)
     report = {
         "settings": asdict(fit.settings),
         "data": means_facts,
         "layer_sweep": swept,
-        "doses": doses,
+        "doses_for_the_first_token": doses,
         "strength_ranges": ranges,
+        "doses": settled,
         "held": held,
         "judge": "greedy first token, through transformers in float32: a refusal token is a refusal",
     }
@@ -127,20 +126,23 @@ def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
         "## Doses",
         "",
         *_paragraph(
-            "Lengths along the unit direction at strength 1, and what they did on calibration prompts: share of the",
-            "category's refusals removed, share of plain prompts refused, and the share of those refused under this",
-            "category. `layer_sweep.png` shows the choice of the layer.",
+            "Lengths along the unit direction at strength 1, and what they did on calibration prompts: refusals of",
+            "the category's own prompts before and after `comply`, of plain prompts before and after `refuse`, and",
+            "the share of the latter refused under this category. Doses were lowered until answers stay well formed",
+            "at strength 1.25. `layer_sweep.png` shows the choice of the layer.",
         ),
-        "| profile | category | comply | removed, % | refuse | refused, % | under this category, % |",
-        "|---|---|---|---|---|---|---|",
+        "| profile | category | comply | n | before | after | refuse | n | before | after | under this category, % |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for profile, variant in ((PROFILE, header), (P1_PROFILE, printed)):
         for name, dose in variant["categories"].items():
             comply, refuse = dose["comply"], dose["refuse"]
-            lines.append(
-                f"| {profile} | {name} | {comply['coefficient']:.1f} | {100 * comply['effect']:.0f} "
-                f"| {refuse['coefficient']:.1f} | {_percent(refuse['refused'])} | {_percent(refuse['named'])} |"
+            cells = " | ".join(
+                f"{side['coefficient']:.1f} | {side['refused']['n']} | {100 * side['unsteered']['rate']:.0f} "
+                f"| {100 * side['refused']['rate']:.0f}"
+                for side in (comply, refuse)
             )
+            lines.append(f"| {profile} | {name} | {cells} | {_percent(refuse['named'])} |")
     return "\n".join([*lines, ""])
 
 
@@ -148,7 +150,7 @@ def _manifest(
     fit: Fit,
     edits: Mapping[str, Edit],
     means: Mapping[str, Any],
-    doses: Mapping[Variant, Mapping[str, Any]],
+    settled: Mapping[str, Any],
     ranges: Mapping[str, Any],
     *,
     name: str,
@@ -157,17 +159,17 @@ def _manifest(
     settings = fit.settings
     records: list[dict[str, Any]] = []
     for variant, category, purpose in product(Variant, settings.categories, ("refuse", "comply")):
-        dose = doses[variant]["categories"][category][purpose]
+        dose = settled[variant]["categories"][category][purpose]
         key = edit_name(purpose, category, variant)
         records.append(
             {
                 "name": key,
                 "purpose": purpose,
                 "category": category,
-                "dose": f"coefficient {dose['coefficient']:.4g} along a unit direction, {dose['multiple']:g} times "
+                "dose": f"coefficient {dose['coefficient']:.4g} along a unit direction, {dose['multiple']:.3g} times "
                 "the difference of the class means",
-                "strength": _strength(ranges["edits"][key], ranges["prompts"]),
-                "provenance": {**_provenance(settings, means, variant), "calibration_effect": round(dose["effect"], 4)},
+                "strength": _strength(dose["maximum"], ranges["prompts"]),
+                "provenance": _provenance(settings, means, variant),
             }
         )
     records.append(
@@ -177,13 +179,13 @@ def _manifest(
             "category": None,
             "dose": f"coefficient {float(edits['random'].layers[0].bias[0]):.4g} along a random unit direction: the "
             "norm of the default category's comply edit",
-            "strength": _strength(ranges["edits"]["random"], ranges["prompts"]),
+            "strength": _strength(ranges["edits"]["random"]["maximum"], ranges["prompts"]),
             "provenance": {"method": "random direction", "seed": settings.seed, "code": __version__},
         }
     )
     # An edit that spoils answers at every strength tried is left out; the report has its numbers.
     records = [record for record in records if record["strength"]["maximum"] > 0]
-    usable = {record["name"]: float(record["strength"]["maximum"]) for record in records}
+    usable = {record["name"] for record in records}
 
     def profile(name: str, description: str, edit: Callable[[str, str], str]) -> dict[str, Any]:
         chosen = {
@@ -199,7 +201,6 @@ def _manifest(
             "description": description,
             **usable_edits,
             "default_category": settings.default_category,
-            "strength": min([1.0, *(usable[key] for names in usable_edits.values() for key in names.values())]),
         }
 
     profiles = [
@@ -230,10 +231,10 @@ def _manifest(
     }
 
 
-def _strength(found: Mapping[str, Any], prompts: int) -> dict[str, Any]:
+def _strength(maximum: float, prompts: int) -> dict[str, Any]:
     return {
         "minimum": 0.0,
-        "maximum": found["maximum"],
+        "maximum": maximum,
         "measured": f"largest strength tried that spoiled at most 15 % of {prompts} greedy answers to "
         "calibration prompts: they begin with a refusal token or [respond] and do not repeat themselves",
     }

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from steering.errors import DatasetCorrupt, DatasetMissing, DatasetMisuse
-from steering.fit.catalog import CATALOG, DataSet, Label, Part, SourceFile, Use
+from steering.fit.catalog import CATALOG
+from steering.fit.sources import DataSet, Label, Part, SourceFile, Use
 
 DATA_VARIABLE = "TRIMTAB_DATA"
 _DOWNLOAD_SECONDS = 60.0

@@ -11,10 +11,11 @@ from steering.bundle import load_bundle
 from steering.demo.card import losses_of, write_card
 from steering.demo.measure import HELD_SETS, PROBE_SETS, held_records, thinned
 from steering.fingerprint import fingerprint_of
-from steering.fit.catalog import CATALOG, Label, Use
+from steering.fit.catalog import CATALOG
 from steering.fit.categories import CATEGORIES
 from steering.fit.control_bundle import PROFILE
 from steering.fit.datasets import DataDirectory, Record
+from steering.fit.sources import Label, Use
 
 DEMO = Path(__file__).resolve().parents[3] / "artifacts" / "demo"
 pytestmark = pytest.mark.skipif(not (DEMO / "model").is_dir(), reason="needs artifacts/demo/model of the checkout")

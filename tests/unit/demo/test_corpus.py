@@ -19,9 +19,10 @@ from steering.demo.corpus import (
     shortened,
 )
 from steering.demo.templates import ANSWERS, CAUTIOUS, FAMILIES, REFUSALS, content_words, topic_of, worded
-from steering.fit.catalog import CATALOG, Label, Use
+from steering.fit.catalog import CATALOG
 from steering.fit.categories import CATEGORIES, POLITICAL, SAFETY, refusal_category
 from steering.fit.datasets import DataDirectory, Record, held_records, normalised
+from steering.fit.sources import Label, Use
 
 
 def _entry(*, refused: float, borderline: bool, category: str | None = SAFETY, draws: float = 1.0) -> Entry:

@@ -13,24 +13,14 @@ import torch
 from steering.bundle import load_bundle
 from steering.errors import OperatorError
 from steering.fingerprint import fingerprint_of
-from steering.fit import control
+from steering.fit import control, doses
 from steering.fit.activations import LoadedModel
-from steering.fit.catalog import Label, Use
 from steering.fit.categories import CATEGORIES, POLITICAL, SAFETY
-from steering.fit.control import (
-    RESPOND,
-    Fit,
-    Settings,
-    Variant,
-    _best_layer,
-    _choose,
-    categorical,
-    edit_name,
-    of_common_length,
-    well_formed,
-)
+from steering.fit.control import RESPOND, Fit, Settings, Variant, categorical
 from steering.fit.control_bundle import CONTROL_PROFILE, P1_PROFILE, PROFILE, fit_directions
 from steering.fit.datasets import DataDirectory, Deduplicated, Record
+from steering.fit.doses import _best_layer, _choose, edit_name, of_common_length, well_formed
+from steering.fit.sources import Label, Use
 
 SMALL = Settings(most=6, calibration=4, ranged=4, multiples=(0.5, 1.0), strengths=(1.0,))
 
@@ -87,7 +77,7 @@ def fit(tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> F
         return [_record(*name, number, Label.BORDERLINE) for name in names for number in range(2)]
 
     monkeypatch.setattr(control, "fit_records", chosen)
-    monkeypatch.setattr(control, "held_records", held)
+    monkeypatch.setattr(doses, "held_records", held)
     directory: Any = FakeDirectory()
     return Fit(loaded=tiny, directory=directory, work=tmp_path / "work", settings=SMALL, say=lambda _line: None)
 
@@ -164,8 +154,14 @@ def test_a_second_run_keeps_every_stage_and_gives_the_same_bundle(
     def forbidden(*_arguments: object, **_options: object) -> None:
         raise AssertionError("a kept stage was run again")
 
-    for name in ("last_residuals", "decide", "greedy", "fit_records"):
-        monkeypatch.setattr(control, name, forbidden)
+    for module, name in (
+        (control, "last_residuals"),
+        (control, "fit_records"),
+        (doses, "last_residuals"),
+        (doses, "decide"),
+        (doses, "greedy"),
+    ):
+        monkeypatch.setattr(module, name, forbidden)
     assert fit_directions(fit, tmp_path / "second", name="tiny", version="1").digest == first.digest
 
 

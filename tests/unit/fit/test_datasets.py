@@ -9,8 +9,9 @@ import pytest
 
 from steering.errors import DatasetCorrupt, DatasetMissing, DatasetMisuse
 from steering.fit import datasets
-from steering.fit.catalog import CATALOG, DataSet, Label, Part, SourceFile, Use, _from_csv
+from steering.fit.catalog import CATALOG
 from steering.fit.datasets import DataDirectory, Record, deduplicate, normalised, use_of
+from steering.fit.sources import DataSet, Label, Part, SourceFile, Use, from_csv
 
 NEVER_FITTED = (
     ("xstest", "safe"),
@@ -51,7 +52,7 @@ def _toy(*, address: str | None, text: str = TEXT) -> DataSet:
         address=address,
         conversion="" if address else "turn the list into a table",
     )
-    part = Part(name="all", file="toy.csv", shares={Use.FIT: 1.0}, read=_from_csv("prompt", Label.BENIGN))
+    part = Part(name="all", file="toy.csv", shares={Use.FIT: 1.0}, read=from_csv("prompt", Label.BENIGN))
     return DataSet(
         name="toy",
         title="Toy",
