@@ -18,7 +18,7 @@ from steering.demo.corpus import MIX
 from steering.errors import DatasetError
 from steering.fit.activations import LoadedModel, last_residuals, load_model
 from steering.fit.categories import CATEGORIES, SAFETY, refusal_category
-from steering.fit.datasets import DataDirectory, Record, fit_records, load_parts
+from steering.fit.datasets import DataDirectory, Record, fit_records, load_parts, thinned
 from steering.fit.intervals import Rate
 from steering.fit.outcomes import decide
 from steering.fit.sources import Label, Use
@@ -102,13 +102,6 @@ def held_records(directory: DataDirectory, held: HeldSet) -> list[Record]:
             records = [record for record in records if record.label is held.only]
         chosen += thinned(records, share)
     return chosen
-
-
-def thinned(records: Sequence[Record], most: int) -> list[Record]:
-    """At most `most` records, evenly spaced."""
-    if len(records) <= most:
-        return list(records)
-    return [records[index * len(records) // most] for index in range(most)]
 
 
 def probe(

@@ -176,6 +176,13 @@ def deduplicate(records: Sequence[Record], *, protected: Iterable[Record] = ()) 
     return Deduplicated(records=tuple(kept), dropped=dict(sorted(dropped.items())))
 
 
+def thinned(records: Sequence[Record], most: int) -> list[Record]:
+    """At most `most` records, evenly spaced."""
+    if len(records) <= most:
+        return list(records)
+    return [records[index * len(records) // most] for index in range(most)]
+
+
 def load_parts(directory: DataDirectory, parts: Iterable[tuple[str, str]], use: Use) -> list[Record]:
     """Records of several (set, part) pairs for one use, in the order given."""
     return [record for name, part in parts for record in directory.load(name, part, use)]

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from steering.fit.activations import LoadedModel, greedy, last_residuals
 from steering.fit.control import Fit, Variant, calibration_prompts, categorical
-from steering.fit.datasets import deduplicate, held_records
+from steering.fit.datasets import deduplicate, held_records, thinned
 from steering.fit.directions import random_direction
 from steering.fit.intervals import Rate
 from steering.fit.outcomes import Outcomes, decide
 from steering.fit.sources import Use
 from steering.terms import Edit, added_direction
+
+HELD_PROMPTS = 250
+"""Prompts of a held set that are reported on at most, evenly spaced: all of XSTest's safe and unsafe ones."""
 
 
 def added(name: str, layer: int, direction: Tensor, coefficient: float) -> Edit:
@@ -278,8 +281,8 @@ def held_effects(fit: Fit, edits: Mapping[str, Edit]) -> dict[str, Any]:
             ("OR-Bench borderline, held part", ("or_bench_borderline", "all")),
             ("GSM8K test", ("gsm8k", "test")),
         ):
-            records = [record for record in held if (record.dataset, record.part) == part]
-            prompts = fit.loaded.prompts([record.prompt for record in records[:200]])
+            records = thinned([record for record in held if (record.dataset, record.part) == part], HELD_PROMPTS)
+            prompts = fit.loaded.prompts([record.prompt for record in records])
             arms: dict[str, Rate] = {
                 "unsteered": decide(fit.loaded, prompts).refusals,
                 "comply": decide(fit.loaded, prompts, comply).refusals,

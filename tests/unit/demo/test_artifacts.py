@@ -9,12 +9,12 @@ import pytest
 
 from steering.bundle import load_bundle
 from steering.demo.card import losses_of, write_card
-from steering.demo.measure import HELD_SETS, PROBE_SETS, held_records, thinned
+from steering.demo.measure import HELD_SETS, PROBE_SETS, held_records
 from steering.fingerprint import fingerprint_of
 from steering.fit.catalog import CATALOG
 from steering.fit.categories import CATEGORIES
 from steering.fit.control_bundle import PROFILE
-from steering.fit.datasets import DataDirectory, Record
+from steering.fit.datasets import DataDirectory, Record, thinned
 from steering.fit.sources import Label, Use
 
 DEMO = Path(__file__).resolve().parents[3] / "artifacts" / "demo"
