@@ -22,6 +22,9 @@ MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 300
 MAX_TOOLS = 128
 MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_PATTERN_CHARACTERS = 64 * 1024, 16, 512
+GREEDY = 1e-5
+"""Temperatures below this are greedy in vLLM."""
+
 _INT64 = 2**63 - 1
 
 
@@ -317,6 +320,8 @@ class ChatRequest(_Wire):
     def _combinations(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise _at("max_tokens", "send max_tokens or max_completion_tokens, not both")
+        if self.temperature is not None and self.temperature < GREEDY and (self.n or 1) > 1:
+            raise _at("n", "n > 1 needs a temperature above 0: greedy answers are all the same")
         if self.top_logprobs and not self.logprobs:
             raise _at("top_logprobs", "top_logprobs needs logprobs: true")
         if self.stream_options is not None and not self.stream:

@@ -21,17 +21,9 @@ def tiny_arguments(tiny_served_model: tuple[Path, Path]) -> tuple[str, ...]:
     """Arguments of `trimtab serve` for the tiny model; eager, since compiling is proved elsewhere and takes long."""
     model, bundle = tiny_served_model
     own = ("--model", str(model), "--bundle", str(bundle), "--served-model-name", MODEL)
-    return (
-        *own,
-        "--",
-        "--enforce-eager",
-        "--max-model-len",
-        str(CONTEXT),
-        "--max-num-seqs",
-        "64",
-        "--dtype",
-        "float32",
-    )
+    engine = f"--enforce-eager --max-model-len {CONTEXT} --max-num-seqs 64 --dtype float32"
+    tools = "--enable-auto-tool-choice --tool-call-parser hermes"
+    return (*own, "--", *engine.split(), *tools.split())
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def test_verify_says_what_a_bundle_is(tiny_served_model: tuple[Path, Path]) -> N
 
 def test_sigterm_lets_streams_finish(tiny_arguments: tuple[str, ...]) -> None:
     """Not ready at once, no new work, the stream in flight complete, exit code 0."""
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True, "temperature": 0}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True}
     body |= {"max_tokens": 300, "ignore_eos": True, "n": 8, "steering": {"mode": "comply"}}
     with serving(*tiny_arguments, TRIMTAB_DRAIN_DELAY="2") as server:
         lines: list[str] = []

@@ -69,6 +69,7 @@ BAD = [
     (body(max_tokens=-1), "max_tokens", "invalid_value"),
     (body(max_tokens=2**63), "max_tokens", "invalid_value"),
     (body(max_tokens=1, max_completion_tokens=1), "max_tokens", "invalid_value"),
+    (body(n=2, temperature=0), "n", "invalid_value"),
     (body(stream="yes"), "stream", "invalid_type"),
     (body(stream_options={"include_usage": True}), "stream_options", "invalid_value"),
     (body(stop=["a"] * 5), "stop", "invalid_type"),
