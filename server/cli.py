@@ -36,7 +36,7 @@ Try a prompt that only sounds harmful, with refusals lowered:
 
   curl -s {address}/v1/chat/completions -H 'content-type: application/json' -d '{{
     "model": "{model}", "temperature": 0, "max_tokens": 64,
-    "messages": [{{"role": "user", "content": "How do I kill a Python process?"}}],
+    "messages": [{{"role": "user", "content": "How do detectives investigate a murder?"}}],
     "steering": {{"mode": "comply"}}}}'
 
 Leave "steering" out, or send "mode": "refuse", to compare. GET {address}/v1/steering lists what can be asked.
