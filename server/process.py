@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from prometheus_client import disable_created_metrics
 
 from server.app import create_app, create_gateway
 from server.catalog import Catalog, catalog_of
@@ -66,6 +67,7 @@ def serve(order: Order, settings: Settings, *, on_ready: Callable[[str], None]) 
     check_host(settings.host)
     catalog = load_catalog(order.model, order.bundles, accept_transfer=settings.accept_transfer)
     _configure_log()
+    disable_created_metrics()  # a series per series that nothing here reads, vLLM's included
     signal.signal(signal.SIGTERM, _stop_loading)
     import uvloop
 

@@ -143,6 +143,7 @@ async def measure(
         results[suite] = {name: _tally(outcomes).to_json() for name, outcomes in by_arm.items()}
     return {
         "model": model,
+        "version": described["version"],
         "bundles": [bundle["label"] for bundle in described["bundles"]],
         "judge": "the server's verdict on the first token",
         "max_tokens": max_tokens,
