@@ -67,7 +67,7 @@ def serve(order: Order, settings: Settings, *, on_ready: Callable[[str], None]) 
     check_host(settings.host)
     catalog = load_catalog(order.model, order.bundles, accept_transfer=settings.accept_transfer)
     _configure_log()
-    disable_created_metrics()  # a series per series that nothing here reads, vLLM's included
+    disable_created_metrics()  # type: ignore[no-untyped-call] # nothing here reads them, vLLM's included
     signal.signal(signal.SIGTERM, _stop_loading)
     import uvloop
 

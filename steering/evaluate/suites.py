@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steering.errors import DatasetMissing
-from steering.fit.catalog import Use
+from steering.fit.sources import Use
 from steering.fit.datasets import DataDirectory
 
 
