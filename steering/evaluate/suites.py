@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steering.errors import DatasetMissing
-from steering.fit.sources import Use
 from steering.fit.datasets import DataDirectory
+from steering.fit.sources import Use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
