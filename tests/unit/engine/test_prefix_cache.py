@@ -41,7 +41,7 @@ class FakeRequest:
     block_hashes: list[bytes] = field(default_factory=list)
     num_prompt_tokens: int = 0
     resumable: bool = False
-    abort_immediately: bool = False
+    client_index: int = 3
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
@@ -166,7 +166,7 @@ def test_the_hasher_leaves_the_request_as_it_found_it() -> None:
 
 
 class FakeScheduler:
-    """vLLM's scheduler, as far as it takes requests."""
+    """vLLM's scheduler, as far as it takes requests and tells of them."""
 
     def __init__(self) -> None:
         self.accepted: list[FakeRequest] = []
@@ -174,23 +174,47 @@ class FakeScheduler:
     def add_request(self, request: FakeRequest) -> None:
         self.accepted.append(request)
 
+    def has_finished_requests(self) -> bool:
+        return False
+
+    def update_from_output(self) -> dict[int, FakeOutputs]:
+        return {}
+
 
 class Scheduler(SteeringScheduler, FakeScheduler):
     edits = {DIGEST: frozenset({"e"})}  # noqa: RUF012 - set by `make_scheduler` in the same way
     hash_block_size = BLOCK
 
 
+@dataclass(slots=True, kw_only=True)
+class FakeOutput:
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: str
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeOutputs:
+    outputs: list[FakeOutput] = field(default_factory=list)
+
+
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """VLLM's logger by its import path, so that vLLM need not be imported."""
-    package, module = types.ModuleType("vllm"), types.ModuleType("vllm.logger")
-    module.init_logger = logging.getLogger  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", package)
-    monkeypatch.setitem(sys.modules, "vllm.logger", module)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the scheduler takes of vLLM, by its import paths, so that vLLM need not be imported."""
+    modules = {name: types.ModuleType(name) for name in ("vllm", "vllm.logger", "vllm.v1", "vllm.v1.engine")}
+    modules["vllm.logger"].init_logger = logging.getLogger  # type: ignore[attr-defined]
+    engine = {
+        "EngineCoreOutput": FakeOutput,
+        "EngineCoreOutputs": FakeOutputs,
+        "FinishReason": types.SimpleNamespace(ERROR="error"),
+    }
+    vars(modules["vllm.v1.engine"]).update(engine)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
-def submitted(plan_text: object, *, resumable: bool = False, caching: bool = True) -> FakeRequest:
-    """A request as it leaves the scheduler's `add_request`, with the keys vLLM gave it before."""
+def submitted(plan_text: object, *, resumable: bool = False, caching: bool = True) -> tuple[Scheduler, FakeRequest]:
+    """A request, with the keys vLLM gave it, and the scheduler it was given to."""
     extra = None if plan_text is None else {PLAN_KEY: plan_text, "other": 1}
     request = FakeRequest(tokens=TOKENS[:10], sampling_params=Parameters(extra_args=extra), resumable=resumable)
     if caching:
@@ -198,57 +222,71 @@ def submitted(plan_text: object, *, resumable: bool = False, caching: bool = Tru
         request.update_block_hashes()
     scheduler = Scheduler()
     scheduler.add_request(request)
+    return scheduler, request
+
+
+def accepted(plan_text: object, *, resumable: bool = False, caching: bool = True) -> FakeRequest:
+    """A request that the scheduler took, as vLLM's own `add_request` sees it."""
+    scheduler, request = submitted(plan_text, resumable=resumable, caching=caching)
     assert scheduler.accepted == [request]
+    assert not scheduler.has_finished_requests()
     return request
 
 
 def test_a_steered_request_is_set_apart_before_it_can_be_scheduled() -> None:
     """Keys vLLM had made at construction are replaced by the isolated ones."""
     plan = plan_for("e", scope=Scope.ALL)
-    request = submitted(plan.to_json())
-    assert request.block_hashes == keys(TOKENS[:10], plan, prompt=10)
-    assert not request.abort_immediately
+    assert accepted(plan.to_json()).block_hashes == keys(TOKENS[:10], plan, prompt=10)
 
 
 def test_an_unsteered_request_is_vllms_own() -> None:
-    """No plan, no difference: the hasher and the keys stay vLLM's."""
-    request = submitted(None)
-    assert request._block_hasher is chained
-    assert request.block_hashes == keys(TOKENS[:10], None, prompt=10)
-    assert not request.abort_immediately
+    """No plan, no difference: the hasher and the keys stay vLLM's; sessions that take more input later, too."""
+    for resumable in (False, True):
+        request = accepted(None, resumable=resumable)
+        assert request._block_hasher is chained
+        assert request.block_hashes == keys(TOKENS[:10], None, prompt=10)
 
 
 def test_a_server_without_prefix_caching_needs_no_keys() -> None:
     """No hasher, no keys; the steered request is accepted."""
-    request = submitted(plan_for("e").to_json(), caching=False)
-    assert request.block_hashes == []
-    assert not request.abort_immediately
+    assert accepted(plan_for("e").to_json(), caching=False).block_hashes == []
 
 
-@pytest.mark.usefixtures("log")
-@pytest.mark.parametrize(
-    "text",
-    [
-        "not json",
-        "",
-        5,
-        {"id": "p"},
-        plan_for("absent").to_json(),
-        plan_for("e", bundle="sha256:other").to_json(),
-        plan_for("e").to_json().replace('"scope":"generated"', '"scope":["all"]'),
-        plan_for("e").to_json().replace('"strength":1.0', '"strength":' + "9" * 400),
-    ],
-)
-def test_a_plan_that_cannot_be_followed_aborts_its_request_alone(text: object) -> None:
+INVALID = {
+    "no JSON": "not json",
+    "empty": "",
+    "a number": 5,
+    "an object": {"id": "p"},
+    "another edit": plan_for("absent").to_json(),
+    "another bundle": plan_for("e", bundle="sha256:other").to_json(),
+    "a list as scope": plan_for("e").to_json().replace('"scope":"generated"', '"scope":["all"]'),
+    "no float": plan_for("e").to_json().replace('"strength":1.0', '"strength":' + "9" * 400),
+}
+
+
+def assert_rejected(scheduler: Scheduler, request: FakeRequest) -> None:
+    """Never scheduled; the engine is made to take a step, in which the client is told of an error, once."""
+    assert scheduler.accepted == []
+    assert scheduler.has_finished_requests()
+    outputs = scheduler.update_from_output()
+    assert outputs == {
+        3: FakeOutputs(outputs=[FakeOutput(request_id=request.request_id, new_token_ids=[], finish_reason="error")])
+    }
+    assert not scheduler.has_finished_requests()
+    assert scheduler.update_from_output() == {}
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("text", INVALID.values(), ids=INVALID)
+def test_a_plan_that_cannot_be_followed_ends_its_request_alone(text: object) -> None:
     """Invalid plans and names this engine lacks: never run unsteered, and never an error that stops the scheduler."""
-    assert submitted(text).abort_immediately
+    assert_rejected(*submitted(text))
 
 
-@pytest.mark.usefixtures("log")
-def test_a_session_that_takes_more_input_later_is_aborted_when_steered() -> None:
-    """Its prompt length changes, so positions cannot be decided; unsteered ones go through."""
-    assert submitted(plan_for("e").to_json(), resumable=True).abort_immediately
-    assert not submitted(None, resumable=True).abort_immediately
+@pytest.mark.usefixtures("vllm")
+def test_a_session_that_takes_more_input_later_cannot_be_steered() -> None:
+    """Its prompt length changes, so positions cannot be decided."""
+    assert_rejected(*submitted(plan_for("e").to_json(), resumable=True))
 
 
 def test_plan_of_reads_the_plan_and_nothing_else() -> None:
