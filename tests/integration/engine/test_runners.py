@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from steering.bundle import save_bundle
 from tests.integration.engine.checks import check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
 from tests.integration.engine.driver import Ask, Result, Scenario, play
@@ -97,37 +98,35 @@ def test_v2_hybrid_state_class_is_kept(tiny: Callable[[str], Tiny], tmp_path: Pa
 
 
 @pytest.mark.timeout(900)
-class TestCompiled:
-    """torch.compile on, as vLLM does by default."""
+def test_compiled_engine_is_right_on_any_cache(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+    """With torch.compile on, as by default: crowded, from a cache that another bundle has filled, and from its own.
 
-    def test_compiled_engine_equals_the_oracle_warm_and_cold(self, tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
-        """Every edit, from an empty compile cache, from a filled one, and with a bundle of other layers on that cache.
-
-        The last is where a cache key without the layer set would serve a graph without the op: silently unsteered.
-        """
-        model = tiny("llama")
-        cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-        asks = every_edit(4)
+    The other bundle edits one layer only. A compile key without the layer set would serve its graph to the second,
+    which edits four: the op would be missing in three of them, silently.
+    """
+    model = tiny("llama")
+    small = _bundle_of_one_edit(model, "add", tmp_path / "small")
+    wanted = [*crowd(8), *every_edit(3)]
+    for name, bundle, asks, layers in (
+        ("other", small, [ask for ask in wanted if ask.edit in (None, "add")], [1]),
+        ("cold", model.bundle_path, wanted, [0, 1, 2, 3]),
+        ("warm", model.bundle_path, wanted, [0, 1, 2, 3]),
+    ):
         scenario = Scenario(
             model=str(model.model),
-            bundle=model.bundle_path,
+            bundle=bundle,
             rounds=[asks],
-            arguments={"enforce_eager": False},
-            environment=cache,
+            arguments={**CROWDED, "enforce_eager": False},
+            environment={"VLLM_CACHE_ROOT": str(tmp_path / "cache")},
         )
-        for name in ("cold", "warm"):
-            result = play(scenario, tmp_path / name, fresh=True)
-            check_against_oracle(model.oracle, asks, result.rounds[0])
-            assert result.report["witness"] == [0, 1, 2, 3]
-        stock = play(
-            Scenario(
-                model=str(model.model),
-                bundle=None,
-                rounds=[[ask for ask in asks if ask.edit is None]],
-                arguments={"enforce_eager": False},
-                environment=cache,
-            ),
-            tmp_path / "stock",
-            fresh=True,
-        )
-        assert stock.rounds[0][0].tokens == result.rounds[0][0].tokens, "unsteered tokens equal stock vLLM's"
+        result = play(scenario, tmp_path / name, fresh=True)
+        check_against_oracle(model.oracle, asks, result.rounds[0])
+        assert result.report["witness"] == layers
+
+
+def _bundle_of_one_edit(model: Tiny, edit: str, folder: Path) -> str:
+    manifest = model.bundle.manifest.model_dump()
+    manifest["edits"] = [record for record in manifest["edits"] if record["name"] == edit]
+    manifest["name"] += "-one-edit"
+    save_bundle(folder, manifest, {edit: model.bundle.edits[edit]})
+    return str(folder)
