@@ -27,7 +27,9 @@ MOUNTED = {
 
 DEMO = Path(__file__).resolve().parents[1] / "artifacts" / "demo"
 DEMO_NAME = "trimtab-demo"
-DEMO_CONTEXT = 512
+DEMO_OPTIONS = {"max_model_len": 512, "max_num_seqs": 64, "enforce_eager": True}
+"""VLLM's options for the demo. Eager, since compiling a toy of six layers makes the start half as long again and its
+answers hardly faster; `-- --no-enforce-eager` compiles."""
 
 CURL = """\
 Ready on {address}  (Ctrl-C ends it)
@@ -151,7 +153,7 @@ def _order(settings: Any, options: tuple[str, ...], order: Any) -> Any:
             name=settings.served_model_name or DEMO_NAME,
             bundles=settings.bundles or (DEMO / "bundle",),
             options=options,
-            defaults={"max_model_len": DEMO_CONTEXT, "max_num_seqs": 64},
+            defaults=DEMO_OPTIONS,
         )
     return order(
         model=settings.model,

@@ -272,14 +272,12 @@ def parse_options(model: Path, name: str, options: Sequence[str], defaults: Mapp
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     parser = make_arg_parser(FlexibleArgumentParser(prog="trimtab serve --"))  # type: ignore[no-untyped-call]
     plain = parser.parse_args([])
+    parser.set_defaults(**defaults)
     given: Namespace = parser.parse_args(list(options))
     for option in (*STEERING_OPTIONS, *GATEWAY_OPTIONS):
         if getattr(given, option, None) != getattr(plain, option, None):
             why = "steering sets it" if option in STEERING_OPTIONS else "the gateway has its own, or does without"
             raise UnsupportedConfiguration(f"vLLM's option --{option.replace('_', '-')} cannot be used here: {why}")
-    for option, value in defaults.items():
-        if getattr(given, option) == getattr(plain, option):
-            setattr(given, option, value)
     given.model, given.served_model_name = str(model), [name]
     given.enable_prompt_tokens_details = True
     return given

@@ -52,8 +52,10 @@ for name, options in json.loads(sys.argv[1]).items():
         parse_options(pathlib.Path("m"), "m", options, {})
     except UnsupportedConfiguration as error:
         told[name] = error.message
-allowed = parse_options(pathlib.Path("m"), "n", ["--max-model-len", "99"], {"max_model_len": 5, "max_num_seqs": 7})
+allowed = parse_options(pathlib.Path("m"), "n", ["--max-model-len", "99", "--no-enforce-eager"],
+                        {"max_model_len": 5, "max_num_seqs": 7, "enforce_eager": True})
 told["allowed"] = [allowed.model, allowed.served_model_name, allowed.max_model_len, allowed.max_num_seqs]
+told["allowed"].append(allowed.enforce_eager)
 print("\\n" + json.dumps(told))
 """
 
@@ -69,7 +71,7 @@ def test_options_that_would_undo_steering_are_refused() -> None:
     )
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout.splitlines()[-1])
-    assert told.pop("allowed") == ["m", ["n"], 99, 7]
+    assert told.pop("allowed") == ["m", ["n"], 99, 7, False]
     assert set(told) == set(FORBIDDEN)
     assert all(f"--{name} " in message for name, message in told.items())
 
