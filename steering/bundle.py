@@ -1,7 +1,7 @@
 """Bundle: a directory of edits, bound to one model, with the numbers that justify them.
 
-    manifest.json        everything but numbers: format, model fingerprint, categories, edits, profiles, provenance
-    tensors.safetensors  float32 directions, keyed `<edit>/<layer>/{read,write,gain,bias}`
+    manifest.json        everything but numbers: format, model fingerprint, categories, probes, edits, profiles
+    tensors.safetensors  float32: `<edit>/<layer>/{read,write,gain,bias}` and `probes/<probe>/{weight,bias}`
     report.json          how the doses were measured (optional)
     CARD.md              for people (optional)
 
@@ -11,188 +11,28 @@ Knows nothing of vLLM, transformers or HTTP. No pickle, ever.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from steering.errors import BundleDigestError, BundleFormatError
-from steering.fingerprint import Fingerprint, digest_of
-from steering.plan import Scope
+from steering.fingerprint import digest_of
+from steering.gate import Probe
+from steering.manifest import EditRecord, Manifest, ProbeRecord
 from steering.terms import Edit, LayerTerms
 
 MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 NORM_TOLERANCE = 1e-3
 """How far a written direction's norm may lie from 1: doses live in gain and bias, never in a direction's length."""
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("must be finite")
-    return value
-
-
-def _finite_tree(value: dict[str, Any]) -> dict[str, Any]:
-    """Free-form JSON may hold no NaN or infinity either: other readers of the file refuse it."""
-    waiting: list[Any] = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, float):
-            _finite(item)
-        elif isinstance(item, Mapping):
-            waiting.extend(item.values())
-        elif isinstance(item, list | tuple):
-            waiting.extend(item)
-    return value
-
-
-def _plain_name(value: str) -> str:
-    if not value.isprintable() or value != value.strip() or "/" in value:
-        raise ValueError("must be printable, without '/' and without spaces at either end")
-    return value
-
-
-Name = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_plain_name)]
-Number = Annotated[float, AfterValidator(_finite)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Category(_Strict):
-    """A kind of request the model may refuse; `token` and `token_id` where the model names it by a token of its own."""
-
-    name: Name
-    token: str | None = None
-    token_id: int | None = Field(default=None, ge=0)
-
-
-class RespondToken(_Strict):
-    """The token a refusal-token model begins an answer with (P1.1's `[respond]`)."""
-
-    token: str
-    token_id: int = Field(ge=0)
-
-
-class StrengthRange(_Strict):
-    """Strengths an edit is certified for, and how that was measured."""
-
-    minimum: Number = Field(default=0.0, ge=0.0)
-    maximum: Number = Field(gt=0.0)
-    measured: str
-
-    @model_validator(mode="after")
-    def _ordered(self) -> StrengthRange:
-        if self.minimum > self.maximum:
-            raise ValueError(f"minimum {self.minimum} exceeds maximum {self.maximum}")
-        return self
-
-
-class EditRecord(_Strict):
-    """What the manifest says of one edit.
-
-    Attributes:
-        name: key of its tensors.
-        purpose: `refuse` raises refusal, `comply` lowers it, `control` is a control such as a random direction.
-        category: the category it belongs to; None for edits of no category.
-        layers: decoder blocks it edits, ascending.
-        dose: unit of strength 1, in words, such as "coefficient 4.0 along a unit direction".
-        strength: certified range.
-        provenance: method, data set digests, hyper-parameters, seeds, code version.
-    """
-
-    name: Name
-    purpose: Literal["refuse", "comply", "control"]
-    category: Name | None = None
-    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
-    dose: str
-    strength: StrengthRange
-    provenance: Annotated[dict[str, Any], AfterValidator(_finite_tree)] = Field(default_factory=dict)
-
-
-class Profile(_Strict):
-    """A named, ready-to-use setting: what a client normally names.
-
-    Attributes:
-        name: unique in the bundle.
-        description: one sentence for `GET /v1/steering`.
-        refuse: edit per category for mode `refuse`.
-        comply: edit per category for mode `comply`.
-        default_category: used where a client names none and no gate decides.
-        strength: default multiplier.
-        scope: default positions.
-    """
-
-    name: Name
-    description: str = ""
-    refuse: dict[Name, Name] = Field(default_factory=dict)
-    comply: dict[Name, Name] = Field(default_factory=dict)
-    default_category: Name
-    strength: Number = Field(default=1.0, gt=0.0)
-    scope: Scope = Scope.GENERATED
-
-
-class Manifest(_Strict):
-    """`manifest.json`, validated; field meanings are those of the classes it is made of."""
-
-    format: Literal[1] = 1
-    name: Name
-    version: Name
-    model: Fingerprint
-    categories: tuple[Category, ...]
-    respond: RespondToken | None = None
-    edits: tuple[EditRecord, ...] = Field(min_length=1)
-    profiles: tuple[Profile, ...] = Field(min_length=1)
-    default_profile: Name
-    tensors_digest: str
-
-    @model_validator(mode="after")
-    def _names_resolve(self) -> Manifest:
-        categories = [category.name for category in self.categories]
-        edits = {edit.name: edit for edit in self.edits}
-        for kind, names in (
-            ("category", categories),
-            ("edit", [edit.name for edit in self.edits]),
-            ("profile", [profile.name for profile in self.profiles]),
-        ):
-            if len(names) != len(set(names)):
-                raise ValueError(f"{kind} names must be unique, got {names}")
-        for edit in self.edits:
-            if edit.category is not None and edit.category not in categories:
-                raise ValueError(f"edit {edit.name!r} names category {edit.category!r}; known: {categories}")
-            if list(edit.layers) != sorted(set(edit.layers)) or edit.layers[-1] >= self.model.layers:
-                raise ValueError(f"edit {edit.name!r} layers {edit.layers} must ascend below {self.model.layers}")
-        for profile in self.profiles:
-            for purpose, chosen in (("refuse", profile.refuse), ("comply", profile.comply)):
-                for category, edit_name in chosen.items():
-                    if category not in categories or edit_name not in edits:
-                        raise ValueError(
-                            f"profile {profile.name!r} maps {purpose} {category!r} to unknown {edit_name!r}"
-                        )
-                    if edits[edit_name].purpose not in (purpose, "control"):
-                        raise ValueError(
-                            f"profile {profile.name!r} uses edit {edit_name!r} for {purpose}, "
-                            f"its purpose is {edits[edit_name].purpose}"
-                        )
-            if profile.default_category not in categories:
-                raise ValueError(f"profile {profile.name!r} has unknown default_category {profile.default_category!r}")
-        if self.default_profile not in {profile.name for profile in self.profiles}:
-            raise ValueError(f"default_profile {self.default_profile!r} is not among the profiles")
-        return self
-
-    def edit(self, name: str) -> EditRecord:
-        """The record of the edit named `name`; KeyError if there is none."""
-        return next(edit for edit in self.edits if edit.name == name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -202,6 +42,7 @@ class Bundle:
     Attributes:
         manifest: validated manifest.
         edits: by name; tensors on the CPU in float32.
+        probes: by name; tensors likewise.
         digest: of the bytes of manifest.json, which itself names the digest of the tensors.
         path: where it was read from; None for one made in memory.
     """
@@ -209,6 +50,7 @@ class Bundle:
     manifest: Manifest
     edits: Mapping[str, Edit]
     digest: str
+    probes: Mapping[str, Probe] = field(default_factory=dict)
     path: Path | None = None
 
     @property
@@ -241,33 +83,49 @@ def load_bundle(path: Path) -> Bundle:
     except SafetensorError as error:
         raise BundleFormatError(f"{path / TENSORS} is not a safetensors file: {error}") from error
     edits = {record.name: _edit_from(record, tensors, manifest.model.hidden_size) for record in manifest.edits}
+    probes = {record.name: _probe_from(record, tensors, manifest.model.hidden_size) for record in manifest.probes}
     unused = set(tensors) - {
         _key(name, terms.layer, part) for name, edit in edits.items() for terms in edit.layers for part in _PARTS
     }
+    unused -= {_probe_key(name, part) for name in probes for part in _PROBE_PARTS}
     if unused:
-        raise BundleFormatError(f"{path / TENSORS} holds tensors no edit names: {sorted(unused)[:5]}")
-    return Bundle(manifest=manifest, edits=edits, digest=digest_of(manifest_bytes), path=path)
+        raise BundleFormatError(f"{path / TENSORS} holds tensors no edit or probe names: {sorted(unused)[:5]}")
+    return Bundle(manifest=manifest, edits=edits, probes=probes, digest=digest_of(manifest_bytes), path=path)
 
 
-def save_bundle(path: Path, manifest: Mapping[str, Any], edits: Mapping[str, Edit]) -> Bundle:
+def save_bundle(
+    path: Path, manifest: Mapping[str, Any], edits: Mapping[str, Edit], probes: Mapping[str, Probe] | None = None
+) -> Bundle:
     """Write a bundle and read it back through every check.
 
     Args:
         path: directory, made if missing; files in it are replaced one by one.
-        manifest: the manifest's fields without `tensors_digest`, and without `layers` in the edit records.
+        manifest: the manifest's fields without `tensors_digest`, without `layers` in the edit records, and without
+            `layer` and `categories` in the probe records.
         edits: by name, one for each record.
+        probes: by name, one for each record of a probe.
     """
+    probes = probes or {}
     tensors = {
         _key(name, terms.layer, part): getattr(terms, part).detach().cpu().clone().contiguous()
         for name, edit in edits.items()
         for terms in edit.layers
         for part in _PARTS
     }
+    tensors |= {
+        _probe_key(name, part): getattr(probe, part).detach().cpu().clone().contiguous()
+        for name, probe in probes.items()
+        for part in _PROBE_PARTS
+    }
     payload = save_tensors(tensors)
     records = [
         {**record, "layers": [terms.layer for terms in edits[record["name"]].layers]} for record in manifest["edits"]
     ]
-    fields = {**manifest, "edits": records, "tensors_digest": digest_of(payload)}
+    probe_records = [
+        {**record, "layer": probes[record["name"]].layer, "categories": list(probes[record["name"]].categories)}
+        for record in manifest.get("probes", ())
+    ]
+    fields = {**manifest, "edits": records, "probes": probe_records, "tensors_digest": digest_of(payload)}
     try:
         checked = Manifest.model_validate(fields)
     except ValidationError as error:
@@ -280,10 +138,15 @@ def save_bundle(path: Path, manifest: Mapping[str, Any], edits: Mapping[str, Edi
 
 
 _PARTS = ("read", "write", "gain", "bias")
+_PROBE_PARTS = ("weight", "bias")
 
 
 def _key(edit: str, layer: int, part: str) -> str:
     return f"{edit}/{layer}/{part}"
+
+
+def _probe_key(probe: str, part: str) -> str:
+    return f"probes/{probe}/{part}"
 
 
 def _read(path: Path, limit: int | None) -> bytes:
@@ -314,6 +177,19 @@ def _edit_from(record: EditRecord, tensors: Mapping[str, Tensor], width: int) ->
         _check_norms(record.name, terms)
         layers.append(terms)
     return Edit(name=record.name, layers=tuple(layers))
+
+
+def _probe_from(record: ProbeRecord, tensors: Mapping[str, Tensor], width: int) -> Probe:
+    parts: dict[str, Tensor] = {}
+    for part in _PROBE_PARTS:
+        key = _probe_key(record.name, part)
+        if key not in tensors:
+            raise BundleFormatError(f"{TENSORS} lacks {key!r}, which the manifest's probe {record.name!r} needs")
+        parts[part] = tensors[key]
+    probe = Probe(name=record.name, layer=record.layer, categories=record.categories, **parts)
+    if probe.width != width:
+        raise BundleFormatError(f"probe {record.name!r} has width {probe.width}, the model needs {width}")
+    return probe
 
 
 def _check_norms(name: str, terms: LayerTerms) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.bundle import Bundle, Manifest, save_bundle
+from steering.bundle import Bundle, save_bundle
 from steering.fingerprint import Fingerprint
+from steering.manifest import Manifest
 from steering.plan import Plan, Scope
 from steering.terms import Edit, LayerTerms
 
