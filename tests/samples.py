@@ -13,8 +13,9 @@ from torch import Tensor
 
 from steering.bundle import Bundle, save_bundle
 from steering.fingerprint import Fingerprint
+from steering.gate import Probe
 from steering.manifest import Manifest
-from steering.plan import Plan, Scope
+from steering.plan import GateOrder, Plan, Scope
 from steering.terms import Edit, LayerTerms
 
 WIDTH = 16
@@ -49,6 +50,53 @@ def random_edit(name: str, *, ranks: dict[int, int], width: int = WIDTH, seed: i
             for layer, rank in sorted(ranks.items())
         ),
     )
+
+
+def random_probe(
+    name: str, *, layer: int, categories: tuple[str, ...], width: int = WIDTH, seed: int = 0, scale: float = 1.0
+) -> Probe:
+    """A probe whose scores of residuals of that scale are about standard normal."""
+    generator = torch.Generator().manual_seed(seed)
+    return Probe(
+        name=name,
+        layer=layer,
+        categories=categories,
+        weight=torch.randn(len(categories) + 1, width, generator=generator) / (scale * width**0.5),
+        bias=torch.randn(len(categories) + 1, generator=generator) / 4,
+    )
+
+
+def with_gates(
+    manifest: dict[str, Any],
+    gates: dict[str, tuple[Probe, dict[str, str], dict[str, str]]],
+    *,
+    thresholds: tuple[float, float] = (0.4, 0.6),
+) -> dict[str, Any]:
+    """The manifest with a profile for each gate: its probe, and the edits to refuse and to comply by category."""
+    names = dict.fromkeys(category for probe, _, _ in gates.values() for category in probe.categories)
+    known = [category["name"] for category in manifest["categories"]]
+    probes = {probe.name: probe for probe, _, _ in gates.values()}
+    return {
+        **manifest,
+        "categories": [*manifest["categories"], *({"name": name} for name in names if name not in known)],
+        "probes": [
+            {"name": probe.name, "layer": probe.layer, "categories": list(probe.categories)}
+            for probe in probes.values()
+        ],
+        "profiles": [
+            *manifest["profiles"],
+            *(
+                {
+                    "name": name,
+                    "refuse": refuse,
+                    "comply": comply,
+                    "default_category": probe.categories[0],
+                    "gate": {"probe": probe.name, "comply_below": thresholds[0], "refuse_above": thresholds[1]},
+                }
+                for name, (probe, refuse, comply) in gates.items()
+            ),
+        ],
+    }
 
 
 def manifest_of(edits: dict[str, Edit], *, width: int = WIDTH, layers: int = LAYERS) -> dict[str, Any]:
@@ -100,14 +148,20 @@ def write_bundle(path: Path, edits: dict[str, Edit], *, width: int = WIDTH, laye
 
 
 def bundle_in_memory(
-    edits: dict[str, Edit], *, width: int = WIDTH, layers: int = LAYERS, digest: str = DIGEST
+    edits: dict[str, Edit],
+    *,
+    width: int = WIDTH,
+    layers: int = LAYERS,
+    digest: str = DIGEST,
+    gates: dict[str, tuple[Probe, dict[str, str], dict[str, str]]] | None = None,
 ) -> Bundle:
     """A bundle without files; its digest is whatever the test calls it."""
-    fields = manifest_of(edits, width=width, layers=layers) | {"tensors_digest": DIGEST}
+    fields = with_gates(manifest_of(edits, width=width, layers=layers), gates or {}) | {"tensors_digest": DIGEST}
     fields["edits"] = [
         record | {"layers": [terms.layer for terms in edits[record["name"]].layers]} for record in fields["edits"]
     ]
-    return Bundle(manifest=Manifest.model_validate(fields), edits=edits, digest=digest)
+    probes = {probe.name: probe for probe, _, _ in (gates or {}).values()}
+    return Bundle(manifest=Manifest.model_validate(fields), edits=edits, probes=probes, digest=digest)
 
 
 def plan_for(
@@ -115,6 +169,21 @@ def plan_for(
 ) -> Plan:
     """A plan that names one edit of a bundle."""
     return Plan(id=plan_id, bundle=bundle, edit=edit, strength=strength, scope=scope)
+
+
+def gate_plan(
+    profile: str,
+    *,
+    bundle: str = DIGEST,
+    strength: float = 1.0,
+    plan_id: str = "plan",
+    comply_below: float = 0.4,
+    refuse_above: float = 0.6,
+    **order: Any,
+) -> Plan:
+    """A plan that lets the gate of a profile decide."""
+    gate = GateOrder(profile=profile, comply_below=comply_below, refuse_above=refuse_above, **order)
+    return Plan(id=plan_id, bundle=bundle, gate=gate, strength=strength)
 
 
 def fingerprint(**changed: Any) -> Fingerprint:

@@ -1,4 +1,4 @@
-"""Bank: the terms of every loaded edit, in one fixed table per steered layer.
+"""Bank: the terms of every loaded edit and the probes of every gate, in one fixed table per steered layer.
 
 Written when a bundle is loaded, read by the steering op. Knows nothing of requests.
 """
@@ -6,19 +6,59 @@ Written when a bundle is loaded, read by the steering op. Knows nothing of reque
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from steering.bundle import Bundle
-from steering.engine.kernels import BIAS, COUNT, FIRST, GAIN, table_width
+from steering.engine.kernels import (
+    BIAS,
+    COMPLY_EDIT,
+    COUNT,
+    FIRST,
+    GAIN,
+    GATE_COUNT,
+    GATE_FIRST,
+    REFUSE_EDIT,
+    table_width,
+)
 from steering.errors import BundleFormatError, CapacityExceeded, UnknownName
+from steering.gate import Probe
+from steering.manifest import Profile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankedGate:
+    """A gate in the bank.
+
+    Attributes:
+        number: 1 or more.
+        categories: of its probe, in the order of their bits.
+    """
+
+    number: int
+    categories: tuple[str, ...]
+
+
+def terms_needed(bundles: Iterable[Bundle]) -> int:
+    """Rows that a layer's table must have for all of these bundles: terms and probes of the fullest layer, and the
+    numbers of edits and gates, each with the number 0 on top.
+    """
+    used: dict[int, int] = {}
+    edits = gates = 0
+    for bundle in bundles:
+        edits, gates = edits + len(bundle.edits), gates + len(_gated(bundle))
+        for layer, rank in _rows_of(bundle):
+            used[layer] = used.get(layer, 0) + rank
+    return max([edits + 1, gates + 1, *used.values()])
 
 
 class Bank:
-    """Tables of shape [N, 2D + 4] float32, one per steered layer, laid out as `kernels` says.
+    """Tables of shape [N, 2D + 8] float32, one per steered layer, laid out as `kernels` says.
 
-    An edit has the same number at every layer; its terms take consecutive rows, which differ from layer to layer.
+    An edit has the same number at every layer; its terms take consecutive rows, which differ from layer to layer. So
+    do the scores of a gate, at its probe's layer.
 
     Args:
         layers: decoder blocks that get a table.
@@ -35,55 +75,97 @@ class Bank:
         }
         self._used: dict[int, int] = dict.fromkeys(self.tables, 0)
         self._numbers: dict[tuple[str, str], int] = {}
-        self._layers_of: dict[int, tuple[int, ...]] = {}
+        self._names: list[str | None] = [None]
+        self._gates: dict[tuple[str, str], BankedGate] = {}
 
     @property
     def bundles(self) -> dict[str, list[str]]:
         """Names of the loaded edits by bundle digest."""
-        names: dict[str, list[str]] = {}
-        for digest, edit in self._numbers:
-            names.setdefault(digest, []).append(edit)
-        return names
+        return _by_digest(self._numbers)
+
+    @property
+    def gates(self) -> dict[str, list[str]]:
+        """Names of the profiles with a gate by bundle digest; every loaded bundle has an entry."""
+        return {digest: [] for digest in self.bundles} | _by_digest(self._gates)
 
     def load(self, bundle: Bundle) -> None:
-        """Put every edit of a bundle into the tables; a bundle that is loaded already is left alone.
+        """Put every edit and gate of a bundle into the tables; a bundle that is loaded already is left alone.
 
         Raises:
-            BundleFormatError: an edit has another width or a layer without a table.
+            BundleFormatError: an edit or probe has another width or a layer without a table.
             CapacityExceeded: a table has no room; nothing of the bundle is loaded then.
         """
         if bundle.digest in self.bundles:
             return
-        needed = dict.fromkeys(self.tables, 0)
+        self._check_room(bundle)
         for name, edit in bundle.edits.items():
-            if edit.width != self.width:
-                raise BundleFormatError(f"edit {name!r} has width {edit.width}, the model has {self.width}")
+            number = len(self._names)
             for terms in edit.layers:
-                if terms.layer not in self.tables:
-                    raise BundleFormatError(f"edit {name!r} needs layer {terms.layer}; steered: {sorted(self.tables)}")
-                needed[terms.layer] += terms.rank
-        edits_after = len(self._numbers) + len(bundle.edits)
-        fullest = max(self._used[layer] + needed[layer] for layer in self.tables)
-        if fullest > self.terms or edits_after >= self.terms:
-            raise CapacityExceeded(
-                f"bundle {bundle.label} needs {fullest} terms in one layer and {edits_after} edits in all, "
-                f"the bank holds {self.terms} and {self.terms - 1}; raise terms_per_layer"
-            )
-        for name, edit in bundle.edits.items():
-            number = len(self._numbers) + 1
-            for terms in edit.layers:
-                table, first = self.tables[terms.layer], self._used[terms.layer]
-                span = slice(first, first + terms.rank)
+                table, span = self._take(terms.layer, terms.rank)
                 scalars = 2 * self.width
                 table[span, : self.width] = terms.read.to(table.device)
                 table[span, self.width : scalars] = terms.write.to(table.device)
                 table[span, scalars + GAIN] = terms.gain.to(table.device)
                 table[span, scalars + BIAS] = terms.bias.to(table.device)
-                table[number, scalars + FIRST] = float(first)
+                table[number, scalars + FIRST] = float(span.start)
                 table[number, scalars + COUNT] = float(terms.rank)
-                self._used[terms.layer] += terms.rank
             self._numbers[bundle.digest, name] = number
-            self._layers_of[number] = tuple(terms.layer for terms in edit.layers)
+            self._names.append(name)
+        for profile, probe in _gated(bundle):
+            self._load_gate(bundle.digest, profile, probe)
+
+    def _load_gate(self, digest: str, profile: Profile, probe: Probe) -> None:
+        number, scalars = len(self._gates) + 1, 2 * self.width
+        table, span = self._take(probe.layer, len(probe.bias))
+        table[span, : self.width] = probe.weight.to(table.device)
+        table[span, scalars + BIAS] = probe.bias.to(table.device)
+        for row, category in enumerate(probe.categories, start=span.start + 1):
+            for column, chosen in ((REFUSE_EDIT, profile.refuse), (COMPLY_EDIT, profile.comply)):
+                if category in chosen:
+                    table[row, scalars + column] = float(self._numbers[digest, chosen[category]])
+        table[number, scalars + GATE_FIRST] = float(span.start)
+        table[number, scalars + GATE_COUNT] = float(len(probe.bias))
+        table[0, scalars + GATE_COUNT] += 1.0
+        self._gates[digest, profile.name] = BankedGate(number=number, categories=probe.categories)
+
+    def _take(self, layer: int, rank: int) -> tuple[Tensor, slice]:
+        first = self._used[layer]
+        self._used[layer] += rank
+        return self.tables[layer], slice(first, first + rank)
+
+    def _check_room(self, bundle: Bundle) -> None:
+        for kind, loaded in (("edit", bundle.edits), ("probe", bundle.probes)):
+            for name, item in loaded.items():
+                if item.width != self.width:
+                    raise BundleFormatError(f"{kind} {name!r} has width {item.width}, the model has {self.width}")
+        needed = dict(self._used)
+        for layer, rank in _rows_of(bundle):
+            if layer not in needed:
+                raise BundleFormatError(f"bundle {bundle.label} needs layer {layer}; steered: {sorted(self.tables)}")
+            needed[layer] += rank
+        edits, gates = len(self._names) + len(bundle.edits), len(self._gates) + 1 + len(_gated(bundle))
+        most = max(*needed.values(), edits, gates)
+        if most > self.terms:
+            raise CapacityExceeded(
+                f"bundle {bundle.label} needs {max(needed.values())} terms in one layer, {edits - 1} edits and "
+                f"{gates - 1} gates in all; the bank holds {self.terms} terms, {self.terms - 1} edits and as many "
+                "gates; raise terms_per_layer"
+            )
+
+    def gate(self, *, bundle: str, profile: str) -> BankedGate:
+        """The gate of a profile.
+
+        Raises:
+            UnknownName: no such bundle is loaded, or the profile has no gate.
+        """
+        try:
+            return self._gates[bundle, profile]
+        except KeyError:
+            raise UnknownName(f"no gate {profile!r} of bundle {bundle} in the bank; loaded: {self.gates}") from None
+
+    def name(self, number: int) -> str | None:
+        """Name of the edit with this number; None for 0."""
+        return self._names[number]
 
     def number(self, *, bundle: str, edit: str) -> int:
         """Number of a loaded edit, 1 or more.
@@ -104,3 +186,20 @@ class Bank:
         """Forget which layers' ops have run."""
         for table in self.tables.values():
             table[0, 2 * self.width + FIRST] = 0.0
+
+
+def _by_digest(names: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for digest, name in names:
+        found.setdefault(digest, []).append(name)
+    return found
+
+
+def _gated(bundle: Bundle) -> list[tuple[Profile, Probe]]:
+    return [(profile, bundle.probes[profile.gate.probe]) for profile in bundle.manifest.profiles if profile.gate]
+
+
+def _rows_of(bundle: Bundle) -> list[tuple[int, int]]:
+    """(layer, rows it needs there) of every edit and gate."""
+    edits = [(terms.layer, terms.rank) for edit in bundle.edits.values() for terms in edit.layers]
+    return edits + [(probe.layer, len(probe.bias)) for _, probe in _gated(bundle)]

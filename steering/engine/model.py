@@ -1,4 +1,4 @@
-"""Steered model classes: vLLM's own, with an op after each decoder block that some edit touches.
+"""Steered model classes: vLLM's own, with an op after each decoder block that some edit touches or some gate reads.
 
 `Steered<Architecture>` is made on first use, by a factory, from vLLM's class of that name: weight names do not change,
 torch.compile traces through it, there are no forward hooks and nothing is patched.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import steering.engine.kernels  # noqa: F401 - defines torch.ops.trimtab.edit
@@ -16,9 +18,9 @@ from steering.engine.bank import Bank
 from steering.engine.compat import ARCHITECTURES, check_configuration, class_location
 from steering.engine.options import SteeringOptions, enter_compile_key, options_from
 from steering.engine.outcomes import OutcomeSender
-from steering.engine.rows import Rows
+from steering.engine.rows import Rows, Steered
+from steering.engine.uploads import RowDownload
 from steering.errors import UnsupportedConfiguration
-from steering.plan import Outcome
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,18 +49,30 @@ class Steering:
             tokens=config.scheduler_config.max_num_batched_tokens,
             device=device,
         )
+        self._download = RowDownload(self.rows.rows)
         self._sender = OutcomeSender()
-        self._pending: list[Outcome] = []
+        self._due: list[Steered] = []
 
-    def before_forward(self, outcomes: list[Outcome]) -> None:
-        """Hold the outcomes of a step until its forward pass has run."""
-        self._pending.extend(outcomes)
+    def before_forward(self, due: list[Steered]) -> None:
+        """Hold the requests whose outcomes are true once the step's forward pass has run."""
+        self._due.extend(due)
 
     def after_forward(self) -> None:
         """Send what became true; called once the forward pass has been launched without an error."""
-        for outcome in self._pending:
-            self._sender.send(outcome)
-        self._pending.clear()
+        if not self._due:
+            return
+        # By number: a request may have given its row back by the time the table has been read.
+        due = [(steered, steered.row) for steered in self._due]
+        self._due.clear()
+
+        def send(table: NDArray[np.float32]) -> None:
+            for steered, row in due:
+                self._sender.send(self.rows.outcome(steered, table[row]))
+
+        reading = self._download.then(send)
+        for steered, _ in due:
+            if steered.gate is not None:
+                steered.reading = reading
 
 
 class SteeredLayer(nn.Module):

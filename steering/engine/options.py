@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from steering import __version__
 from steering.bundle import Bundle, load_bundle
+from steering.engine.bank import terms_needed
 from steering.errors import BundleDigestError, UnsupportedConfiguration
 from steering.terms import layers_of
 
@@ -23,7 +24,8 @@ CONFIG_KEY = "trimtab"
 WORKER_CLASS = "steering.engine.worker.SteeringWorker"
 SCHEDULER_CLASS = "steering.engine.prefix_cache.make_scheduler"
 DEFAULT_TERMS_PER_LAYER = 128
-"""Terms a layer's table holds: steered layers × terms × (2·D + 4) × 4 bytes, 134 MB for 32 layers of width 4096."""
+"""Terms a layer's table holds at least: steered layers × terms × (2·D + 8) × 4 bytes, 134 MB for 32 layers of width
+4096. Bundles that need more get more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,16 +38,23 @@ class SteeringOptions:
     """
 
     bundles: tuple[Bundle, ...]
-    terms_per_layer: int = DEFAULT_TERMS_PER_LAYER
+    terms_per_layer: int
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Decoder blocks that carry the op: those some edit touches."""
-        return layers_of(edit for bundle in self.bundles for edit in bundle.edits.values())
+        """Decoder blocks that carry the op: those some edit touches or some gate reads."""
+        edited = layers_of(edit for bundle in self.bundles for edit in bundle.edits.values())
+        read = {probe.layer for bundle in self.bundles for probe in bundle.probes.values()}
+        return tuple(sorted({*edited, *read}))
 
 
-def engine_arguments(bundles: Sequence[Path], *, terms_per_layer: int = DEFAULT_TERMS_PER_LAYER) -> dict[str, Any]:
+def engine_arguments(bundles: Sequence[Path], *, terms_per_layer: int | None = None) -> dict[str, Any]:
     """Values for vLLM's `AsyncEngineArgs` that make an engine steer with these bundles.
+
+    Args:
+        bundles: folders.
+        terms_per_layer: capacity of each steered layer's table; by default what the bundles need, and the default of
+            this module at least.
 
     Raises:
         BundleError: a bundle does not pass its checks.
@@ -57,7 +66,9 @@ def engine_arguments(bundles: Sequence[Path], *, terms_per_layer: int = DEFAULT_
     return {
         "worker_cls": WORKER_CLASS,
         "scheduler_cls": SCHEDULER_CLASS,
-        "additional_config": {CONFIG_KEY: {"bundles": described, "terms_per_layer": terms_per_layer}},
+        "additional_config": {
+            CONFIG_KEY: {"bundles": described, **({"terms_per_layer": terms_per_layer} if terms_per_layer else {})}
+        },
     }
 
 
@@ -91,9 +102,8 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
         if digest is not None and bundle.digest != digest:
             raise BundleDigestError(f"bundle {path} has digest {bundle.digest}, the engine was started with {digest}")
         bundles.append(bundle)
-    return SteeringOptions(
-        bundles=tuple(bundles), terms_per_layer=int(given.get("terms_per_layer", DEFAULT_TERMS_PER_LAYER))
-    )
+    terms = given.get("terms_per_layer") or max(DEFAULT_TERMS_PER_LAYER, terms_needed(bundles))
+    return SteeringOptions(bundles=tuple(bundles), terms_per_layer=int(terms))
 
 
 def enter_compile_key(config: VllmConfig, options: SteeringOptions) -> None:

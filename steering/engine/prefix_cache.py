@@ -78,9 +78,11 @@ class SteeringScheduler:
 
     Attributes:
         edits: names of the edits this engine has, by bundle digest.
+        gates: categories of the gates this engine has, by bundle digest and profile.
     """
 
     edits: dict[str, frozenset[str]]
+    gates: dict[tuple[str, str], frozenset[str]]
     hash_block_size: int
 
     def __init__(self, **arguments: Any) -> None:
@@ -132,11 +134,24 @@ class SteeringScheduler:
 
     def _checked_plan(self, request: Request) -> Plan | None:
         plan = plan_of(request)
-        if plan is not None:
+        if plan is None:
+            return None
+        if plan.gate is None:
             if plan.edit not in self.edits.get(plan.bundle, ()):
                 raise UnknownName(f"no edit {plan.edit!r} of bundle {plan.bundle}; loaded: {sorted(self.edits)}")
-            if request.resumable:
-                raise NotSupported("a streaming-input session cannot be steered")
+        else:
+            categories = self.gates.get((plan.bundle, plan.gate.profile))
+            if categories is None:
+                raise UnknownName(
+                    f"no gate {plan.gate.profile!r} of bundle {plan.bundle}; loaded: {sorted(self.gates)}"
+                )
+            if not categories.issuperset(plan.gate.categories or ()):
+                raise UnknownName(
+                    f"gate {plan.gate.profile!r} has the categories {sorted(categories)}, not all of "
+                    f"{list(plan.gate.categories or ())}"
+                )
+        if request.resumable:
+            raise NotSupported("a streaming-input session cannot be steered")
         return plan
 
 
@@ -155,5 +170,12 @@ def make_scheduler(*, vllm_config: VllmConfig, **arguments: Any) -> Any:
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     bundles = options.bundles if options is not None else ()
     edits = {bundle.digest: frozenset(bundle.edits) for bundle in bundles}
-    scheduler_class = type(f"Steering{base.__name__}", (SteeringScheduler, base), {"edits": edits})
+    gates = {
+        (bundle.digest, profile.name): frozenset(bundle.probes[profile.gate.probe].categories)
+        for bundle in bundles
+        for profile in bundle.manifest.profiles
+        if profile.gate is not None
+    }
+    made = {"edits": edits, "gates": gates}
+    scheduler_class = type(f"Steering{base.__name__}", (SteeringScheduler, base), made)
     return scheduler_class(vllm_config=vllm_config, **arguments)

@@ -3,99 +3,86 @@
 The host keeps a row per live steered request and writes, once per step, one row number per token. Both model runners
 use it in the same way. Knows nothing of vLLM.
 
-Shapes: `B` requests of a step, `T` tokens of a step, `S` rows.
+Shapes: `B` requests of a step, `T` tokens of a step, `S` rows, `W` columns of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from steering.engine.bank import Bank
-from steering.errors import CapacityExceeded
-from steering.plan import Outcome, Plan, Scope
+from steering.engine import kernels
+from steering.engine.bank import Bank, BankedGate
+from steering.engine.kernels import ROW_WIDTH, Latch
+from steering.engine.uploads import MapUpload, RowUpload
+from steering.errors import CapacityExceeded, UnknownName
+from steering.gate import log_odds, probabilities
+from steering.plan import Decision, Outcome, Plan, Scope
 
 _NEVER = np.iinfo(np.int64).max // 2
 """First edited position of row 0."""
 
-
-@dataclass(slots=True, kw_only=True)
-class _Steered:
-    """A live steered request; `row` is 0 while it waits after a preemption."""
-
-    plan: Plan
-    prompt_length: int
-    row: int = 0
-    is_reported: bool = False
+_DECISIONS = {Latch.REFUSE: Decision.REFUSE, Latch.COMPLY: Decision.COMPLY, Latch.ABSTAIN: Decision.ABSTAIN}
 
 
-class _Upload:
-    """Copies a host array into a fixed device tensor without waiting for the device.
+@dataclass(slots=True, kw_only=True, eq=False)
+class Steered:
+    """A steered request that is known, running or preempted.
 
-    On the CPU the tensor is the array. On a device two pinned buffers take turns, so that the host may fill one for the
-    next step while the copy of the other is in flight.
+    Attributes:
+        gate: the gate that decides; None for a plan that names its edit.
+        row: 0 while it waits after a preemption.
+        is_due: its last prompt token has been in a step, whose forward pass decides or applies.
+        latched: [W] its row as the gate left it, once the host knows; survives preemption.
+        reading: ends when the host knows it.
     """
 
-    def __init__(self, target: Tensor) -> None:
-        self._target = target
-        self._on_host = target.device.type == "cpu"
-        self._turn = 0
-        if self._on_host:
-            self._arrays = [target.numpy()]
-        else:
-            self._pinned = [torch.zeros_like(target, device="cpu", pin_memory=True) for _ in range(2)]
-            self._arrays = [pinned.numpy() for pinned in self._pinned]
-            self._events = [torch.cuda.Event() for _ in range(2)]
-
-    def array(self) -> NDArray[np.generic]:
-        """The host array to fill before `send`; waits only if its last copy, two steps ago, has not ended."""
-        if not self._on_host:
-            self._events[self._turn].synchronize()
-        return self._arrays[self._turn]
-
-    def send(self, length: int) -> None:
-        """Copy the first `length` entries; ordered on the current stream before the step's kernels."""
-        if self._on_host:
-            return
-        self._target[:length].copy_(self._pinned[self._turn][:length], non_blocking=True)
-        self._events[self._turn].record()
-        self._turn = 1 - self._turn
+    request_id: str
+    plan: Plan
+    prompt_length: int
+    gate: BankedGate | None = None
+    row: int = 0
+    is_due: bool = False
+    latched: NDArray[np.float32] | None = None
+    reading: Future[None] | None = None
 
 
 class Rows:
     """Row table and per-token map of one worker.
 
     Args:
-        bank: names the edits.
+        bank: names edits and gates.
         requests: most requests that can run at once; vLLM's `max_num_seqs`.
         tokens: most tokens of a step; vLLM's `max_num_batched_tokens`.
         device: where the buffers live, for ever at the same address.
 
     Attributes:
-        rows: [S, 2] float32, (edit number, strength).
-        token_rows: [tokens + 1] int32; the last entry is the number of steered tokens of the step, kept on the CPU
-            only, where the op reads it to leave at once.
+        rows: [S, W] float32, laid out as `kernels` says. The host writes a row when a request takes it, the gate of
+            that row once after that.
+        token_rows: [tokens + 2] int32; the last two entries are the numbers of steered and of deciding tokens of the
+            step, kept on the CPU only, where the op reads them to leave at once.
     """
 
     def __init__(self, *, bank: Bank, requests: int, tokens: int, device: torch.device) -> None:
         # Twice as many as can run: with asynchronous scheduling a finished request may be dropped a step late.
         self.capacity = 2 * requests
-        self.rows = torch.zeros(self.capacity + 1, 2, dtype=torch.float32, device=device)
-        self.token_rows = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
+        self.rows = torch.zeros(self.capacity + 1, ROW_WIDTH, dtype=torch.float32, device=device)
+        self.token_rows = torch.zeros(tokens + 2, dtype=torch.int32, device=device)
         self._bank = bank
-        self._requests: dict[str, _Steered] = {}
+        self._requests: dict[str, Steered] = {}
         self._row_of: dict[str, int] = {}
         self._free = list(range(self.capacity, 0, -1))
         self._first_edited = np.full(self.capacity + 1, _NEVER, dtype=np.int64)
-        self._host_rows = np.zeros((self.capacity + 1, 2), dtype=np.float32)
-        self._rows_upload, self._tokens_upload = _Upload(self.rows), _Upload(self.token_rows)
-        self._rows_changed = False
-        self._unreported: dict[str, _Steered] = {}
+        self._host_rows = np.zeros((self.capacity + 1, ROW_WIDTH), dtype=np.float32)
+        self._rows_upload, self._tokens_upload = RowUpload(self.rows), MapUpload(self.token_rows)
+        self._changed: set[int] = set()
+        self._waiting: dict[str, Steered] = {}
+        """Running requests whose last prompt token has not been in a step yet."""
         self._written = 0
         """Leading entries of `token_rows` that may differ from 0."""
 
@@ -109,29 +96,33 @@ class Rows:
 
         Args:
             request_id: the engine's id of the sample.
-            plan: what to do; its edit must be in the bank.
+            plan: what to do; its edit or gate must be in the bank.
             prompt_length: number of prompt tokens, without tokens generated before a preemption.
 
         Raises:
-            UnknownName: the edit is not in the bank.
+            UnknownName: the edit or gate is not in the bank.
             CapacityExceeded: no row is free; cannot happen while vLLM keeps to `max_num_seqs`.
         """
         known = self._requests.get(request_id)
         if known is not None and known.row:
             return
-        number = self._bank.number(bundle=plan.bundle, edit=plan.edit)
+        gate = None if plan.gate is None else self._bank.gate(bundle=plan.bundle, profile=plan.gate.profile)
+        steered = known or Steered(request_id=request_id, plan=plan, prompt_length=prompt_length, gate=gate)
+        if steered.reading is not None:
+            # Preempted before the host had read what the gate decided: rare, and the only wait.
+            steered.reading.result()
+        values = steered.latched if steered.latched is not None else self._initial(plan, gate)
         if not self._free:
             raise CapacityExceeded(f"all {self.capacity} rows are in use")
         row = self._free.pop()
-        steered = known or _Steered(plan=plan, prompt_length=prompt_length)
         steered.row = row
         self._requests[request_id] = steered
         self._row_of[request_id] = row
         self._first_edited[row] = 0 if plan.scope is Scope.ALL else prompt_length - 1
-        self._host_rows[row] = (number, plan.strength)
-        self._rows_changed = True
-        if not steered.is_reported:
-            self._unreported[request_id] = steered
+        self._host_rows[row] = values
+        self._changed.add(row)
+        if not steered.is_due:
+            self._waiting[request_id] = steered
 
     def resume(self, request_id: str) -> None:
         """Take a row again for a request that was preempted; does nothing for an unsteered one."""
@@ -140,12 +131,12 @@ class Rows:
             self.add(request_id, steered.plan, steered.prompt_length)
 
     def preempt(self, request_id: str) -> None:
-        """Give the row back and keep the plan; does nothing for an unsteered request."""
+        """Give the row back and keep the plan and what was decided; does nothing for an unsteered request."""
         steered = self._requests.get(request_id)
         if steered is not None and steered.row:
             self._free.append(self._row_of.pop(request_id))
             steered.row = 0
-            self._unreported.pop(request_id, None)
+            self._waiting.pop(request_id, None)
 
     def remove(self, request_id: str) -> None:
         """Forget a request that finished; does nothing for an unsteered one."""
@@ -154,7 +145,7 @@ class Rows:
 
     def write_step(
         self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
-    ) -> list[Outcome]:
+    ) -> list[Steered]:
         """Write the row of every token of the next step.
 
         Positions decide, never phases: a token is edited when its position is at or after the request's first edited
@@ -166,7 +157,7 @@ class Rows:
             computed: [B] tokens of each request computed before it: the position of its first token.
 
         Returns:
-            Outcomes that are true once this step's forward pass has run: of requests whose last prompt token is in it.
+            Requests whose last prompt token is in this step: their outcomes are true once its forward pass has run.
         """
         if not self._row_of:
             self._clear()
@@ -184,53 +175,105 @@ class Rows:
         values[1::2] = of_request
         steered_tokens = int(runs[1::2][of_request > 0].sum())
         total = int(runs.sum())
-        self._send_rows()
+        due, deciding = self._due(request_ids, tokens, computed) if self._waiting else ([], [])
+        if self._changed:
+            self._rows_upload.send(sorted(self._changed), self._host_rows)
+            self._changed.clear()
         length = max(total, self._written)
         target = self._tokens_upload.array()
         target[:total] = np.repeat(values, runs)
         target[total:length] = 0
-        target[-1] = steered_tokens
+        target[deciding] = -target[deciding]
+        target[-2], target[-1] = steered_tokens, len(deciding)
         self._tokens_upload.send(length)
         self._written = total
-        return self._outcomes(request_ids, tokens, computed) if self._unreported else []
+        return due
+
+    def outcome(self, steered: Steered, row: NDArray[np.float32]) -> Outcome:
+        """What came of a due request, once its forward pass has run; its latch is kept for a later preemption.
+
+        Args:
+            steered: as `write_step` gave it.
+            row: [W] the request's row as that pass left it.
+        """
+        plan, gate = steered.plan, steered.gate
+        if gate is None:
+            return self._reported(steered, is_applied=True, edit=plan.edit, strength=plan.strength)
+        row = row.copy()
+        state = Latch(int(row[kernels.STATE]))
+        if state in (Latch.FIXED, Latch.PENDING):
+            return self._reported(steered, error="the gate did not run at its layer")
+        steered.latched = row
+        if state is Latch.FAILED:
+            return self._reported(steered, error="the probe's scores are not finite")
+        edit = self._bank.name(int(row[kernels.EDIT]))
+        scores = torch.from_numpy(row[kernels.SCORES : kernels.SCORES + len(gate.categories) + 1])
+        return self._reported(
+            steered,
+            is_applied=edit is not None,
+            edit=edit,
+            strength=float(row[kernels.STRENGTH]),
+            decision=_DECISIONS[state],
+            category=gate.categories[int(row[kernels.CATEGORY])],
+            scores=probabilities(scores, gate.categories),
+        )
+
+    @staticmethod
+    def _reported(
+        steered: Steered, *, is_applied: bool = False, edit: str | None = None, strength: float = 0.0, **facts: object
+    ) -> Outcome:
+        return Outcome(
+            plan_id=steered.plan.id,
+            request_id=steered.request_id,
+            applied=is_applied,
+            edit=edit,
+            strength=strength,
+            scope=steered.plan.scope,
+            **facts,  # type: ignore[arg-type]
+        )
+
+    def _initial(self, plan: Plan, gate: BankedGate | None) -> NDArray[np.float32]:
+        """[W] the row of a request on which no gate has decided yet."""
+        row = np.zeros(ROW_WIDTH, dtype=np.float32)
+        if gate is None or plan.gate is None:
+            assert plan.edit is not None
+            row[kernels.EDIT] = self._bank.number(bundle=plan.bundle, edit=plan.edit)
+            row[kernels.STRENGTH] = plan.strength
+            return row
+        order = plan.gate
+        allowed = gate.categories if order.categories is None else order.categories
+        strange = sorted(set(allowed) - set(gate.categories))
+        if strange:
+            raise UnknownName(f"gate {order.profile!r} has no categories {strange}; it has {list(gate.categories)}")
+        row[kernels.STATE] = Latch.PENDING
+        row[kernels.GATE] = gate.number
+        row[kernels.LOW], row[kernels.HIGH] = log_odds(order.comply_below), log_odds(order.refuse_above)
+        row[kernels.FACTOR] = 0.0 if order.is_observed else plan.strength
+        row[kernels.ALLOWED] = sum(1 << gate.categories.index(category) for category in set(allowed))
+        row[kernels.GRADED] = order.is_graded
+        return row
 
     def _clear(self) -> None:
         """Point every token to row 0; free of cost when they do already."""
         if self._written:
             target = self._tokens_upload.array()
             target[: self._written] = 0
-            target[-1] = 0
+            target[-2:] = 0
             self._tokens_upload.send(self._written)
             self._written = 0
 
-    def _send_rows(self) -> None:
-        if self._rows_changed:
-            self._rows_upload.array()[:] = self._host_rows
-            self._rows_upload.send(len(self._host_rows))
-            self._rows_changed = False
-
-    def _outcomes(
+    def _due(
         self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
-    ) -> list[Outcome]:
-        outcomes = []
-        end_of = {
-            request_id: int(start + count)
-            for request_id, start, count in zip(request_ids, computed, tokens, strict=True)
-            if request_id in self._unreported
-        }
-        for request_id, end in end_of.items():
-            steered = self._unreported[request_id]
-            if end >= steered.prompt_length:
-                del self._unreported[request_id]
-                steered.is_reported = True
-                outcomes.append(
-                    Outcome(
-                        plan_id=steered.plan.id,
-                        request_id=request_id,
-                        applied=True,
-                        edit=steered.plan.edit,
-                        strength=steered.plan.strength,
-                        scope=steered.plan.scope,
-                    )
-                )
-        return outcomes
+    ) -> tuple[list[Steered], list[int]]:
+        """Requests whose last prompt token is in this step, and the places of those tokens that a gate decides on."""
+        due, deciding = [], []
+        starts = np.cumsum(tokens) - tokens
+        for request_id, start, first, count in zip(request_ids, starts, computed, tokens, strict=True):
+            steered = self._waiting.get(request_id)
+            if steered is not None and first + count >= steered.prompt_length:
+                del self._waiting[request_id]
+                steered.is_due = True
+                due.append(steered)
+                if steered.gate is not None:
+                    deciding.append(int(start + steered.prompt_length - 1 - first))
+        return due, deciding

@@ -59,10 +59,10 @@ class SteeredRunner:
         steering = self._steering()
         if steering is not None:
             batch = self.input_batch
-            outcomes = steering.rows.write_step(
+            due = steering.rows.write_step(
                 batch.req_ids, num_scheduled_tokens, batch.num_computed_tokens_cpu[: batch.num_reqs]
             )
-            steering.before_forward(outcomes)
+            steering.before_forward(due)
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
 
     def _make_generators_rewindable(self, scheduler_output: Any) -> None:

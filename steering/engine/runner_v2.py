@@ -26,20 +26,20 @@ class SteeredState:
             self.model.steering.rows.add(new_req_data.req_id, plan, new_req_data.prompt_len)
 
     def remove_request(self, req_id: str) -> None:
-        """A request ended or was preempted."""
+        """A request ended or was preempted: the runner does not say which, and `SteeringWorker` forgets the former."""
         super().remove_request(req_id)  # type: ignore[misc]
-        self.model.steering.rows.remove(req_id)
+        self.model.steering.rows.preempt(req_id)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """Write the row map of the step; dummy batches have unknown request ids and so get row 0 throughout."""
         count = input_batch.num_reqs
         steering = self.model.steering
-        outcomes = steering.rows.write_step(
+        due = steering.rows.write_step(
             input_batch.req_ids[:count],
             input_batch.num_scheduled_tokens[:count],
             input_batch.num_computed_tokens_np[:count],
         )
-        steering.before_forward(outcomes)
+        steering.before_forward(due)
         result: dict[str, Any] = super().prepare_inputs(input_batch, req_states)  # type: ignore[misc]
         return result
 

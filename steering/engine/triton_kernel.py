@@ -15,6 +15,62 @@ FLOATS_PER_WARP = 1024
 """One warp per 1,024 columns (32 lanes × 32 registers): the whole row of x and the running sum stay in registers."""
 
 
+PITCH: tl.constexpr = tl.constexpr(28)
+"""`kernels.ROW_WIDTH`. Offsets below are those of `kernels`; a jitted function sees constants of its own module."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def decide(x, columns, inside, row, table, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`kernels._latch` for one token: let the gate of `row` decide, write the latch, give back edit and strength."""
+    gate = tl.load(row + 3).to(tl.int64)
+    head = table + gate * (2 * WIDTH + 8) + 2 * WIDTH
+    edit = tl.load(row)
+    strength = tl.load(row + 1)
+    count = tl.load(head + 5).to(tl.int32)
+    if count != 0:
+        terms = table + tl.load(head + 4).to(tl.int64) * (2 * WIDTH + 8)
+        allowed = tl.load(row + 7).to(tl.int32)
+        refusal = 0.0
+        best = float("-inf")
+        category = 0
+        strange = 0
+        for number in range(count):
+            term = terms + number * (2 * WIDTH + 8)
+            weight = tl.load(term + columns, mask=inside, other=0.0)
+            score = tl.sum(x * weight, axis=0) + tl.load(term + 2 * WIDTH + 1)
+            tl.store(row + 10 + number, score)
+            strange += (score - score != 0.0).to(tl.int32)  # infinity and NaN
+            refusal = tl.where(number == 0, score, refusal)
+            is_allowed = ((allowed << 1) >> number) & 1  # never the first, which is no category
+            is_best = (is_allowed == 1) & (score > best)
+            best = tl.where(is_best, score, best)
+            category = tl.where(is_best, number - 1, category)
+        low = tl.load(row + 4)
+        high = tl.load(row + 5)
+        factor = tl.load(row + 6)
+        scalars = terms + (category + 1) * (2 * WIDTH + 8) + 2 * WIDTH
+        refuses = refusal >= high
+        complies = (refusal <= low) & (refusal < high)
+        chosen = tl.where(refuses, tl.load(scalars + 6), tl.where(complies, tl.load(scalars + 7), 0.0))
+        side = tl.where(refuses, 2.0, 3.0)
+        side = tl.where(chosen == 0.0, 4.0, side)
+        floor = 1.0 / (1.0 + tl.exp(-low))
+        ceiling = 1.0 / (1.0 + tl.exp(-high))
+        probability = 1.0 / (1.0 + tl.exp(-refusal))
+        room = tl.where(refuses, 1.0 - ceiling, floor)
+        way = tl.where(refuses, probability - ceiling, floor - probability)
+        grade = tl.minimum(tl.maximum(way / tl.where(room > 0.0, room, 1.0), 0.0), 1.0)
+        share = tl.where((tl.load(row + 8) != 0.0) & (room > 0.0), grade, 1.0)
+        is_applied = (strange == 0) & (chosen != 0.0) & (factor != 0.0)
+        edit = tl.where(is_applied, chosen, 0.0)
+        strength = tl.where(is_applied, factor * share, 0.0)
+        tl.store(row, edit)
+        tl.store(row + 1, strength)
+        tl.store(row + 2, tl.where(strange == 0, side, 5.0))
+        tl.store(row + 9, category * 1.0)
+    return edit, strength
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def edit_kernel(  # type: ignore[no-untyped-def]
     hidden,
@@ -27,23 +83,28 @@ def edit_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per token; walks the terms of that token's edit and writes `hidden` once."""
+    """One program per token; decides if it must, walks the terms of that token's edit and writes `hidden` once."""
     token = tl.program_id(0).to(tl.int64)
-    row = tl.load(token_rows + token)
-    if row != 0:
-        edit = tl.load(rows + 2 * row).to(tl.int64)
-        strength = tl.load(rows + 2 * row + 1)
-        head = table + edit * (2 * WIDTH + 4) + 2 * WIDTH
+    number = tl.load(token_rows + token)
+    if number != 0:
+        row = rows + tl.abs(number).to(tl.int64) * PITCH
+        columns = tl.arange(0, BLOCK)
+        inside = columns < WIDTH
+        edit = tl.load(row)
+        strength = tl.load(row + 1)
+        if number < 0:
+            x = tl.load(hidden + token * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            x += tl.load(residual + token * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            edit, strength = decide(x, columns, inside, row, table, WIDTH)
+        head = table + edit.to(tl.int64) * (2 * WIDTH + 8) + 2 * WIDTH
         count = tl.load(head + 3).to(tl.int32)
         if count != 0:
             first = tl.load(head + 2).to(tl.int64)
-            columns = tl.arange(0, BLOCK)
-            inside = columns < WIDTH
             old = tl.load(hidden + token * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
             x = old + tl.load(residual + token * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
             total = tl.zeros([BLOCK], dtype=tl.float32)
             for offset in range(count):
-                term = table + (first + offset) * (2 * WIDTH + 4)
+                term = table + (first + offset) * (2 * WIDTH + 8)
                 gain = tl.load(term + 2 * WIDTH)
                 coefficient = tl.load(term + 2 * WIDTH + 1)
                 if gain != 0.0:

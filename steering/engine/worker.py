@@ -48,13 +48,24 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
                 f"architecture {self.model_config.architecture!r} cannot be steered; supported: {sorted(ARCHITECTURES)}"
             )
 
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """As vLLM's; requests that ended are forgotten first. The V2 runner removes preempted ones in the same way as
+        these, but what a gate decided for a preempted request must be there when it comes back.
+        """
+        steering = getattr(self.model_runner.get_model(), "steering", None) if self.use_v2_model_runner else None
+        if steering is not None and steering.rows.live:
+            for request_id in scheduler_output.finished_req_ids:
+                steering.rows.remove(request_id)
+        return super().execute_model(scheduler_output)
+
     def steering_report(self) -> dict[str, Any]:
         """What this worker can do and has done.
 
         Returns:
             version: of the plugin; architecture; runner: "v1" or "v2"; hidden_size; layers: that carry the op;
-            bundles: edit names by digest; rows: capacity; live: steered requests now; witness: layers whose op has
-            edited a token since the last `steering_clear_witness`. Layers and bundles are empty when nothing is armed.
+            bundles: edit names by digest; gates: profiles with a gate by digest; rows: capacity; live: steered requests
+            now; witness: layers whose op has edited a token since the last `steering_clear_witness`. Layers, bundles
+            and gates are empty when nothing is armed.
         """
         model = self.model_runner.get_model()
         steering = getattr(model, "steering", None)
@@ -65,6 +76,7 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
             "hidden_size": self.model_config.get_hidden_size(),
             "layers": [],
             "bundles": {},
+            "gates": {},
             "rows": 0,
             "live": 0,
             "witness": [],
@@ -73,6 +85,7 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
             report |= {
                 "layers": list(steering.layers),
                 "bundles": steering.bank.bundles,
+                "gates": steering.bank.gates,
                 "rows": steering.rows.capacity,
                 "live": steering.rows.live,
                 "witness": steering.bank.witness(),

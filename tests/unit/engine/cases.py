@@ -12,12 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steering.bundle import Bundle
 from steering.engine import kernels
 from steering.engine.bank import Bank
+from steering.engine.kernels import Latch
+from steering.engine.rows import Rows
+from steering.gate import Probe, Ruling, rule
+from steering.plan import Decision, Plan
 from steering.terms import Edit, delta
-from tests.samples import bundle_in_memory, random_edit
+from tests.samples import bundle_in_memory, gate_plan, plan_for, random_edit, random_probe
 
 LAYER = 0
+CATEGORIES = ("safety", "political", "humanizing")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -26,16 +32,19 @@ class Case:
     """Arguments of one call of the op, and the exact result.
 
     Attributes:
-        arguments: hidden [T, D], residual [T, D], token_rows [M + 1], rows [S, 2], table [N, 2D + 4].
+        arguments: hidden [T, D], residual [T, D], token_rows [M + 2], rows [S, 28], table [N, 2D + 8].
         before: a copy of hidden.
         expected: [T, D] float32, hidden + strength · Σ ( gain · <hidden + residual, q> + bias ) · p, not rounded yet.
         is_touched: [T] bool, tokens whose edit has terms at this layer.
+        latches: by row, what its gate writes: edit, strength, state, category and scores; the last three are None where
+            the gate reads at another layer.
     """
 
     arguments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     before: Tensor
     expected: Tensor
     is_touched: Tensor
+    latches: dict[int, tuple[int, float, int | None, int | None, Tensor | None]]
 
     @property
     def hidden(self) -> Tensor:
@@ -44,7 +53,9 @@ class Case:
 
 
 def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: bool = False) -> Case:
-    """A mixed batch: untouched tokens, several edits of ranks 1 to 8, one without terms at this layer, several rows."""
+    """A mixed batch: untouched tokens, several edits of ranks 1 to 8, one without terms at this layer, several rows,
+    and gates that decide at this layer or at another, with every kind of order, on residuals of which some are NaN.
+    """
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     edits: dict[str, Edit] = {
@@ -54,39 +65,120 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
         for number in range(draw.randint(1, 4))
     }
     edits["elsewhere"] = random_edit("elsewhere", ranks={1: 2}, width=width, seed=seed)
-    bundle = bundle_in_memory(edits, width=width)
+    gates = {}
+    for name, layer, offered in (("here", LAYER, list(edits)), ("above", 1, ["elsewhere"])):
+        probe = random_probe(name, layer=layer, categories=CATEGORIES, width=width, seed=seed + layer, scale=5.0)
+        # One category has no edit to comply and one none to refuse.
+        refuse, comply = (
+            {category: draw.choice(offered) for category in half} for half in (CATEGORIES[:2], CATEGORIES[1:])
+        )
+        gates[name] = (probe, refuse, comply)
+    bundle = bundle_in_memory(edits, width=width, gates=gates)
     bank = Bank(layers=(LAYER, 1), width=width, terms=48, device=torch.device("cpu"))
     bank.load(bundle)
-    names = [draw.choice(list(edits)) for _ in range(draw.randint(1, 9))]
-    strengths = [draw.choice([1.0, -1.0, 0.5, draw.uniform(-3, 3)]) for _ in names]
-    rows = torch.zeros(len(names) + 1, 2)
-    for row, (name, strength) in enumerate(zip(names, strengths, strict=True), start=1):
-        rows[row] = torch.tensor([bank.number(bundle=bundle.digest, edit=name), strength])
     tokens = draw.randint(1, 24)
-    of_token = torch.randint(0, len(rows), (tokens,), generator=generator, dtype=torch.int32)
-    token_rows = torch.zeros(tokens + draw.randint(0, 5) + 1, dtype=torch.int32)
-    token_rows[:tokens], token_rows[-1] = of_token, int((of_token > 0).sum())
+    rows = Rows(bank=bank, requests=20, tokens=tokens + draw.randint(0, 5), device=torch.device("cpu"))
+    plans = [_random_plan(draw, list(edits)) for _ in range(draw.randint(1, 9))]
+    of_token = torch.randint(0, len(plans) + 1, (tokens,), generator=generator, dtype=torch.int32)
+    for number, plan in enumerate(plans, start=1):
+        rows.add(str(number), plan, 1)
+        if plan.gate is not None:
+            places = (of_token == number).nonzero().squeeze(1)
+            of_token[places] = 0
+            of_token[places[:1]] = -number
+    assert [rows._row_of[str(number)] for number in range(1, len(plans) + 1)] == list(range(1, len(plans) + 1))
+    rows.rows[: len(plans) + 1] = torch.from_numpy(rows._host_rows[: len(plans) + 1])
+    rows.token_rows[:tokens] = of_token
+    rows.token_rows[-2], rows.token_rows[-1] = int((of_token != 0).sum()), int((of_token < 0).sum())
     columns = 3 * width if is_strided else width
     hidden = torch.randn(tokens, columns, generator=generator).to(dtype)[:, :width]
     residual = (torch.randn(tokens, columns, generator=generator) * 5).to(dtype)[:, columns - width :]
+    for token in (of_token < 0).nonzero().squeeze(1).tolist():
+        if draw.random() < 0.15:
+            residual[token, 0] = float("nan")
 
-    x, expected = hidden.float() + residual.float(), hidden.float()
+    x, expected = hidden.float() + residual.float(), hidden.float().clone()
     is_touched = torch.zeros(tokens, dtype=torch.bool)
-    for token, row in enumerate(of_token.tolist()):
-        for terms in edits[names[row - 1]].layers if row else ():
+    latches = {}
+    for token, signed in enumerate(of_token.tolist()):
+        if not signed:
+            continue
+        name, strength = _chosen(bundle, plans[abs(signed) - 1], x[token])
+        for terms in edits[name].layers if name else ():
             if terms.layer == LAYER:
-                expected[token] += delta(x[token], terms, strengths[row - 1])
+                expected[token] += delta(x[token], terms, strength)
                 is_touched[token] = True
+        if signed < 0:
+            latches[-signed] = _latch(bundle, bank, plans[-signed - 1], x[token])
     return Case(
-        arguments=(hidden, residual, token_rows, rows, bank.tables[LAYER]),
+        arguments=(hidden, residual, rows.token_rows, rows.rows, bank.tables[LAYER]),
         before=hidden.clone(),
         expected=expected,
         is_touched=is_touched,
+        latches=latches,
     )
 
 
+def _random_plan(draw: random.Random, edits: list[str]) -> Plan:
+    strength = draw.choice([1.0, 0.5, draw.uniform(0.1, 3)])
+    if draw.random() < 0.5:
+        return plan_for(draw.choice(edits), strength=draw.choice([strength, -strength]))
+    low, high = sorted(draw.choice([0.0, 0.2, 0.5, 0.8, 1.0]) for _ in range(2))
+    return gate_plan(
+        draw.choice(["here", "here", "here", "above"]),
+        strength=strength,
+        comply_below=low,
+        refuse_above=high,
+        categories=draw.choice([None, CATEGORIES[:1], CATEGORIES[1:], CATEGORIES]),
+        is_graded=draw.random() < 0.4,
+        is_observed=draw.random() < 0.2,
+    )
+
+
+def _ruled(bundle: Bundle, plan: Plan, x: Tensor) -> tuple[Probe, Tensor, Ruling | None] | None:
+    """What the reference makes of a gate at this layer; None for another plan."""
+    if plan.gate is None or plan.gate.profile != "here":
+        return None
+    probe = bundle.probes["here"]
+    logits = probe.logits(x)
+    return probe, logits, rule(logits, plan.gate, probe.categories)
+
+
+def _chosen(bundle: Bundle, plan: Plan, x: Tensor) -> tuple[str | None, float]:
+    """Edit and strength of one token, by the reference."""
+    if plan.gate is None:
+        return plan.edit, plan.strength
+    ruled = _ruled(bundle, plan, x)
+    if ruled is None or ruled[2] is None or plan.gate.is_observed:
+        return None, 0.0
+    probe, _, ruling = ruled
+    profile = bundle.manifest.profile("here")
+    sides = {Decision.REFUSE: profile.refuse, Decision.COMPLY: profile.comply, Decision.ABSTAIN: {}}
+    name = sides[ruling.decision].get(probe.categories[ruling.category])
+    return name, plan.strength * ruling.share if name else 0.0
+
+
+def _latch(
+    bundle: Bundle, bank: Bank, plan: Plan, x: Tensor
+) -> tuple[int, float, int | None, int | None, Tensor | None]:
+    ruled = _ruled(bundle, plan, x)
+    if ruled is None:
+        return 0, 0.0, Latch.PENDING, None, None
+    probe, logits, ruling = ruled
+    if ruling is None:
+        return 0, 0.0, Latch.FAILED, None, None
+    profile = bundle.manifest.profile("here")
+    category = probe.categories[ruling.category]
+    has_edit = category in {Decision.REFUSE: profile.refuse, Decision.COMPLY: profile.comply}.get(ruling.decision, ())
+    state = Latch[ruling.decision.name] if has_edit else Latch.ABSTAIN
+    name, strength = _chosen(bundle, plan, x)
+    number = bank.number(bundle=bundle.digest, edit=name) if name else 0
+    return number, strength, state, ruling.category, logits
+
+
 def check(case: Case, name: str, *, units: float = 0.5) -> None:
-    """After the op ran: touched tokens are the float32 result rounded once, others have every bit they had.
+    """After the op ran: touched tokens are the float32 result rounded once, others have every bit they had, and each
+    gate of this layer has latched what the reference decides.
 
     Args:
         case: after the op ran on its arguments.
@@ -109,11 +201,20 @@ def check(case: Case, name: str, *, units: float = 0.5) -> None:
         assert not bool(same[case.is_touched].all()), f"{name}: nothing was edited"
     witness = case.arguments[4][0, 2 * hidden.shape[1] + kernels.FIRST].item()
     assert witness == float(bool(case.is_touched.any())), f"{name}: witness {witness}"
+    for row, (edit, strength, state, category, logits) in case.latches.items():
+        found = case.arguments[3][row]
+        assert int(found[kernels.EDIT]) == edit, f"{name}: row {row} latched another edit"
+        assert abs(float(found[kernels.STRENGTH]) - strength) <= 1e-4, f"{name}: row {row} latched another strength"
+        assert int(found[kernels.STATE]) == state, f"{name}: row {row} latched state {found[kernels.STATE]}"
+        if logits is not None:
+            assert int(found[kernels.CATEGORY]) == category, f"{name}: row {row} latched another category"
+            scores = found[kernels.SCORES : kernels.SCORES + len(logits)]
+            assert torch.allclose(scores, logits, atol=1e-4), f"{name}: row {row} latched other scores"
 
 
 def main() -> int:
     """Judge the Triton kernel over every dtype, contiguous and not, at widths that are and are not powers of two."""
-    judged = 0
+    judged = decided = 0
     # Triton's interpreter cuts float32 off to bfloat16 (triton 3.9, `_convert_float`); compiled code rounds (cvt.rn).
     units = {torch.bfloat16: 1.0}
     for dtype_name, dtype in DTYPES.items():
@@ -128,7 +229,8 @@ def main() -> int:
                         units=units.get(dtype, 0.5),
                     )
                     judged += int(case.is_touched.sum())
-    sys.stdout.write(f"tokens judged: {judged}\n")
+                    decided += len(case.latches)
+    sys.stdout.write(f"decided: {decided}, tokens judged: {judged}\n")
     return 0
 
 

@@ -1,0 +1,117 @@
+"""Uploads: copies between host arrays and fixed device tensors that never wait for the device.
+
+On the CPU the tensor is the array, and nothing is copied. Knows nothing of requests.
+
+Shapes: `S` rows, `W` columns of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class _Turns:
+    """Two pinned copies of each of some tensors; the host may fill one while the other is in flight."""
+
+    def __init__(self, targets: Sequence[Tensor]) -> None:
+        self._sets = [[torch.zeros_like(target, device="cpu", pin_memory=True) for target in targets] for _ in range(2)]
+        self._events = [torch.cuda.Event() for _ in range(2)]
+        self._turn = 0
+
+    def next(self) -> list[Tensor]:
+        """The tensors to fill; waits only if their last copy, two turns ago, has not ended."""
+        self._events[self._turn].synchronize()
+        return self._sets[self._turn]
+
+    def sent(self) -> None:
+        """Their copies have been queued."""
+        self._events[self._turn].record()
+        self._turn = 1 - self._turn
+
+
+class MapUpload:
+    """Writes the leading entries of a flat int32 tensor; on the CPU all of it."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+        self._turns = None if target.device.type == "cpu" else _Turns([target])
+
+    def array(self) -> NDArray[np.int32]:
+        """The host array to fill before `send`."""
+        array: NDArray[np.int32] = (self._target if self._turns is None else self._turns.next()[0]).numpy()
+        return array
+
+    def send(self, length: int) -> None:
+        """Copy the first `length` entries; ordered on the current stream before the step's kernels."""
+        if self._turns is not None:
+            self._target[:length].copy_(self._turns.next()[0][:length], non_blocking=True)
+            self._turns.sent()
+
+
+class RowUpload:
+    """Writes whole rows of a table [S, W] and leaves the others, which the device may have written, as they are."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+        self._turns: _Turns | None = None
+        if target.device.type != "cpu":
+            self._staged = [
+                torch.zeros_like(target),
+                torch.zeros(len(target), dtype=torch.int64, device=target.device),
+            ]
+            self._turns = _Turns(self._staged)
+
+    def send(self, numbers: Sequence[int], values: NDArray[np.float32]) -> None:
+        """Write `values[number]` into each row `number`; ordered on the current stream before the step's kernels."""
+        chosen = np.asarray(numbers, dtype=np.int64)
+        if self._turns is None:
+            self._target.numpy()[chosen] = values[chosen]
+            return
+        count = len(chosen)
+        pinned_rows, pinned_numbers = self._turns.next()
+        pinned_rows.numpy()[:count] = values[chosen]
+        pinned_numbers.numpy()[:count] = chosen
+        for staged, pinned in zip(self._staged, (pinned_rows, pinned_numbers), strict=True):
+            staged[:count].copy_(pinned[:count], non_blocking=True)
+        self._turns.sent()
+        self._target.index_copy_(0, self._staged[1][:count], self._staged[0][:count])
+
+
+class RowDownload:
+    """Reads a table [S, W] as it is once the work queued so far has been done, without stopping the host for it.
+
+    On a device a thread of its own waits for the copy; on the CPU everything has been done when it is asked.
+    """
+
+    def __init__(self, source: Tensor) -> None:
+        self._source = source
+        self._free: list[Tensor] = []
+        self._thread = None if source.device.type == "cpu" else ThreadPoolExecutor(1, "trimtab-outcomes")
+
+    def then(self, work: Callable[[NDArray[np.float32]], None]) -> Future[None]:
+        """Call `work(table)` with a host array [S, W] that is valid during the call.
+
+        Returns:
+            What ends with it; already ended on the CPU.
+        """
+        if self._thread is None:
+            done: Future[None] = Future()
+            work(self._source.numpy())
+            done.set_result(None)
+            return done
+        pinned = self._free.pop() if self._free else torch.empty_like(self._source, device="cpu", pin_memory=True)
+        pinned.copy_(self._source, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return self._thread.submit(self._wait, event, pinned, work)
+
+    def _wait(self, event: torch.cuda.Event, pinned: Tensor, work: Callable[[NDArray[np.float32]], None]) -> None:
+        event.synchronize()
+        work(pinned.numpy())
+        self._free.append(pinned)
