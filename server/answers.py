@@ -55,7 +55,7 @@ class EventStream(Response):
             headers={
                 "cache-control": "no-cache",
                 "x-accel-buffering": "no",
-                DECISION_HEADER: opened.decision,
+                DECISION_HEADER: opened.effect.decision,
             },
         )
         del self.headers["content-length"]

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from steering.errors import BundleFormatError, UnknownName
-from steering.plan import Mode, Scope
+from steering.plan import CategorySource, Mode, Scope
 
 if TYPE_CHECKING:  # steering.bundle imports torch, which the gateway's own process parts do without
     from steering.bundle import Bundle
+    from steering.manifest import GateSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +41,41 @@ class EditView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PointView:
+    """An operating point: a threshold, and the shares it flags of prompts to refuse and of prompts to answer."""
+
+    name: str
+    threshold: float
+    true_positive_rate: float
+    false_positive_rate: float
+    positives: int
+    negatives: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeView:
+    """A probe without its numbers: where it reads, what it tells apart, and what its thresholds cost."""
+
+    name: str
+    layer: int
+    categories: tuple[str, ...]
+    operating_points: tuple[PointView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateView:
+    """How a profile decides by itself; thresholds of the refusal probability as in `steering.plan.GateOrder`."""
+
+    probe: ProbeView
+    comply_below: float
+    refuse_above: float
+    is_graded: bool = False
+    category_source: CategorySource = CategorySource.PROBE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileView:
-    """A ready-to-use setting; `refuse` and `comply` name an edit by category."""
+    """A ready-to-use setting; `refuse` and `comply` name an edit by category, `gate` decides between them."""
 
     name: str
     description: str
@@ -50,6 +84,18 @@ class ProfileView:
     default_category: str
     strength: float
     scope: Scope
+    gate: GateView | None = None
+
+    @property
+    def default_mode(self) -> Mode:
+        """Mode of requests that name none."""
+        return Mode.OFF if self.gate is None else Mode.AUTO
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Modes a client may ask of this profile."""
+        possible = {Mode.AUTO: self.gate is not None, Mode.REFUSE: bool(self.refuse), Mode.COMPLY: bool(self.comply)}
+        return (*(mode for mode, is_possible in possible.items() if is_possible), Mode.OFF)
 
     def edits(self, mode: Mode) -> Mapping[str, str]:
         """Names of the edits by category that serve a mode; none for modes that edit nothing by themselves."""
@@ -64,7 +110,8 @@ class BundleView:
         label: `name@sha256:` and 12 digits, as answers and metrics name it.
         digest: `sha256:` and 64 digits, as plans and worker reports name it.
         respond_id: token id of the token that begins an answer, where the model has one.
-        is_transferred: the bundle was made for another model and accepted for this one by the operator.
+        is_transferred: its edits, probes and thresholds were measured on another model; accepted for this one by the
+            operator, at the start of this server or when the bundle was made.
     """
 
     name: str
@@ -75,6 +122,7 @@ class BundleView:
     edits: Mapping[str, EditView]
     profiles: Mapping[str, ProfileView]
     default_profile: str
+    probes: Mapping[str, ProbeView] = field(default_factory=dict)
     respond: str | None = None
     respond_id: int | None = None
     is_transferred: bool = False
@@ -85,12 +133,11 @@ class Catalog:
     """Every loaded bundle, the first of them being the default one.
 
     Raises:
-        BundleFormatError: no bundle, two of one name, or a profile whose default strength an edit of it is not
-            certified for.
+        BundleFormatError: no bundle, two of one name, or a graded gate over an edit that is not certified for the
+            small strengths it would choose.
     """
 
     bundles: tuple[BundleView, ...]
-    default_mode: Mode = Mode.OFF
     _by_name: dict[str, tuple[BundleView, ProfileView]] = field(init=False, repr=False)
     _ambiguous: frozenset[str] = field(init=False, repr=False)
 
@@ -102,7 +149,7 @@ class Catalog:
         full: dict[str, tuple[BundleView, ProfileView]] = {}
         for bundle in self.bundles:
             for profile in bundle.profiles.values():
-                _check_default_strength(bundle, profile)
+                _check_graded(bundle, profile)
                 short.setdefault(profile.name, []).append((bundle, profile))
                 full[f"{bundle.name}/{profile.name}"] = (bundle, profile)
         unique = {name: found[0] for name, found in short.items() if len(found) == 1}
@@ -114,6 +161,11 @@ class Catalog:
         """The default bundle and its default profile."""
         bundle = self.bundles[0]
         return bundle, bundle.profiles[bundle.default_profile]
+
+    @property
+    def gated_profile_names(self) -> tuple[str, ...]:
+        """Those of `profile_names` that have a gate."""
+        return tuple(name for name in self.profile_names if self._by_name[name][1].gate is not None)
 
     @property
     def profile_names(self) -> tuple[str, ...]:
@@ -146,21 +198,22 @@ class Catalog:
         return found
 
 
-def catalog_of(bundles: Iterable[tuple[Bundle, bool]], *, default_mode: Mode = Mode.OFF) -> Catalog:
-    """The catalog of loaded bundles.
-
-    Args:
-        bundles: each with whether it is transferred, the default one first.
-        default_mode: mode of requests that name none.
-    """
-    return Catalog(
-        bundles=tuple(_view(bundle, is_transferred=transferred) for bundle, transferred in bundles),
-        default_mode=default_mode,
-    )
+def catalog_of(bundles: Iterable[tuple[Bundle, bool]]) -> Catalog:
+    """The catalog of loaded bundles, each with whether it is accepted for a model it was not made for."""
+    return Catalog(bundles=tuple(_view(bundle, is_transferred=transferred) for bundle, transferred in bundles))
 
 
 def _view(bundle: Bundle, *, is_transferred: bool) -> BundleView:
     manifest = bundle.manifest
+    probes = {
+        record.name: ProbeView(
+            name=record.name,
+            layer=record.layer,
+            categories=record.categories,
+            operating_points=tuple(PointView(**point.model_dump()) for point in record.operating_points),
+        )
+        for record in manifest.probes
+    }
     return BundleView(
         name=manifest.name,
         version=manifest.version,
@@ -192,21 +245,36 @@ def _view(bundle: Bundle, *, is_transferred: bool) -> BundleView:
                 default_category=profile.default_category,
                 strength=profile.strength,
                 scope=profile.scope,
+                gate=_gate(profile.gate, probes),
             )
             for profile in manifest.profiles
         },
         default_profile=manifest.default_profile,
+        probes=probes,
         respond=manifest.respond.token if manifest.respond else None,
         respond_id=manifest.respond.token_id if manifest.respond else None,
-        is_transferred=is_transferred,
+        is_transferred=is_transferred or manifest.transfer is not None,
     )
 
 
-def _check_default_strength(bundle: BundleView, profile: ProfileView) -> None:
-    for name in {*profile.refuse.values(), *profile.comply.values()}:
-        edit = bundle.edits[name]
-        if not edit.minimum <= profile.strength <= edit.maximum:
+def _check_graded(bundle: BundleView, profile: ProfileView) -> None:
+    if profile.gate is None or not profile.gate.is_graded:
+        return
+    for name in sorted({*profile.refuse.values(), *profile.comply.values()}):
+        if bundle.edits[name].minimum > 0:
             raise BundleFormatError(
-                f"bundle {bundle.name!r}: profile {profile.name!r} has strength {profile.strength}, "
-                f"its edit {name!r} is certified for {edit.minimum} to {edit.maximum}"
+                f"bundle {bundle.name!r}: the gate of profile {profile.name!r} is graded, which takes strengths from 0 "
+                f"on; its edit {name!r} is certified from {bundle.edits[name].minimum} on"
             )
+
+
+def _gate(settings: GateSettings | None, probes: Mapping[str, ProbeView]) -> GateView | None:
+    if settings is None:
+        return None
+    return GateView(
+        probe=probes[settings.probe],
+        comply_below=settings.comply_below,
+        refuse_above=settings.refuse_above,
+        is_graded=settings.is_graded,
+        category_source=settings.category_source,
+    )

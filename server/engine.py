@@ -5,8 +5,8 @@ Knows nothing of vLLM, torch or HTTP. `server/vllm_engine.py` implements it with
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from steering.plan import Outcome, Plan
@@ -85,6 +85,7 @@ class WorkerReport:
         bundles: names of the edits in the bank, by bundle digest.
         rows: how many requests can be steered at once.
         witness: layers whose op ran with an edit since the witness was last cleared.
+        gates: names of the profiles whose gates are armed, by bundle digest.
     """
 
     version: str
@@ -95,6 +96,7 @@ class WorkerReport:
     bundles: Mapping[str, tuple[str, ...]]
     rows: int
     witness: tuple[int, ...]
+    gates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -122,16 +124,19 @@ class Engine(Protocol):
         """Generate an answer piece by piece; the last chunk carries the usage."""
         ...
 
-    async def outcomes(self, plan_id: str, count: int, wait: float) -> Sequence[Outcome]:
-        """Wait until `count` samples of a plan have reported.
+    async def outcomes(self, plan_id: str, samples: Collection[int], wait: float) -> Mapping[int, Outcome]:
+        """Wait until these samples of a plan have reported.
 
         Args:
             plan_id: the plan's `id`.
-            count: how many samples must have reported.
+            samples: positions in `choices`.
             wait: seconds after which it is given up.
 
+        Returns:
+            By sample; those asked for, and perhaps others.
+
         Raises:
-            EditNotApplied: fewer reported in time, or one reported that nothing was applied.
+            EditNotApplied: one did not report in time, or reported an error. An abstention of a gate is none.
         """
         ...
 

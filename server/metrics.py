@@ -15,6 +15,7 @@ NONE = "none"
 """Label value where there is no category or no profile."""
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_PROBABILITIES = tuple(step / 20 for step in range(21))
 
 
 class Metrics:
@@ -35,8 +36,26 @@ class Metrics:
         )
         self.decisions = Counter(
             "steering_decisions",
-            "Requests by what was decided for them; category is none for off.",
+            "Requests by what was decided for them: refuse, comply, abstain or off; category is none for off.",
             ("category", "decision"),
+            registry=registry,
+        )
+        self.probe_score = Histogram(
+            "steering_probe_score",
+            "Refusal probabilities that gates read, by profile.",
+            ("profile",),
+            buckets=_PROBABILITIES,
+            registry=registry,
+        )
+        self.categories = Counter(
+            "steering_probe_categories",
+            "Requests whose gate decided, by what it took them for and by who named the category.",
+            ("category", "source"),
+            registry=registry,
+        )
+        self.category_passes = Counter(
+            "steering_category_passes",
+            "Passes of one token that asked a model's own refusal tokens for the category.",
             registry=registry,
         )
         self.outcomes = Counter(
@@ -62,7 +81,7 @@ class Metrics:
         )
         self.unapplied = Counter(
             "steering_unapplied",
-            "Steered requests whose edit the engine did not confirm; their answers were withheld. Must stay 0.",
+            "Requests whose edit or gate the engine did not confirm; their answers were withheld. Must stay 0.",
             registry=registry,
         )
         self.disconnects = Counter(

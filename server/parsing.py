@@ -59,6 +59,7 @@ MAX_ERRORS = 100
 
 _SHAPES = {
     "steering": "must be an object, the name of a profile, or false",
+    "steering.category": "must be 'auto', the name of a category, or a list of 1 to 16 names",
     "stop": "must be a string or a list of at most 4 strings",
     "tool_choice": "must be 'none', 'auto', 'required' or an object that names a function",
 }

@@ -5,24 +5,27 @@ Knows nothing of HTTP, vLLM or torch.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
 
-from server.catalog import BundleView, Catalog, EditView
+from server.catalog import BundleView, Catalog, EditView, GateView, ProfileView
 from server.engine import ChatCall, Engine, WorkerReport
 from steering import __version__
 from steering.errors import PluginNotArmed
-from steering.plan import Plan
+from steering.plan import GateOrder, Outcome, Plan
 
 PATIENCE = 60.0
 """Seconds for the confirmation of one steered token; generous, since the engine may still be warming up."""
 
 
 async def self_check(engine: Engine, catalog: Catalog) -> None:
-    """Ask every worker what it is, then generate one token unsteered and one under each edit that proves a layer.
+    """Ask every worker what it is, then generate one token unsteered, one under each edit that proves a layer, and one
+    before each gate, which must read scores and edit nothing.
 
     Raises:
-        PluginNotArmed: a worker reports another version, lacks a bundle, layer or edit, or a layer's op did not run.
+        PluginNotArmed: a worker reports another version, lacks a bundle, layer, edit or gate, a layer's op did not run,
+            or a gate read nothing.
         EngineError: a token did not come.
     """
     reports = await engine.reports()
@@ -48,6 +51,9 @@ async def self_check(engine: Engine, catalog: Catalog) -> None:
                     f"edit {edit.name!r} of {bundle.label} edits layers {list(edit.layers)}, but only {sorted(seen)} "
                     "ran with an edit; a stale compile cache or an architecture that is wrapped wrongly does this"
                 )
+        for profile in bundle.profiles.values():
+            if profile.gate is not None:
+                await _check_gate(engine, bundle, profile, profile.gate)
 
 
 def covering_edits(edits: Mapping[str, EditView]) -> list[EditView]:
@@ -61,6 +67,24 @@ def covering_edits(edits: Mapping[str, EditView]) -> list[EditView]:
     return chosen
 
 
+async def _check_gate(engine: Engine, bundle: BundleView, profile: ProfileView, gate: GateView) -> None:
+    order = GateOrder(
+        profile=profile.name, comply_below=gate.comply_below, refuse_above=gate.refuse_above, is_observed=True
+    )
+    plan = Plan(id=secrets.token_hex(16), bundle=bundle.digest, gate=order, strength=profile.strength)
+    outcome = await _one_token(engine, plan)
+    scores = outcome.scores if outcome else None
+    if scores is None or set(scores.categories) != set(gate.probe.categories):
+        raise PluginNotArmed(
+            f"the gate of profile {profile.name!r} of {bundle.label} gave no scores of its probe {gate.probe.name!r}"
+        )
+    if not all(map(math.isfinite, (scores.refusal, *scores.categories.values()))):
+        raise PluginNotArmed(
+            f"the gate of profile {profile.name!r} of {bundle.label} read scores that are not finite at layer "
+            f"{gate.probe.layer}: {scores}"
+        )
+
+
 def _check_report(rank: int, report: WorkerReport, bundle: BundleView) -> None:
     if report.version != __version__:
         raise PluginNotArmed(f"worker {rank} runs plugin version {report.version}, the gateway is {__version__}")
@@ -71,6 +95,10 @@ def _check_report(rank: int, report: WorkerReport, bundle: BundleView) -> None:
     lacking = set(bundle.edits) - set(report.bundles[bundle.digest])
     if lacking:
         raise PluginNotArmed(f"worker {rank} lacks the edits {sorted(lacking)} of bundle {bundle.label}")
+    gated = {profile.name for profile in bundle.profiles.values() if profile.gate is not None}
+    unarmed = gated - set(report.gates.get(bundle.digest, ()))
+    if unarmed:
+        raise PluginNotArmed(f"worker {rank} lacks the gates of profiles {sorted(unarmed)} of bundle {bundle.label}")
     needed = {layer for edit in bundle.edits.values() for layer in edit.layers}
     if not needed <= set(report.layers):
         raise PluginNotArmed(
@@ -78,7 +106,8 @@ def _check_report(rank: int, report: WorkerReport, bundle: BundleView) -> None:
         )
 
 
-async def _one_token(engine: Engine, plan: Plan | None) -> None:
+async def _one_token(engine: Engine, plan: Plan | None) -> Outcome | None:
+    """Generate one token; what the engine reports of it, where there is a plan."""
     call = ChatCall(
         request_id=f"selfcheck-{secrets.token_hex(8)}",
         fields={
@@ -91,8 +120,7 @@ async def _one_token(engine: Engine, plan: Plan | None) -> None:
     )
     try:
         await engine.complete(call)
-        if plan is not None:
-            await engine.outcomes(plan.id, 1, PATIENCE)
+        return None if plan is None else (await engine.outcomes(plan.id, (0,), PATIENCE))[0]
     finally:
         if plan is not None:
             engine.forget(plan.id)

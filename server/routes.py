@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from starlette.responses import Response
 
 from server.answers import DECISION_HEADER, EventStream, JsonAnswer
 from server.body import read_json_body, unless_disconnected
-from server.catalog import BundleView, Catalog
+from server.catalog import BundleView, Catalog, GateView
 from server.engine import Engine
 from server.metrics import Metrics
 from server.parsing import parse_chat_request
@@ -20,7 +21,7 @@ from server.settings import Settings
 from server.wire import ChatRequest
 from steering import __version__
 from steering.errors import EngineDied, EngineOverloaded, TrimtabError, UnknownModel
-from steering.plan import Mode, Scope
+from steering.plan import CategorySource, Mode, Scope
 
 router = APIRouter()
 
@@ -80,14 +81,15 @@ async def create_chat_completion(request: Request) -> Response:
     order = parse_chat_request(body)
     resolution = service.resolve(order)
     facts = request.scope["trimtab"]
-    facts.profile, facts.is_steered = resolution.profile.name, resolution.plan is not None
-    facts.decision = resolution.decision.value
+    facts.profile, facts.decision = resolution.profile.name, resolution.mode.value
     gateway.check_ready()
     if order.stream:
         opened = await unless_disconnected(request.receive, service.open_stream(order, resolution, facts.request_id))
+        facts.decision, facts.is_steered = opened.effect.decision, opened.effect.applied
         return EventStream(opened, on_disconnect=gateway.metrics.disconnects.inc)
     answer = await unless_disconnected(request.receive, service.complete(order, resolution, facts.request_id))
-    return JsonAnswer(answer.body, headers={DECISION_HEADER: answer.decision})
+    facts.decision, facts.is_steered = answer.effect.decision, answer.effect.applied
+    return JsonAnswer(answer.body, headers={DECISION_HEADER: answer.effect.decision})
 
 
 @router.get("/v1/models")
@@ -110,16 +112,18 @@ async def describe_steering(gateway: GatewayDep) -> Response:
     """What may be asked for in the `steering` field."""
     catalog = gateway.catalog
     _, profile = catalog.default
+    has_gate = bool(catalog.gated_profile_names)
     return JsonAnswer(
         {
             "object": "steering",
             "version": __version__,
             "default_profile": profile.name,
-            "default_mode": catalog.default_mode.value,
-            "modes": [Mode.REFUSE.value, Mode.COMPLY.value, Mode.OFF.value],
+            "default_mode": profile.default_mode.value,
+            "modes": [mode.value for mode in Mode if has_gate or mode is not Mode.AUTO],
             "scopes": [scope.value for scope in Scope],
-            "reports": [Report.NONE.value, Report.DECISION.value],
-            "has_gate": False,
+            "reports": [report.value for report in Report if has_gate or report is not Report.FULL],
+            "category_sources": [source.value for source in CategorySource] if has_gate else [],
+            "has_gate": has_gate,
             "profiles": list(catalog.profile_names),
             "bundles": [_bundle(bundle) for bundle in catalog.bundles],
         }
@@ -187,9 +191,13 @@ def _bundle(bundle: BundleView) -> dict[str, Any]:
                 "default_category": profile.default_category,
                 "strength": profile.strength,
                 "scope": profile.scope.value,
+                "default_mode": profile.default_mode.value,
+                "modes": [mode.value for mode in profile.modes],
+                "gate": None if profile.gate is None else _gate(profile.gate),
             }
             for profile in bundle.profiles.values()
         ],
+        "probes": [dataclasses.asdict(probe) for probe in bundle.probes.values()],
         "edits": [
             {
                 "name": edit.name,
@@ -201,4 +209,14 @@ def _bundle(bundle: BundleView) -> dict[str, Any]:
             }
             for edit in bundle.edits.values()
         ],
+    }
+
+
+def _gate(gate: GateView) -> dict[str, Any]:
+    return {
+        "probe": gate.probe.name,
+        "categories": list(gate.probe.categories),
+        "thresholds": {"comply_below": gate.comply_below, "refuse_above": gate.refuse_above},
+        "graded": gate.is_graded,
+        "category_source": gate.category_source.value,
     }

@@ -6,22 +6,28 @@ Nothing of a steered answer leaves before the engine has confirmed the edit. Kno
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
-import time
-from collections.abc import AsyncGenerator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from server.catalog import Catalog
+from server.effects import Effect, attach, effect_of
 from server.engine import ChatCall, Chunk, Completion, Engine
 from server.metrics import NONE, Metrics, flag
-from server.policy import Report, Resolution, resolve
+from server.policy import Resolution, resolve
 from server.verdicts import UNKNOWN, MarkerStripper, Verdict, VerdictTable
 from server.wire import ChatRequest
-from steering.errors import EditNotApplied, EngineDied, EngineOverloaded, EngineTimeout, TrimtabError, UnknownModel
-from steering.plan import Outcome, Plan
+from steering.errors import (
+    EditNotApplied,
+    EngineDied,
+    EngineError,
+    EngineOverloaded,
+    EngineTimeout,
+    TrimtabError,
+    UnknownModel,
+)
 
 T = TypeVar("T")
 
@@ -47,10 +53,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A whole answer: a `chat.completion` object with its `steering`, and the decision for the header."""
+    """A whole answer: a `chat.completion` object with its `steering`, and what was done to its first sample."""
 
     body: dict[str, Any]
-    decision: str
+    effect: Effect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +64,12 @@ class OpenStream:
     """A streamed answer whose first piece is confirmed.
 
     Attributes:
-        decision: for the header.
+        effect: what was done to the first sample.
         first: the first `chat.completion.chunk`.
         rest: those after it; to be closed by whoever reads it.
     """
 
-    decision: str
+    effect: Effect
     first: dict[str, Any]
     rest: AsyncGenerator[dict[str, Any], None]
 
@@ -114,11 +120,13 @@ class ChatService:
         Raises:
             TrimtabError: see the table in `server/errors.py`; never an unconfirmed answer.
         """
-        call = _call(request, resolution, request_id)
         with self._in_flight(resolution):
-            completion = await _within(self._limits.total, self._engine.complete(call), "the answer")
-            await self._confirm(resolution.plan, call.samples)
-            return Answer(body=self._reported(completion, resolution), decision=resolution.decision.value)
+            narrowed, completion = await _within(
+                self._limits.total, self._whole(request, resolution, request_id), "the answer"
+            )
+            effects = await self._confirm(narrowed, range(request.samples))
+            body = self._reported(completion, narrowed, [effects[index] for index in range(request.samples)])
+            return Answer(body=body, effect=effects[0])
 
     async def open_stream(self, request: ChatRequest, resolution: Resolution, request_id: str) -> OpenStream:
         """Answer piece by piece; returns once the first piece is confirmed.
@@ -126,13 +134,15 @@ class ChatService:
         Raises:
             TrimtabError: before the first piece, so that it can still be answered with a status.
         """
-        wants_usage = bool(request.stream_options and request.stream_options.include_usage)
-        chunks = self._chunks(_call(request, resolution, request_id), resolution, wants_usage=wants_usage)
+        progress = _Progress(self._tables[resolution.bundle.name], request.samples)
+        chunks = self._chunks(request, resolution, request_id, progress)
         try:
             first = await anext(chunks)
         except StopAsyncIteration:
-            raise EngineDied("the engine ended the answer before it began") from None
-        return OpenStream(decision=resolution.decision.value, first=first, rest=chunks)
+            first = {}
+        if 0 not in progress.effects:
+            raise EngineDied("the engine ended the answer before it began")
+        return OpenStream(effect=progress.effects[0], first=first, rest=chunks)
 
     def abort_all(self) -> None:
         """End every request in flight with an error; for the end of a drain."""
@@ -140,33 +150,53 @@ class ChatService:
         for task in tuple(self._tasks):
             task.cancel()
 
+    async def _whole(
+        self, request: ChatRequest, resolution: Resolution, request_id: str
+    ) -> tuple[Resolution, Completion]:
+        resolution = await self._categorised(request, resolution, request_id)
+        return resolution, await self._engine.complete(_call(request, resolution, request_id))
+
+    async def _categorised(self, request: ChatRequest, resolution: Resolution, request_id: str) -> Resolution:
+        """P1.4's first pass, where it is asked for: the most likely refusal token names the category of the gate."""
+        candidates = resolution.candidates
+        if not candidates:
+            return resolution
+        self._metrics.category_passes.inc()
+        fields = request.prompt_fields() | {"max_tokens": 1, "temperature": 0.0, "allowed_token_ids": [*candidates]}
+        completion = await self._engine.complete(ChatCall(request_id=f"{request_id}-category", fields=fields))
+        (tokens,) = completion.tokens
+        if len(tokens) != 1 or tokens[0] not in candidates:
+            raise EngineError(f"the engine chose tokens {list(tokens)}, where one of {sorted(candidates)} was allowed")
+        return resolution.narrowed(candidates[tokens[0]])
+
     async def _chunks(
-        self, call: ChatCall, resolution: Resolution, *, wants_usage: bool
+        self, request: ChatRequest, resolution: Resolution, request_id: str, progress: _Progress
     ) -> AsyncGenerator[dict[str, Any], None]:
-        began = time.perf_counter()
-        progress = _Progress(self._tables[resolution.bundle.name], call.samples)
+        began = asyncio.get_running_loop().time()
+        wants_usage = bool(request.stream_options and request.stream_options.include_usage)
         held: list[dict[str, Any]] = []  # chunks before the first confirmed token: roles, which hold no text
         with self._in_flight(resolution):
-            async with aclosing(self._engine.stream(call)) as source, aclosing(self._in_time(source)) as timely:
+            wait = min(self._limits.first_token, self._limits.total)
+            resolution = await _within(wait, self._categorised(request, resolution, request_id), "the category")
+            source = self._engine.stream(_call(request, resolution, request_id))
+            async with aclosing(source), aclosing(self._in_time(source, began)) as timely:
                 async for chunk in timely:
                     body = chunk.body
                     if not body["choices"]:
-                        self._count_tokens(body.get("usage"), resolution)
-                        if wants_usage:
-                            yield body
+                        if progress.begun:
+                            self._count_tokens(body.get("usage"), progress.effects[0])
+                            if wants_usage:
+                                yield body
                         continue
                     if progress.begins(chunk):
-                        await self._confirm(resolution.plan, progress.begun)
-                        if progress.begun == 1:
-                            self._metrics.first_token.labels(flag(resolution.plan is not None)).observe(
-                                time.perf_counter() - began
-                            )
+                        await self._confirm_begun(resolution, progress, body["choices"][0]["index"], began)
                     if wants_usage:
                         body["usage"] = None
                     kept = progress.cleaned(chunk)
                     if progress.is_finished:
-                        self._count_outcomes(progress.verdicts, resolution)
-                        _attach(body, resolution, progress.verdicts)
+                        effects = [progress.effects[index] for index in range(request.samples)]
+                        self._count(resolution, effects, progress.verdicts)
+                        attach(body, resolution, effects, progress.verdicts)
                     if kept:
                         held.append(body)
                     if progress.begun:
@@ -174,29 +204,45 @@ class ChatService:
                             yield ready
                         held.clear()
 
-    async def _in_time(self, source: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
+    async def _in_time(self, source: AsyncGenerator[Chunk, None], began: float) -> AsyncGenerator[Chunk, None]:
         """`source`, given up when it is silent for too long or goes on for too long."""
         clock = asyncio.get_running_loop().time
-        end = clock() + self._limits.total
-        wait = self._limits.first_token
+        end = began + self._limits.total
+        deadline, has_begun = began + self._limits.first_token, False
         while True:
             try:
-                async with asyncio.timeout_at(min(clock() + wait, end)):
+                async with asyncio.timeout_at(min(deadline, end)):
                     chunk = await anext(source)
             except StopAsyncIteration:
                 return
             except TimeoutError:
                 raise EngineTimeout("the engine was silent for too long; the request was given up") from None
             yield chunk
-            if chunk.tokens:
-                wait = self._limits.between
+            has_begun = has_begun or bool(chunk.tokens)
+            if has_begun:
+                deadline = clock() + self._limits.between
 
-    async def _confirm(self, plan: Plan | None, count: int) -> None:
+    async def _confirm_begun(self, resolution: Resolution, progress: _Progress, index: int, began: float) -> None:
+        """Confirm the sample that begins, and before anything else the first, which the header tells of."""
+        is_first = not progress.effects
+        progress.effects |= await self._confirm(resolution, sorted({0, index} if is_first else {index}))
+        if is_first:
+            self._metrics.first_token.labels(flag(progress.effects[0].applied)).observe(
+                asyncio.get_running_loop().time() - began
+            )
+
+    async def _confirm(self, resolution: Resolution, samples: Sequence[int]) -> dict[int, Effect]:
+        """What was done to these samples.
+
+        Raises:
+            EditNotApplied: the engine does not say so in time, or says something that the plan does not allow.
+        """
+        plan = resolution.plan
         if plan is None:
-            return
+            return {sample: effect_of(resolution, None) for sample in samples}
         try:
-            for outcome in await self._engine.outcomes(plan.id, count, self._limits.outcome):
-                _check_outcome(plan, outcome)
+            outcomes = await self._engine.outcomes(plan.id, samples, self._limits.outcome)
+            return {sample: effect_of(resolution, outcomes[sample]) for sample in samples}
         except EditNotApplied:
             self._metrics.unapplied.inc()
             raise
@@ -222,7 +268,7 @@ class ChatService:
             raise EngineOverloaded("this server shut down before the answer was complete") from None
         except TrimtabError:
             self._metrics.outcomes.labels(
-                resolution.category or NONE, resolution.decision.value, "error", UNKNOWN.detector
+                resolution.category or NONE, resolution.mode.value, "error", UNKNOWN.detector
             ).inc()
             raise
         finally:
@@ -231,7 +277,7 @@ class ChatService:
             if resolution.plan is not None:
                 self._engine.forget(resolution.plan.id)
 
-    def _reported(self, completion: Completion, resolution: Resolution) -> dict[str, Any]:
+    def _reported(self, completion: Completion, resolution: Resolution, effects: Sequence[Effect]) -> dict[str, Any]:
         table, body = self._tables[resolution.bundle.name], completion.body
         verdicts = [table.verdict(tokens) for tokens in completion.tokens]
         for tokens, choice in zip(completion.tokens, body["choices"], strict=True):
@@ -239,33 +285,37 @@ class ChatService:
                 stripper = MarkerStripper(table)
                 stripper.see(tokens)
                 choice["message"]["content"] = stripper.feed(content) + stripper.flush()
-        self._count_tokens(body.get("usage"), resolution)
-        self._count_outcomes(verdicts, resolution)
-        _attach(body, resolution, verdicts)
+        self._count_tokens(body.get("usage"), effects[0])
+        self._count(resolution, effects, verdicts)
+        attach(body, resolution, effects, verdicts)
         return body
 
-    def _count_tokens(self, usage: dict[str, Any] | None, resolution: Resolution) -> None:
-        steered = flag(resolution.plan is not None)
+    def _count_tokens(self, usage: dict[str, Any] | None, effect: Effect) -> None:
+        steered = flag(effect.applied)
         if usage:
             self._metrics.tokens.labels("prompt", steered).inc(usage["prompt_tokens"])
             self._metrics.tokens.labels("completion", steered).inc(usage["completion_tokens"])
 
-    def _count_outcomes(self, verdicts: list[Verdict], resolution: Resolution) -> None:
-        decision = resolution.decision.value
-        self._metrics.decisions.labels(resolution.category or NONE, decision).inc()
-        for verdict in verdicts:
-            category = verdict.category or resolution.category or NONE
-            self._metrics.outcomes.labels(category, decision, verdict.outcome, verdict.detector).inc()
+    def _count(self, resolution: Resolution, effects: Sequence[Effect], verdicts: Sequence[Verdict]) -> None:
+        first = effects[0]
+        self._metrics.decisions.labels(first.category or NONE, first.decision).inc()
+        if first.scores is not None and resolution.category_source is not None:
+            self._metrics.probe_score.labels(resolution.profile.name).observe(first.scores.refusal)
+            self._metrics.categories.labels(first.category or NONE, resolution.category_source.value).inc()
+        for effect, verdict in zip(effects, verdicts, strict=True):
+            category = verdict.category or effect.category or NONE
+            self._metrics.outcomes.labels(category, effect.decision, verdict.outcome, verdict.detector).inc()
 
 
 class _Progress:
-    """What is known of a streamed answer so far, by choice."""
+    """What is known of a streamed answer so far, by choice; `effects` holds those of choices that have begun."""
 
     def __init__(self, table: VerdictTable, samples: int) -> None:
         self._table = table
         self._strippers: dict[int, MarkerStripper] = {}
         self._verdicts = [UNKNOWN] * samples
         self._finished: set[int] = set()
+        self.effects: dict[int, Effect] = {}
 
     @property
     def begun(self) -> int:
@@ -311,44 +361,9 @@ class _Progress:
 
 
 def _call(request: ChatRequest, resolution: Resolution, request_id: str) -> ChatCall:
-    return ChatCall(request_id=request_id, fields=request.engine_fields(), samples=request.n or 1, plan=resolution.plan)
-
-
-def _attach(body: dict[str, Any], resolution: Resolution, verdicts: list[Verdict]) -> None:
-    """Put the `steering` object of design §6 into an answer or a last chunk, unless the client wants none."""
-    if resolution.report is Report.NONE:
-        return
-    plan = resolution.plan
-    steering: dict[str, Any] = {
-        "applied": plan is not None,
-        "profile": resolution.profile.name,
-        "bundle": resolution.bundle.label,
-        "decision": resolution.decision.value,
-        "category": resolution.category,
-        "edit": plan.edit if plan else None,
-        "strength": plan.strength if plan else None,
-        "scope": plan.scope.value if plan else None,
-        "verdict": verdicts[0].to_json(),
-    }
-    if len(verdicts) > 1:
-        steering["verdicts"] = [verdict.to_json() for verdict in verdicts]
-    if resolution.bundle.is_transferred:
-        steering["transferred"] = True
-    body["steering"] = steering
-
-
-def _check_outcome(plan: Plan, outcome: Outcome) -> None:
-    """The engine must have done what the plan says, not merely something."""
-    if (
-        not outcome.applied
-        or outcome.edit != plan.edit
-        or outcome.scope != plan.scope
-        or not math.isclose(outcome.strength, plan.strength, rel_tol=1e-5)
-    ):
-        raise EditNotApplied(
-            f"the engine reports edit {outcome.edit!r} at strength {outcome.strength} (applied: {outcome.applied}) "
-            f"where {plan.edit!r} at {plan.strength} was asked; the answer is withheld"
-        )
+    return ChatCall(
+        request_id=request_id, fields=request.engine_fields(), samples=request.samples, plan=resolution.plan
+    )
 
 
 async def _within(limit: float, work: Awaitable[T], what: str) -> T:

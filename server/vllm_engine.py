@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -125,9 +126,16 @@ class VllmEngine:
                     raise _from_response(body["error"])
                 yield _chunk(body)
 
-    async def outcomes(self, plan_id: str, count: int, wait: float) -> Sequence[Outcome]:
-        """Wait until `count` samples of a plan have reported; see `server.engine.Engine`."""
-        return await self._listener.wait(plan_id, count, wait)
+    async def outcomes(self, plan_id: str, samples: Collection[int], wait: float) -> Mapping[int, Outcome]:
+        """Wait until these samples of a plan have reported; see `server.engine.Engine`."""
+        clock = asyncio.get_running_loop().time
+        end, count = clock() + wait, len(samples)
+        while True:
+            reported = await self._listener.wait(plan_id, count, max(0.0, end - clock()))
+            by_sample = {_sample_of(outcome.request_id): outcome for outcome in reported}
+            if by_sample.keys() >= set(samples):
+                return by_sample
+            count = len(reported) + 1  # others came first
 
     def forget(self, plan_id: str) -> None:
         """Drop what was reported under a plan."""
@@ -330,6 +338,12 @@ def _chunk(body: dict[str, Any]) -> Chunk:
     return Chunk(body=body, tokens=tokens)
 
 
+def _sample_of(request_id: str) -> int:
+    """Position in `choices`: vLLM's `ParentRequest` puts it before the ids of samples where n > 1."""
+    found = re.match(r"(\d+)_", request_id)
+    return int(found.group(1)) if found else 0
+
+
 def _report(facts: Mapping[str, Any]) -> WorkerReport:
     return WorkerReport(
         version=facts["version"],
@@ -340,6 +354,7 @@ def _report(facts: Mapping[str, Any]) -> WorkerReport:
         bundles={digest: tuple(names) for digest, names in facts["bundles"].items()},
         rows=facts["rows"],
         witness=tuple(facts["witness"]),
+        gates={digest: tuple(names) for digest, names in facts.get("gates", {}).items()},
     )
 
 

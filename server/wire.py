@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
-from server.policy import Report, SteeringSpec
-from steering.plan import Mode, Scope
+from server.policy import SteeringSpec
+from server.steering_field import SteeringField, spec_of
+from server.strict import Strict
 
 MAX_MESSAGES = 2048
 MAX_SAMPLES = 8
@@ -26,10 +27,6 @@ GREEDY = 1e-5
 """Temperatures below this are greedy in vLLM."""
 
 _INT64 = 2**63 - 1
-
-
-class _Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
 
 
 def _bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -102,14 +99,14 @@ Ignored = Annotated[str, Field(max_length=512)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class TextPart(_Wire):
+class TextPart(Strict):
     """A part of a message's content; this server reads text only."""
 
     type: Literal["text"]
     text: str
 
 
-class RefusalPart(_Wire):
+class RefusalPart(Strict):
     """A refusal of an earlier answer, sent back."""
 
     type: Literal["refusal"]
@@ -119,7 +116,7 @@ class RefusalPart(_Wire):
 Parts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class SystemMessage(_Wire):
+class SystemMessage(Strict):
     """Instructions; newer clients call the role `developer`."""
 
     role: Literal["system", "developer"]
@@ -127,7 +124,7 @@ class SystemMessage(_Wire):
     name: Name | None = None
 
 
-class UserMessage(_Wire):
+class UserMessage(Strict):
     """What the user says."""
 
     role: Literal["user"]
@@ -135,14 +132,14 @@ class UserMessage(_Wire):
     name: Name | None = None
 
 
-class CalledFunction(_Wire):
+class CalledFunction(Strict):
     """Name and arguments, as JSON text, of a call the model made."""
 
     name: Name
     arguments: str
 
 
-class ToolCall(_Wire):
+class ToolCall(Strict):
     """A call the model made in an earlier answer."""
 
     id: Annotated[str, Field(min_length=1, max_length=128)]
@@ -151,7 +148,7 @@ class ToolCall(_Wire):
     index: Annotated[int, Field(ge=0)] | None = None
 
 
-class AssistantMessage(_Wire):
+class AssistantMessage(Strict):
     """An earlier answer, as SDKs send it back: with every field an answer has."""
 
     role: Literal["assistant"]
@@ -169,7 +166,7 @@ class AssistantMessage(_Wire):
     function_call: None = None
 
 
-class ToolMessage(_Wire):
+class ToolMessage(Strict):
     """The result of a call."""
 
     role: Literal["tool"]
@@ -183,7 +180,7 @@ Message = Annotated[
 ]
 
 
-class FunctionDefinition(_Wire):
+class FunctionDefinition(Strict):
     """A function the model may call."""
 
     name: Identifier
@@ -192,27 +189,27 @@ class FunctionDefinition(_Wire):
     strict: bool | None = None
 
 
-class Tool(_Wire):
+class Tool(Strict):
     """A tool the model may use."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class NamedFunction(_Wire):
+class NamedFunction(Strict):
     """The one function the model must call."""
 
     name: Identifier
 
 
-class NamedTool(_Wire):
+class NamedTool(Strict):
     """The one tool the model must use."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(_Wire):
+class JsonSchema(Strict):
     """The schema an answer must follow."""
 
     name: Identifier
@@ -221,7 +218,7 @@ class JsonSchema(_Wire):
     strict: bool | None = None
 
 
-class ResponseFormat(_Wire):
+class ResponseFormat(Strict):
     """Structured output: plain text, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -234,38 +231,19 @@ class ResponseFormat(_Wire):
         return self
 
 
-class StreamOptions(_Wire):
+class StreamOptions(Strict):
     """`include_usage` adds a last chunk with the usage; `include_obfuscation` is ignored."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class Thresholds(_Wire):
-    """Where a gate refuses and where it complies; probabilities."""
-
-    comply_below: Annotated[float, Field(ge=0, le=1)] | None = None
-    refuse_above: Annotated[float, Field(ge=0, le=1)] | None = None
-
-
-class Steering(_Wire):
-    """The `steering` object of a request."""
-
-    profile: Annotated[str, Field(min_length=1, max_length=201)] | None = None
-    mode: Literal["auto", "refuse", "comply", "off"] | None = None
-    category: Annotated[str, Field(min_length=1, max_length=100)] | None = None
-    strength: Annotated[float, Field(gt=0)] | None = None
-    thresholds: Thresholds | None = None
-    scope: Literal["generated", "all"] | None = None
-    report: Literal["none", "decision", "full"] = "decision"
-
-
-class ChatRequest(_Wire):
+class ChatRequest(Strict):
     """The body of `POST /v1/chat/completions`."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    steering: Steering | Annotated[str, Field(min_length=1, max_length=201)] | Literal[False] | None = None
+    steering: SteeringField = None
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -335,24 +313,14 @@ class ChatRequest(_Wire):
         return self
 
     @property
+    def samples(self) -> int:
+        """How many answers are asked for."""
+        return self.n or 1
+
+    @property
     def spec(self) -> SteeringSpec | None:
         """What is asked of steering; None without a `steering` field."""
-        if self.steering is None:
-            return None
-        if self.steering is False:
-            return SteeringSpec(mode=Mode.OFF)
-        if isinstance(self.steering, str):
-            return SteeringSpec(profile=self.steering)
-        asked = self.steering
-        return SteeringSpec(
-            profile=asked.profile,
-            mode=None if asked.mode is None else Mode(asked.mode),
-            category=asked.category,
-            strength=asked.strength,
-            has_thresholds=asked.thresholds is not None,
-            scope=None if asked.scope is None else Scope(asked.scope),
-            report=Report(asked.report),
-        )
+        return spec_of(self.steering)
 
     def engine_fields(self) -> dict[str, Any]:
         """The fields that concern the engine, as JSON values; those not sent, or sent as null, are left out."""
@@ -364,6 +332,13 @@ class ChatRequest(_Wire):
                 _as_engines_read_it(message)
         return fields
 
+    def prompt_fields(self) -> dict[str, Any]:
+        """The fields that the prompt is made of, for a pass that only looks at it; tools are shown and never called."""
+        fields = {name: value for name, value in self.engine_fields().items() if name in _PROMPT}
+        return fields | ({"tool_choice": "none"} if "tools" in fields else {})
+
+
+_PROMPT = {"model", "messages", "tools", "reasoning_effort"}
 
 _NOT_FOR_THE_ENGINE = {
     "steering",

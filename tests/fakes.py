@@ -6,20 +6,31 @@ They implement the production seams; nothing here imports torch or vLLM.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import dataclasses
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.catalog import BundleView, Catalog, CategoryView, EditView, ProfileView
+from server.catalog import (
+    BundleView,
+    Catalog,
+    CategoryView,
+    EditView,
+    GateView,
+    PointView,
+    ProbeView,
+    ProfileView,
+)
 from server.engine import ChatCall, Chunk, Completion, ServedModel, WorkerReport
 from steering import __version__
 from steering.errors import EditNotApplied, TrimtabError
-from steering.plan import Outcome, Plan, Scope
+from steering.plan import Decision, GateOrder, Outcome, Plan, Scope, Scores
 
 SAFETY, POLITICAL, RESPOND, WORD = 10, 11, 12, 1
 MARKERS = {SAFETY: "[Safety]", POLITICAL: "[Political]", RESPOND: "[respond]"}
 MODEL = "fake-model"
 DIGEST = "sha256:" + "ab" * 32
+GATED_DIGEST = "sha256:" + "ef" * 32
 
 
 def make_edit(name: str, purpose: str, category: str, layers: tuple[int, ...] = (3,)) -> EditView:
@@ -70,6 +81,30 @@ def make_bundle(name: str = "fake-bundle", digest: str = DIGEST, **changes: Any)
     return BundleView(**{**fields, **changes})
 
 
+def make_gated_bundle(**changes: Any) -> BundleView:
+    """The bundle of `make_bundle` with a gate in its default profile, and `manual`, which has none.
+
+    The gate complies up to 0.2 and refuses from 0.6 on; `changes` are of its `GateView`.
+    """
+    bundle = make_bundle(name="gated-bundle", digest=GATED_DIGEST)
+    manual = bundle.profiles["refusal-control"]
+    point = PointView(
+        name="youden", threshold=0.6, true_positive_rate=0.9, false_positive_rate=0.1, positives=50, negatives=60
+    )
+    probe = ProbeView(name="prompt", layer=2, categories=("Safety", "Political"), operating_points=(point,))
+    gate = GateView(**{"probe": probe, "comply_below": 0.2, "refuse_above": 0.6, **changes})
+    profiles = {
+        "refusal-control": dataclasses.replace(manual, gate=gate),
+        "manual": dataclasses.replace(manual, name="manual"),
+    }
+    return dataclasses.replace(bundle, profiles=profiles, probes={probe.name: probe})
+
+
+def read(refusal: float, safety: float = 0.7) -> Scores:
+    """What a probe of the two categories read."""
+    return Scores(refusal=refusal, categories={"Safety": safety, "Political": 1 - safety})
+
+
 def make_catalog(*bundles: BundleView) -> Catalog:
     """A catalog of these bundles, or of the one of `make_bundle`."""
     return Catalog(bundles=bundles or (make_bundle(),))
@@ -80,9 +115,12 @@ class FakeEngine:
     """Answers `words` after a first token that says how it was steered: refuse → Safety, comply → respond.
 
     Attributes:
-        unsteered: first token of requests without a plan; the fake over-refuses, as the demo does.
+        unsteered: first token of what is not edited; the fake over-refuses, as the demo does.
+        scores: what its probes read, by sample; the last also for samples after it.
+        likeliest: the token it prefers where only some are allowed.
         shows_markers: the first token's text is part of the content, as in models where it is ordinary text.
         confirms: outcomes are reported; without, steered requests must fail.
+        silent: samples whose outcome is not reported.
         tampered: fields in which reported outcomes differ from the plan.
         fails: raised after `fails_after` tokens.
         gate: when given, no token comes before it is set.
@@ -91,8 +129,11 @@ class FakeEngine:
 
     words: Sequence[str] = ("Hello", " there", "!")
     unsteered: int = SAFETY
+    scores: Sequence[Scores] = (read(0.95),)
+    likeliest: int = POLITICAL
     shows_markers: bool = False
     confirms: bool = True
+    silent: Collection[int] = ()
     tampered: dict[str, Any] = field(default_factory=dict)
     fails: Exception | None = None
     fails_after: int = 0
@@ -104,9 +145,9 @@ class FakeEngine:
     calls: list[ChatCall] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
-    _outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    _outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict)
     _witness: set[int] = field(default_factory=set)
-    bundles: Sequence[BundleView] = field(default_factory=lambda: [make_bundle()])
+    bundles: Sequence[BundleView] = field(default_factory=lambda: [make_bundle(), make_gated_bundle()])
 
     @property
     def model(self) -> ServedModel:
@@ -158,10 +199,10 @@ class FakeEngine:
             self.aborted.append(call.request_id)
             raise
 
-    async def outcomes(self, plan_id: str, count: int, wait: float) -> Sequence[Outcome]:
-        found = self._outcomes.get(plan_id, [])
-        if len(found) < count:
-            raise EditNotApplied(f"{len(found)} of {count} samples confirmed the edit within {wait:g} s")
+    async def outcomes(self, plan_id: str, samples: Collection[int], wait: float) -> Mapping[int, Outcome]:
+        found = self._outcomes.get(plan_id, {})
+        if not set(samples) <= set(found):
+            raise EditNotApplied(f"{sorted(found)} of {sorted(samples)} samples confirmed the edit within {wait:g} s")
         return found
 
     def forget(self, plan_id: str) -> None:
@@ -177,6 +218,10 @@ class FakeEngine:
             "bundles": {bundle.digest: tuple(bundle.edits) for bundle in self.bundles},
             "rows": 256,
             "witness": tuple(sorted(self._witness)),
+            "gates": {
+                bundle.digest: tuple(name for name, profile in bundle.profiles.items() if profile.gate is not None)
+                for bundle in self.bundles
+            },
         }
         return [WorkerReport(**{**fields, **self.report_changes})]
 
@@ -188,37 +233,71 @@ class FakeEngine:
 
     async def _tokens(self, call: ChatCall) -> AsyncGenerator[tuple[int, int, str], None]:
         """One token of every sample, then the next of every sample."""
-        first = self.unsteered if call.plan is None else SAFETY if call.plan.edit.startswith("refuse") else RESPOND
-        script = [(first, MARKERS[first] if self.shows_markers else ""), *((WORD, word) for word in self.words)]
+        limit = call.fields.get("max_tokens", len(self.words) + 1)
         produced = 0
-        for token, text in script[: call.fields.get("max_tokens")]:
+        for step in range(min(limit, len(self.words) + 1)):
             for index in range(call.samples):
                 if self.gate is not None and produced >= self.gate_after:
                     await self.gate.wait()
                 if self.fails is not None and produced >= self.fails_after:
                     raise self.fails
                 await asyncio.sleep(0)
-                if token == first and call.plan is not None:
-                    self._apply(call.plan, call.request_id)
                 produced += 1
-                yield index, token, text
+                if step:
+                    yield index, WORD, self.words[step - 1]
+                else:
+                    token = self._first(call, index)
+                    yield index, token, MARKERS[token] if self.shows_markers else ""
 
-    def _apply(self, plan: Plan, request_id: str) -> None:
-        if self.runs_ops:
-            for bundle in self.bundles:
-                if bundle.digest == plan.bundle:
-                    self._witness |= set(bundle.edits[plan.edit].layers)
-        if not self.confirms:
-            return
+    def _first(self, call: ChatCall, index: int) -> int:
+        if call.plan is None:
+            allowed = call.fields.get("allowed_token_ids", [self.unsteered])
+            return self.likeliest if self.likeliest in allowed else int(allowed[0])
+        outcome = self._apply(call.plan, index)
+        if outcome.edit is None:
+            return self.unsteered
+        return SAFETY if outcome.edit.startswith("refuse") else RESPOND
+
+    def _apply(self, plan: Plan, index: int) -> Outcome:
+        bundle = next(bundle for bundle in self.bundles if bundle.digest == plan.bundle)
         fields: dict[str, Any] = {
             "plan_id": plan.id,
-            "request_id": request_id,
+            "request_id": f"{index}_sample",
             "applied": True,
             "edit": plan.edit,
             "strength": plan.strength,
             "scope": plan.scope,
         }
-        self._outcomes.setdefault(plan.id, []).append(Outcome(**{**fields, **self.tampered}))
+        if plan.gate is not None:
+            fields |= self._ruled(plan.gate, plan.strength, bundle, self.scores[min(index, len(self.scores) - 1)])
+        outcome = Outcome(**{**fields, **self.tampered})
+        if self.runs_ops and fields["edit"]:
+            self._witness |= set(bundle.edits[fields["edit"]].layers)
+        if self.confirms and index not in self.silent:
+            self._outcomes.setdefault(plan.id, {})[index] = outcome
+        return outcome
+
+    def _ruled(self, order: GateOrder, strength: float, bundle: BundleView, scores: Scores) -> dict[str, Any]:
+        """What a gate reports; the rule is written out here once more, as the gateway's own checks must agree."""
+        profile = bundle.profiles[order.profile]
+        category = max(order.categories or scores.categories, key=lambda name: scores.categories[name])
+        decision, edits, share = Decision.ABSTAIN, {}, 1.0
+        if order.refuse_above < 1 and scores.refusal >= order.refuse_above:
+            decision, edits = Decision.REFUSE, dict(profile.refuse)
+            share = (scores.refusal - order.refuse_above) / (1 - order.refuse_above)
+        elif order.comply_below > 0 and scores.refusal <= order.comply_below:
+            decision, edits = Decision.COMPLY, dict(profile.comply)
+            share = (order.comply_below - scores.refusal) / order.comply_below
+        edit = edits.get(category)
+        is_applied = edit is not None and not order.is_observed
+        return {
+            "applied": is_applied,
+            "edit": edit if is_applied else None,
+            "strength": strength * (share if order.is_graded else 1.0) if is_applied else 0.0,
+            "decision": decision if edit else Decision.ABSTAIN,
+            "category": category,
+            "scores": scores,
+        }
 
 
 def failing(error: TrimtabError, after: int = 0) -> FakeEngine:

@@ -11,7 +11,7 @@ from server.body import ClientGone, read_json_body
 from server.errors import BodyTimeout, BodyTooLarge
 from server.settings import check_host
 from steering.errors import UnsupportedConfiguration
-from tests.fakes import MODEL, FakeEngine
+from tests.fakes import MODEL, FakeEngine, make_catalog, make_gated_bundle
 from tests.unit.server.conftest import Make, chat_body
 
 JSON = {"content-type": "application/json"}
@@ -69,6 +69,31 @@ async def test_steering_is_described(make: Make) -> None:
     (bundle,) = found["bundles"]
     assert [category["name"] for category in bundle["categories"]] == ["Safety", "Political"]
     assert bundle["edits"][0]["strength"]["maximum"] == 2.0
+    assert (bundle["probes"], bundle["profiles"][0]["gate"]) == ([], None)
+    assert (found["reports"], found["category_sources"]) == (["none", "decision"], [])
+
+
+async def test_gates_are_described(make: Make) -> None:
+    """Thresholds, what they cost, the categories a gate tells, and which profiles have one."""
+    found = (await make(catalog=make_catalog(make_gated_bundle())).client.get("/v1/steering")).json()
+    assert (found["default_mode"], found["has_gate"]) == ("auto", True)
+    assert found["modes"] == ["auto", "refuse", "comply", "off"]
+    assert found["reports"] == ["none", "decision", "full"]
+    assert found["category_sources"] == ["probe", "refusal_tokens"]
+    (bundle,) = found["bundles"]
+    gated, manual = bundle["profiles"]
+    assert (gated["default_mode"], manual["default_mode"]) == ("auto", "off")
+    assert manual["modes"] == ["refuse", "comply", "off"]
+    assert gated["gate"] == {
+        "probe": "prompt",
+        "categories": ["Safety", "Political"],
+        "thresholds": {"comply_below": 0.2, "refuse_above": 0.6},
+        "graded": False,
+        "category_source": "probe",
+    }
+    (probe,) = bundle["probes"]
+    assert (probe["layer"], probe["categories"]) == (2, ["Safety", "Political"])
+    assert probe["operating_points"][0]["false_positive_rate"] == 0.1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from server.parsing import REFUSED, parse_chat_request
 from server.policy import Report, SteeringSpec
 from server.wire import ChatRequest
 from steering.errors import CallerError
-from steering.plan import Mode, Scope
+from steering.plan import CategorySource, Mode, Scope
 
 HEAD = b'{"model":"m","messages":[{"role":"user","content":"hi"}]'
 
@@ -135,7 +135,22 @@ BAD = [
     (body(steering={"scope": "some"}), "steering.scope", "steering_invalid"),
     (body(steering={"report": "all"}), "steering.report", "steering_invalid"),
     (body(steering={"category": ""}), "steering.category", "steering_invalid"),
+    (body(steering={"category": []}), "steering.category", "steering_invalid"),
+    (body(steering={"category": ["a"] * 17}), "steering.category", "steering_invalid"),
+    (body(steering={"category": ["a", ""]}), "steering.category[1]", "steering_invalid"),
+    (body(steering={"category": 3}), "steering.category", "steering_invalid"),
+    (body(steering={"category_source": "judge"}), "steering.category_source", "steering_invalid"),
+    (body(steering={"graded": 1}), "steering.graded", "steering_invalid"),
+    (body(steering={"thresholds": 0.5}), "steering.thresholds", "steering_invalid"),
+    (body(steering={"thresholds": {"middle": 0.5}}), "steering.thresholds.middle", "steering_invalid"),
+    (body(steering={"thresholds": {"refuse_above": True}}), "steering.thresholds.refuse_above", "steering_invalid"),
+    (body(steering={"thresholds": {"comply_below": -0.1}}), "steering.thresholds.comply_below", "steering_invalid"),
     (body(steering={"thresholds": {"comply_below": 1.5}}), "steering.thresholds.comply_below", "steering_invalid"),
+    (
+        HEAD + b',"steering":{"thresholds":{"refuse_above":NaN}}}',
+        "steering.thresholds.refuse_above",
+        "steering_invalid",
+    ),
     (b'{"model":"m\\u0000","messages":[{"role":"user","content":"x"}]}', "model", "invalid_value"),
     (HEAD + b',"steering":{"profile":"a\\u0000b"}}', "steering.profile", "invalid_value"),
 ]
@@ -195,6 +210,29 @@ def test_nulls_mean_absent_but_stay_inside_schemas() -> None:
     assert fields["tools"][0]["function"]["parameters"] == schema
 
 
+def test_a_pass_over_the_prompt_takes_what_the_prompt_is_made_of() -> None:
+    """Messages, shown tools and effort; nothing that samples, stops, forces or formats an answer."""
+    request = parse_chat_request(
+        body(
+            tools=tool(),
+            tool_choice="required",
+            reasoning_effort="low",
+            n=2,
+            temperature=1,
+            max_tokens=9,
+            stop="x",
+            logprobs=True,
+            logit_bias={"1": 5},
+            response_format={"type": "json_object"},
+            seed=1,
+        )
+    )
+    fields = request.prompt_fields()
+    assert set(fields) == {"model", "messages", "tools", "reasoning_effort", "tool_choice"}
+    assert fields["tool_choice"] == "none"
+    assert set(parse_chat_request(body(stop="x")).prompt_fields()) == {"model", "messages"}
+
+
 def test_recursive_schemas_are_allowed() -> None:
     """A tree refers to itself through its properties, which ends; only references to nothing but references do not."""
     tree = {"type": "object", "properties": {"left": {"$ref": "#"}, "x": {"$ref": "#/$defs/x"}}, "$defs": {"x": {}}}
@@ -231,7 +269,20 @@ def test_an_answer_can_be_sent_back() -> None:
                 profile="p", mode=Mode.COMPLY, category="c", strength=2.0, scope=Scope.ALL, report=Report.NONE
             ),
         ),
-        ({"thresholds": {"refuse_above": 0.9}}, SteeringSpec(has_thresholds=True)),
+        ({"thresholds": {}}, SteeringSpec()),
+        (
+            {"category": ["a", "b"], "category_source": "refusal_tokens", "graded": True, "report": "full"},
+            SteeringSpec(
+                category=("a", "b"),
+                category_source=CategorySource.REFUSAL_TOKENS,
+                is_graded=True,
+                report=Report.FULL,
+            ),
+        ),
+        (
+            {"mode": "auto", "thresholds": {"comply_below": 0, "refuse_above": 0.9}},
+            SteeringSpec(mode=Mode.AUTO, comply_below=0.0, refuse_above=0.9),
+        ),
     ],
 )
 def test_steering_field_and_its_shorthands(value: object, spec: SteeringSpec | None) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from server.policy import Report, SteeringSpec, resolve
 from steering.errors import BundleFormatError, InvalidSpec, NotSupported, TrimtabError, UnknownName
-from steering.plan import Mode, Scope
+from steering.plan import CategorySource, Mode, Scope
 from tests.fakes import DIGEST, make_bundle, make_catalog
 
 OTHER = make_bundle(name="other", digest="sha256:" + "cd" * 32)
@@ -15,12 +15,12 @@ OTHER = make_bundle(name="other", digest="sha256:" + "cd" * 32)
 def test_no_field_means_off() -> None:
     """A request without a steering field is left alone, under the default profile."""
     found = resolve(None, make_catalog(), plan_id="p")
-    assert (found.decision, found.plan, found.category) == (Mode.OFF, None, None)
+    assert (found.mode, found.plan, found.category) == (Mode.OFF, None, None)
     assert found.profile.name == "refusal-control"
 
 
 def test_profile_alone_means_the_default_mode() -> None:
-    """Naming a profile without a mode does not steer while the default mode is off."""
+    """Naming a profile without a mode does not steer where the profile has no gate."""
     assert resolve(SteeringSpec(profile="refusal-control"), make_catalog(), plan_id="p").plan is None
 
 
@@ -57,8 +57,16 @@ def test_category_auto_is_the_profiles_default() -> None:
         (SteeringSpec(mode=Mode.OFF, category="nope"), UnknownName, "steering.category", "Political"),
         (SteeringSpec(mode=Mode.COMPLY, category="Political"), NotSupported, "steering.category", "Safety"),
         (SteeringSpec(mode=Mode.AUTO), NotSupported, "steering.mode", "gate"),
-        (SteeringSpec(has_thresholds=True), NotSupported, "steering.thresholds", "gate"),
+        (SteeringSpec(refuse_above=0.9), NotSupported, "steering.thresholds", "gate"),
         (SteeringSpec(report=Report.FULL), NotSupported, "steering.report", "gate"),
+        (SteeringSpec(is_graded=True), NotSupported, "steering.graded", "gate"),
+        (
+            SteeringSpec(category_source=CategorySource.PROBE),
+            NotSupported,
+            "steering.category_source",
+            "no loaded bundle",
+        ),
+        (SteeringSpec(mode=Mode.REFUSE, category=("Safety",)), InvalidSpec, "steering.category", "mode 'auto'"),
         (SteeringSpec(mode=Mode.REFUSE, strength=2.5), InvalidSpec, "steering.strength", "0.0 to 2.0"),
         (SteeringSpec(mode=Mode.REFUSE, strength=1e308), InvalidSpec, "steering.strength", "0.0 to 2.0"),
     ],
@@ -89,12 +97,3 @@ def test_catalog_refuses_bundles_of_one_name_and_no_bundle() -> None:
         make_catalog(make_bundle(), make_bundle())
     with pytest.raises(BundleFormatError):
         type(make_catalog())(bundles=())
-
-
-def test_catalog_refuses_a_default_strength_out_of_the_certified_range() -> None:
-    """A profile cannot be at fault for a client: its own strength must be allowed."""
-    bundle = make_bundle()
-    profile = bundle.profiles["refusal-control"]
-    wrong = type(profile)(**{**{name: getattr(profile, name) for name in profile.__slots__}, "strength": 3.0})
-    with pytest.raises(BundleFormatError, match="certified for"):
-        make_catalog(make_bundle(profiles={wrong.name: wrong}))

@@ -8,7 +8,8 @@ import pytest
 
 from server.readiness import covering_edits, self_check
 from steering.errors import EditNotApplied, EngineDied, PluginNotArmed
-from tests.fakes import FakeEngine, failing, make_bundle, make_catalog, make_edit
+from steering.plan import GateOrder, Scores
+from tests.fakes import FakeEngine, failing, make_bundle, make_catalog, make_edit, make_gated_bundle, read
 
 
 async def test_check_generates_unsteered_and_covers_every_edited_layer() -> None:
@@ -19,6 +20,32 @@ async def test_check_generates_unsteered_and_covers_every_edited_layer() -> None
     assert [call.plan.edit for call in engine.calls[1:] if call.plan] == ["refuse-political", "comply-safety"]
     assert all(call.fields["max_tokens"] == 1 for call in engine.calls)
     assert len(engine.forgotten) == 2
+
+
+async def test_every_gate_is_asked_once_and_edits_nothing() -> None:
+    """One observed request per profile with a gate, under the profile's own thresholds."""
+    engine = FakeEngine()
+    await self_check(engine, make_catalog(make_gated_bundle()))
+    (plan,) = [call.plan for call in engine.calls if call.plan and call.plan.gate]
+    assert plan.gate == GateOrder(profile="refusal-control", comply_below=0.2, refuse_above=0.6, is_observed=True)
+    assert plan.id in engine.forgotten
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        (FakeEngine(report_changes={"gates": {}}), "lacks the gates of profiles"),
+        (FakeEngine(scores=[read(float("nan"))]), "not finite at layer 2"),
+        (FakeEngine(scores=[read(0.5, safety=float("inf"))]), "not finite"),
+        (FakeEngine(scores=[Scores(refusal=0.5, categories={"Safety": 1.0})]), "no scores of its probe 'prompt'"),
+        (FakeEngine(tampered={"scores": None}), "no scores"),
+    ],
+    ids=["not armed", "NaN", "infinite", "other categories", "none"],
+)
+async def test_gate_that_reads_nothing_is_found(engine: FakeEngine, words: str) -> None:
+    """A gate that no worker holds, or that reads no finite score of each category, keeps the server from starting."""
+    with pytest.raises(PluginNotArmed, match=words):
+        await self_check(engine, make_catalog(make_gated_bundle()))
 
 
 @pytest.mark.parametrize(

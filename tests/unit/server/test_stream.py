@@ -85,17 +85,7 @@ async def test_bug_after_the_first_byte_is_a_frame_without_its_text(make: Make) 
 
 async def test_later_sample_without_confirmation_ends_the_stream(make: Make) -> None:
     """Each sample's text waits for its own confirmation; one that never comes is an error, not text."""
-    engine = FakeEngine()
-    real = engine._apply
-    seen: list[str] = []
-
-    def only_the_first(plan: Any, request_id: str) -> None:
-        if not seen:
-            real(plan, request_id)
-        seen.append(request_id)
-
-    engine._apply = only_the_first  # type: ignore[method-assign]
-    response = await make(engine).chat(stream=True, n=2, steering={"mode": "comply"})
+    response = await make(FakeEngine(silent=(1,))).chat(stream=True, n=2, steering={"mode": "comply"})
     events = read_events(response.text)
     assert events[-1]["error"]["code"] == "steering_not_applied"
     assert content_of(events, 1) == ""

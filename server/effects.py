@@ -1,0 +1,193 @@
+"""Effects: what was done to each sample of a request, held against what was allowed, and told to the client.
+
+Knows nothing of HTTP, vLLM or torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.policy import Report, Resolution
+from server.verdicts import Verdict
+from steering.errors import EditNotApplied
+from steering.plan import Decision, GateOrder, Mode, Outcome, Plan, Scope, Scores
+
+TOLERANCE = 1e-4
+"""How near a threshold, as a probability, the engine's rounding may decide otherwise than ours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What was done to one sample.
+
+    Attributes:
+        decision: a mode that names its side, `off`, or what a gate decided, which may be `abstain`.
+        category: of the edit, or what the gate took the prompt for; None for `off`.
+        edit: name of the edit; None where nothing was edited.
+        strength, scope: as applied; None where nothing was edited.
+        scores: what the gate's probe read; None where no gate decided.
+    """
+
+    decision: str
+    category: str | None = None
+    edit: str | None = None
+    strength: float | None = None
+    scope: Scope | None = None
+    scores: Scores | None = None
+
+    @property
+    def applied(self) -> bool:
+        """Whether something was edited."""
+        return self.edit is not None
+
+
+def effect_of(resolution: Resolution, outcome: Outcome | None) -> Effect:
+    """The effect that an outcome reports.
+
+    Args:
+        resolution: what was allowed.
+        outcome: of the sample; None where no plan was sent.
+
+    Raises:
+        EditNotApplied: the engine reports an error, or something that the plan does not allow.
+    """
+    plan = resolution.plan
+    if plan is None or outcome is None:
+        return Effect(decision=Mode.OFF.value)
+    if outcome.error:
+        raise EditNotApplied(f"the engine could not do what was asked: {outcome.error}; the answer is withheld")
+    if plan.gate is None:
+        _check_edit(plan, outcome)
+        decision, category = resolution.mode.value, resolution.category
+    else:
+        _check_ruling(plan, plan.gate, resolution, outcome)
+        assert outcome.decision is not None
+        decision, category = outcome.decision.value, outcome.category
+    return Effect(
+        decision=decision,
+        category=category,
+        edit=outcome.edit,
+        strength=None if outcome.edit is None else outcome.strength,
+        scope=None if outcome.edit is None else outcome.scope,
+        scores=outcome.scores,
+    )
+
+
+def attach(
+    body: dict[str, Any], resolution: Resolution, effects: Sequence[Effect], verdicts: Sequence[Verdict]
+) -> None:
+    """Put the `steering` object of design §6 into an answer or a last chunk, unless the client wants none.
+
+    It tells of the first sample; of all where they differ, which needs scores within rounding of a threshold.
+    """
+    if resolution.report is Report.NONE:
+        return
+    first = effects[0]
+    steering: dict[str, Any] = {
+        "applied": first.applied,
+        "profile": resolution.profile.name,
+        "bundle": resolution.bundle.label,
+        "decision": first.decision,
+        "category": first.category,
+        "edit": first.edit,
+        "strength": first.strength,
+        "scope": None if first.scope is None else first.scope.value,
+        "verdict": verdicts[0].to_json(),
+    }
+    if resolution.category_source is not None:
+        steering["category_source"] = resolution.category_source.value
+    if resolution.report is Report.FULL:
+        steering |= _details(resolution, first)
+    if len(verdicts) > 1:
+        steering["verdicts"] = [verdict.to_json() for verdict in verdicts]
+    if len({effect.decision for effect in effects}) > 1:
+        steering["decisions"] = [effect.decision for effect in effects]
+    if resolution.bundle.is_transferred:
+        steering["transferred"] = True
+    body["steering"] = steering
+
+
+def _details(resolution: Resolution, effect: Effect) -> dict[str, Any]:
+    assert resolution.plan is not None
+    assert resolution.plan.gate is not None
+    assert effect.scores is not None
+    order = resolution.plan.gate
+    return {
+        "scores": {"refusal": effect.scores.refusal, "categories": dict(effect.scores.categories)},
+        "thresholds": {"comply_below": order.comply_below, "refuse_above": order.refuse_above},
+        "graded": order.is_graded,
+    }
+
+
+def _check_edit(plan: Plan, outcome: Outcome) -> None:
+    """The engine must have done what the plan says, not merely something."""
+    if (
+        not outcome.applied
+        or outcome.edit != plan.edit
+        or outcome.scope != plan.scope
+        or not math.isclose(outcome.strength, plan.strength, rel_tol=1e-5)
+    ):
+        raise EditNotApplied(
+            f"the engine reports edit {outcome.edit!r} at strength {outcome.strength} (applied: {outcome.applied}) "
+            f"where {plan.edit!r} at {plan.strength} was asked; the answer is withheld"
+        )
+
+
+def _check_ruling(plan: Plan, order: GateOrder, resolution: Resolution, outcome: Outcome) -> None:
+    """The engine must have decided as the scores it reports demand, and done what it decided."""
+    scores, category, decision = outcome.scores, outcome.category, outcome.decision
+    probe = resolution.profile.gate.probe if resolution.profile.gate else None
+    assert probe is not None
+    if scores is None or set(scores.categories) != set(probe.categories):
+        raise _wrong(f"no scores of probe {probe.name!r}")
+    if not all(map(math.isfinite, (scores.refusal, *scores.categories.values()))):
+        raise _wrong("scores that are not finite")
+    allowed = order.categories or probe.categories
+    if category not in allowed:
+        raise _wrong(f"category {category!r}, where {list(allowed)} were allowed")
+    best = max(scores.categories[name] for name in allowed)
+    if scores.categories[category] < best - TOLERANCE:
+        raise _wrong(f"category {category!r}, which is not the likeliest of {list(allowed)}")
+    edits = {Decision.REFUSE: resolution.profile.refuse, Decision.COMPLY: resolution.profile.comply}
+    # A side without an edit for the category is the neutral band.
+    sides = {_decision(scores.refusal + slack, order) for slack in (-TOLERANCE, 0.0, TOLERANCE)}
+    possible = {side if category in edits.get(side, {}) else Decision.ABSTAIN for side in sides}
+    if decision not in possible:
+        raise _wrong(
+            f"decision {decision!s} at refusal probability {scores.refusal:.6f}, where thresholds {order.comply_below} "
+            f"and {order.refuse_above} demand one of {sorted(possible)}"
+        )
+    if decision is Decision.ABSTAIN:
+        if outcome.applied or outcome.edit is not None:
+            raise _wrong(f"edit {outcome.edit!r} after it abstained")
+        return
+    edit = edits[decision][category]
+    if not outcome.applied or outcome.edit != edit or outcome.scope != plan.scope:
+        raise _wrong(f"edit {outcome.edit!r} (applied: {outcome.applied}), where its decision means {edit!r}")
+    if not _strength_fits(plan, order, decision, scores.refusal, outcome.strength):
+        raise _wrong(f"strength {outcome.strength} for edit {edit!r}, where {plan.strength} was asked")
+
+
+def _decision(refusal: float, order: GateOrder) -> Decision:
+    """The rule of `steering.gate`; a threshold of 1 never refuses and one of 0 never complies."""
+    if order.refuse_above < 1 and refusal >= order.refuse_above:
+        return Decision.REFUSE
+    if order.comply_below > 0 and refusal <= order.comply_below:
+        return Decision.COMPLY
+    return Decision.ABSTAIN
+
+
+def _strength_fits(plan: Plan, order: GateOrder, decision: Decision, refusal: float, strength: float) -> bool:
+    if not order.is_graded:
+        return math.isclose(strength, plan.strength, rel_tol=1e-5)
+    room = 1 - order.refuse_above if decision is Decision.REFUSE else order.comply_below
+    way = refusal - order.refuse_above if decision is Decision.REFUSE else order.comply_below - refusal
+    share = min(1.0, max(0.0, way / room))
+    return 0 <= strength <= plan.strength * (1 + 1e-5) and abs(strength / plan.strength - share) <= TOLERANCE / room
+
+
+def _wrong(found: str) -> EditNotApplied:
+    return EditNotApplied(f"the engine's gate reports {found}; the answer is withheld")
