@@ -78,7 +78,7 @@ class Ruling:
     Attributes:
         decision: refuse, comply or abstain.
         category: index among the probe's categories of the best allowed one.
-        share: of the plan's strength; 1 unless graded.
+        share: of the plan's strength; 1 unless graded, 0 for an abstention.
     """
 
     decision: Decision
@@ -115,7 +115,7 @@ def rule(logits: Tensor, order: GateOrder, categories: tuple[str, ...]) -> Rulin
     elif score <= low:
         decision = Decision.COMPLY
     else:
-        return Ruling(decision=Decision.ABSTAIN, category=category, share=1.0)
+        return Ruling(decision=Decision.ABSTAIN, category=category, share=0.0)
     return Ruling(decision=decision, category=category, share=_share(score, decision, order))
 
 

@@ -5,12 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steering.engine.bank import Bank
-from steering.engine.kernels import COUNT, FIRST, SCALARS, table_width
+from steering.engine.bank import Bank, terms_needed
+from steering.engine.kernels import (
+    BIAS,
+    COMPLY_EDIT,
+    COUNT,
+    FIRST,
+    GATE_COUNT,
+    GATE_FIRST,
+    REFUSE_EDIT,
+    ROW_WIDTH,
+    SCALARS,
+    table_width,
+)
 from steering.engine.options import DEFAULT_TERMS_PER_LAYER
 from steering.engine.rows import Rows
 from steering.errors import BundleFormatError, CapacityExceeded, UnknownName
-from tests.samples import bundle_in_memory, random_edit
+from tests.samples import bundle_in_memory, random_edit, random_probe
 
 CPU = torch.device("cpu")
 WIDTH = 16
@@ -44,6 +55,43 @@ def test_every_term_of_every_edit_is_found_through_its_number() -> None:
             assert torch.equal(rows[:, WIDTH : 2 * WIDTH], terms.write)
             assert torch.equal(rows[:, 2 * WIDTH], terms.gain)
             assert torch.equal(rows[:, 2 * WIDTH + 1], terms.bias)
+
+
+def test_every_gate_is_found_through_its_number() -> None:
+    """At its probe's layer the gate's row names its scores; those rows hold the probe and each category's edits."""
+    edits = {name: random_edit(name, ranks={1: 1}, seed=seed) for seed, name in enumerate("abc")}
+    probe = random_probe("p", layer=1, categories=("x", "y"), width=WIDTH)
+    gates = {"one": (probe, {"x": "a", "y": "b"}, {"y": "c"}), "two": (probe, {"x": "c"}, {})}
+    bank, bundle = bank_of(terms=16), bundle_in_memory(edits, gates=gates)
+    bank.load(bundle)
+    assert bank.gates == {bundle.digest: ["one", "two"]}
+    for name, (_, *sides) in gates.items():
+        gate = bank.gate(bundle=bundle.digest, profile=name)
+        assert gate.categories == ("x", "y")
+        assert bank.tables[0][gate.number, 2 * WIDTH + GATE_COUNT] == 0
+        table = bank.tables[1]
+        first, count = (int(table[gate.number, 2 * WIDTH + column]) for column in (GATE_FIRST, GATE_COUNT))
+        scores = table[first : first + count]
+        assert torch.equal(scores[:, :WIDTH], probe.weight)
+        assert torch.equal(scores[:, 2 * WIDTH + BIAS], probe.bias)
+        for column, chosen in zip((REFUSE_EDIT, COMPLY_EDIT), sides, strict=True):
+            named = [bank.name(int(number)) for number in scores[1:, 2 * WIDTH + column]]
+            assert named == [chosen.get(category) for category in ("x", "y")]
+    assert bank.tables[1][0, 2 * WIDTH + GATE_COUNT] == 2
+    with pytest.raises(UnknownName, match="no gate 'three'"):
+        bank.gate(bundle=bundle.digest, profile="three")
+
+
+def test_terms_needed_is_what_a_bank_can_hold() -> None:
+    """A bank of so many terms takes the bundles; one of one less does not."""
+    edits = {name: random_edit(name, ranks={1: 3}, seed=seed) for seed, name in enumerate("ab")}
+    probe = random_probe("p", layer=1, categories=("x",), width=WIDTH)
+    bundle = bundle_in_memory(edits, gates={"g": (probe, {"x": "a"}, {})})
+    needed = terms_needed([bundle])
+    assert needed == 8
+    bank_of(terms=needed).load(bundle)
+    with pytest.raises(CapacityExceeded, match="8 terms in one layer"):
+        bank_of(terms=needed - 1).load(bundle)
 
 
 def test_number_zero_is_no_edit_at_any_layer() -> None:
@@ -93,7 +141,7 @@ def test_more_edits_than_the_table_can_name_are_refused() -> None:
     bank = bank_of(terms=4)
     three = {f"e{n}": random_edit(f"e{n}", ranks={n: 1}) for n in range(3)}
     bank.load(bundle_in_memory(three, digest="sha256:a"))
-    with pytest.raises(CapacityExceeded, match="4 edits in all"):
+    with pytest.raises(CapacityExceeded, match="4 edits"):
         bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1})}, digest="sha256:b"))
 
 
@@ -102,7 +150,7 @@ def test_another_width_or_layer_is_refused_by_name() -> None:
     bank = bank_of(layers=(0, 1))
     with pytest.raises(BundleFormatError, match="'e' has width 8, the model has 16"):
         bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1}, width=8)}, width=8))
-    with pytest.raises(BundleFormatError, match=r"'e' needs layer 3; steered: \[0, 1\]"):
+    with pytest.raises(BundleFormatError, match=r"needs layer 3; steered: \[0, 1\]"):
         bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1, 3: 1})}))
     assert bank.bundles == {}
 
@@ -121,8 +169,8 @@ def test_witness_names_the_layers_whose_op_edited() -> None:
     bank, bundle = bank_of(), bundle_in_memory({"e": random_edit("e", ranks={0: 1, 2: 1})})
     bank.load(bundle)
     rows = Rows(bank=bank, requests=1, tokens=4, device=CPU)
-    rows.rows[1] = torch.tensor([bank.number(bundle=bundle.digest, edit="e"), 1.0])
-    token_rows = torch.tensor([1, 0, 1], dtype=torch.int32)
+    rows.rows[1, :2] = torch.tensor([bank.number(bundle=bundle.digest, edit="e"), 1.0])
+    token_rows = torch.tensor([1, 0, 2, 0], dtype=torch.int32)
     assert bank.witness() == []
     for table in bank.tables.values():
         torch.ops.trimtab.edit(torch.zeros(2, WIDTH), torch.zeros(2, WIDTH), token_rows, rows.rows, table)
@@ -132,8 +180,8 @@ def test_witness_names_the_layers_whose_op_edited() -> None:
 
 
 def added_bytes(*, layers: int, width: int, terms: int, requests: int, tokens: int) -> int:
-    """Device memory of the plugin: layers · N · (2 D + 4) · 4 + (2 · requests + 1) · 2 · 4 + (tokens + 1) · 4 bytes."""
-    return layers * terms * (2 * width + SCALARS) * 4 + (2 * requests + 1) * 2 * 4 + (tokens + 1) * 4
+    """Bytes of the plugin: layers · N · (2 D + 8) · 4 + (2 · requests + 1) · 28 · 4 + (tokens + 2) · 4."""
+    return layers * terms * (2 * width + SCALARS) * 4 + (2 * requests + 1) * ROW_WIDTH * 4 + (tokens + 2) * 4
 
 
 @pytest.mark.parametrize(
@@ -150,7 +198,7 @@ def test_memory_formula_is_what_tensors_take(layers: int, width: int, terms: int
 
 
 def test_a_model_of_32_layers_of_4096_takes_less_than_300_megabytes() -> None:
-    """Default capacity, 1,024 requests, 8,192 tokens of a step: 134 MB, from the shapes of the real tensors."""
+    """Default capacity, 1,024 requests, 8,192 tokens of a step: 135 MB, from the shapes of the real tensors."""
     width, layers = 4096, 32
     bank = Bank(layers=range(layers), width=width, terms=DEFAULT_TERMS_PER_LAYER, device=torch.device("meta"))
     rows = Rows(bank=bank, requests=1024, tokens=8192, device=CPU)
@@ -158,5 +206,5 @@ def test_a_model_of_32_layers_of_4096_takes_less_than_300_megabytes() -> None:
     taken = sum(tensor.nelement() * tensor.element_size() for tensor in held)
     assert taken == added_bytes(layers=layers, width=width, terms=DEFAULT_TERMS_PER_LAYER, requests=1024, tokens=8192)
     assert {tensor.shape for tensor in bank.tables.values()} == {(DEFAULT_TERMS_PER_LAYER, table_width(width))}
-    assert taken == 134_332_428
+    assert taken == 134_611_064
     assert taken < 300_000_000

@@ -10,11 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steering.engine import kernels
 from steering.engine.bank import Bank
 from steering.engine.rows import Rows
 from steering.errors import CapacityExceeded, UnknownName
-from steering.plan import Outcome, Plan, Scope
-from tests.samples import bundle_in_memory, plan_for, random_edit
+from steering.gate import Probe
+from steering.plan import Decision, Outcome, Plan, Scope
+from tests.samples import bundle_in_memory, gate_plan, plan_for, random_edit
 
 CPU = torch.device("cpu")
 EDITS = ("a", "b", "c")
@@ -30,9 +32,35 @@ def rows_of(requests: int = 8) -> tuple[Rows, Bank]:
 
 
 def step(rows: Rows, *parts: tuple[str, int, int]) -> list[Outcome]:
-    """Write a step of (request id, tokens in it, tokens computed before it)."""
+    """Write a step of (request id, tokens in it, tokens computed before it); its outcomes once its pass has run."""
     ids, tokens, computed = zip(*parts, strict=True)
-    return rows.write_step(ids, np.array(tokens, dtype=np.int32), np.array(computed, dtype=np.int32))
+    due = rows.write_step(ids, np.array(tokens, dtype=np.int32), np.array(computed, dtype=np.int32))
+    return [rows.outcome(steered, rows.rows.numpy()[steered.row]) for steered in due]
+
+
+def decide(rows: Rows, bank: Bank, residual: torch.Tensor) -> None:
+    """Run the op of the last step on this residual, alike for every token: what a forward pass does to the rows."""
+    tokens = len(rows.token_rows) - 2
+    hidden = residual.expand(tokens, -1).contiguous()
+    torch.ops.trimtab.edit(hidden, torch.zeros_like(hidden), rows.token_rows, rows.rows, bank.tables[0])
+
+
+def gated(requests: int = 8) -> tuple[Rows, Bank, torch.Tensor, torch.Tensor]:
+    """Rows over a bank with a gate that reads the first coordinate; a residual it refuses, and one it complies with."""
+    probe = Probe(
+        name="probe",
+        layer=0,
+        categories=("safety", "political"),
+        weight=torch.zeros(3, 16).index_put((torch.tensor([0, 1]), torch.tensor([0, 1])), torch.tensor(1.0)),
+        bias=torch.zeros(3),
+    )
+    edits = {name: random_edit(name, ranks={0: 1}, seed=seed) for seed, name in enumerate(EDITS)}
+    sides = ({"safety": "a", "political": "b"}, {"safety": "c"})
+    bank = Bank(layers=(0,), width=16, terms=8, device=CPU)
+    bank.load(bundle_in_memory(edits, gates={"gate": (probe, *sides)}))
+    harmful = torch.zeros(16).index_put((torch.tensor([0, 1]),), torch.tensor([3.0, 1.0]))
+    harmless = torch.zeros(16).index_put((torch.tensor([0, 1]),), torch.tensor([-3.0, 1.0]))
+    return Rows(bank=bank, requests=requests, tokens=TOKENS, device=CPU), bank, harmful, harmless
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,10 +156,10 @@ def test_map_equals_the_position_by_position_reference(data: st.DataObject) -> N
             continue
         outcomes = step(rows, *parts)
         map_ = rows.token_rows[: len(expected)].long()
-        assert [tuple(pair) for pair in rows.rows[map_].tolist()] == expected
+        assert [tuple(pair) for pair in rows.rows[map_, :2].tolist()] == expected
         assert [bool(row) for row in map_.tolist()] == [pair != (0.0, 0.0) for pair in expected]
-        assert rows.token_rows[len(expected) : -1].count_nonzero() == 0
-        assert int(rows.token_rows[-1]) == sum(pair != (0.0, 0.0) for pair in expected)
+        assert rows.token_rows[len(expected) : -2].count_nonzero() == 0
+        assert int(rows.token_rows[-2]) == sum(pair != (0.0, 0.0) for pair in expected)
         assert all(outcome.applied for outcome in outcomes)
         found = [(o.plan_id, o.request_id, o.edit, o.strength, o.scope) for o in outcomes]
         assert sorted(found) == sorted(reported)
@@ -189,16 +217,126 @@ def test_a_request_preempted_before_it_was_edited_still_reports() -> None:
     assert [outcome.plan_id for outcome in step(rows, ("r", 1, 3))] == ["plan"]
 
 
-def test_the_second_runner_forgets_and_adds_again() -> None:
-    """The V2 runner removes a preempted request and brings it back as new: positions are edited as before."""
+def test_the_second_runner_adds_a_preempted_request_again() -> None:
+    """The V2 runner brings a preempted request back as a new one: positions are edited as before, nothing is told."""
     rows, _ = rows_of()
     rows.add("r", plan_for("a"), 3)
     step(rows, ("r", 3, 0))
-    rows.remove("r")
-    assert rows.live == 0
+    rows.preempt("r")
     rows.add("r", plan_for("a"), 3)
-    step(rows, ("r", 5, 0))
+    assert step(rows, ("r", 5, 0)) == []
     assert (rows.token_rows[:5] != 0).tolist() == [False, False, True, True, True]
+
+
+def run_gated(rows: Rows, bank: Bank, residual: torch.Tensor, *parts: tuple[str, int, int]) -> list[Outcome]:
+    """A step of gated requests, its forward pass, and the outcomes that are true after it."""
+    ids, tokens, computed = zip(*parts, strict=True)
+    due = rows.write_step(ids, np.array(tokens, dtype=np.int32), np.array(computed, dtype=np.int32))
+    decide(rows, bank, residual)
+    return [rows.outcome(steered, rows.rows.numpy()[steered.row]) for steered in due]
+
+
+def test_a_gate_decides_at_the_last_prompt_token_and_never_again() -> None:
+    """Chunks of 3 and 2: the fifth token alone is marked; later steps read the latch whatever the residual is."""
+    rows, bank, harmful, harmless = gated()
+    rows.add("r", gate_plan("gate", strength=0.5), 5)
+    assert run_gated(rows, bank, harmless, ("r", 3, 0)) == []
+    assert rows.token_rows.count_nonzero() == 0
+    (outcome,) = run_gated(rows, bank, harmful, ("r", 2, 3))
+    assert rows.token_rows[:2].tolist() == [0, -int(rows.token_rows[1:2].abs())]
+    assert (outcome.applied, outcome.decision, outcome.category) == (True, Decision.REFUSE, "safety")
+    assert (outcome.edit, outcome.strength) == ("a", 0.5)
+    assert outcome.scores is not None
+    assert outcome.scores.refusal == pytest.approx(torch.sigmoid(torch.tensor(3.0)).item())
+    assert run_gated(rows, bank, harmless, ("r", 1, 5)) == []
+    row = int(rows.token_rows[0])
+    assert row > 0
+    assert rows.rows[row, :2].tolist() == [float(bank.number(bundle=BUNDLE.digest, edit="a")), 0.5]
+
+
+def test_a_latch_survives_preemption_though_its_row_does_not() -> None:
+    """Preempted, its row taken by another, resumed with the probe token in the cache: the edit is the one decided."""
+    rows, bank, harmful, harmless = gated(requests=1)
+    rows.add("r", gate_plan("gate"), 4)
+    assert run_gated(rows, bank, harmful, ("r", 4, 0))[0].decision is Decision.REFUSE
+    rows.preempt("r")
+    for other in range(rows.capacity):
+        rows.add(f"other{other}", gate_plan("gate"), 1)
+        assert run_gated(rows, bank, harmless, (f"other{other}", 1, 0))[0].decision is Decision.COMPLY
+    rows.remove("other0")
+    rows.resume("r")
+    assert run_gated(rows, bank, harmless, ("r", 1, 4)) == []
+    assert rows.token_rows[0] > 0
+    assert rows.rows[int(rows.token_rows[0]), 0] == bank.number(bundle=BUNDLE.digest, edit="a")
+
+
+def test_a_request_preempted_before_its_gate_decided_decides_when_it_comes_back() -> None:
+    """Half of the prompt was read: nothing is known yet, and the last prompt token is still to come."""
+    rows, bank, harmful, harmless = gated()
+    rows.add("r", gate_plan("gate"), 4)
+    assert run_gated(rows, bank, harmful, ("r", 2, 0)) == []
+    rows.preempt("r")
+    rows.resume("r")
+    (outcome,) = run_gated(rows, bank, harmless, ("r", 4, 0))
+    assert (outcome.decision, outcome.edit) == (Decision.COMPLY, "c")
+
+
+def test_a_new_request_does_not_overwrite_the_latches_of_others() -> None:
+    """Rows are uploaded one by one: what the device wrote into the others stays."""
+    rows, bank, harmful, harmless = gated()
+    rows.add("first", gate_plan("gate"), 1)
+    run_gated(rows, bank, harmful, ("first", 1, 0))
+    rows.add("second", gate_plan("gate"), 1)
+    run_gated(rows, bank, harmless, ("first", 1, 1), ("second", 1, 0))
+    assert rows.rows[rows.token_rows[:2].abs().long(), 0].tolist() == [
+        float(bank.number(bundle=BUNDLE.digest, edit=edit)) for edit in ("a", "c")
+    ]
+
+
+def test_a_gate_that_cannot_decide_is_an_error_of_its_request_alone() -> None:
+    """A residual of NaN: nothing is applied and the outcome says why; so it does where the gate's layer did not run."""
+    rows, bank, harmful, _ = gated()
+    rows.add("r", gate_plan("gate"), 1)
+    (outcome,) = run_gated(rows, bank, harmful * float("nan"), ("r", 1, 0))
+    assert (outcome.applied, outcome.edit, outcome.decision) == (False, None, None)
+    assert "not finite" in outcome.error
+    rows.add("s", gate_plan("gate"), 1)
+    (missed,) = step(rows, ("s", 1, 0))
+    assert (missed.applied, missed.error) == (False, "the gate did not run at its layer")
+
+
+def test_orders_reach_the_gate() -> None:
+    """Thresholds, allowed categories, graded strength and observing, each as the reference reads them."""
+    rows, bank, harmful, harmless = gated()
+    wanted = {
+        "never refuses": (gate_plan("gate", refuse_above=1.0), harmful, (Decision.ABSTAIN, False)),
+        "never complies": (gate_plan("gate", comply_below=0.0), harmless, (Decision.ABSTAIN, False)),
+        "has no such edit": (gate_plan("gate", categories=("political",)), harmless, (Decision.ABSTAIN, False)),
+        "is allowed one": (gate_plan("gate", categories=("political",)), harmful, (Decision.REFUSE, True)),
+        "observes": (gate_plan("gate", is_observed=True), harmful, (Decision.REFUSE, False)),
+        "is graded": (gate_plan("gate", is_graded=True), harmful, (Decision.REFUSE, True)),
+    }
+    for name, (plan, residual, expected) in wanted.items():
+        rows.add(name, plan, 1)
+        (outcome,) = run_gated(rows, bank, residual, (name, 1, 0))
+        assert (outcome.decision, outcome.applied) == expected, name
+        if name == "is allowed one":
+            assert (outcome.category, outcome.edit) == ("political", "b")
+        if name == "is graded":
+            probability = torch.sigmoid(torch.tensor(3.0)).item()
+            assert outcome.strength == pytest.approx((probability - 0.6) / 0.4)
+        assert (rows.rows[int(rows.token_rows[0].abs()), kernels.EDIT] != 0) == outcome.applied
+
+
+def test_unknown_gates_and_categories_take_no_row() -> None:
+    """A plan for a gate that is not loaded, or for a category it does not have, is refused by name."""
+    rows, _, _, _ = gated(requests=1)
+    for _ in range(rows.capacity + 1):
+        with pytest.raises(UnknownName, match="no gate 'absent'"):
+            rows.add("r", gate_plan("absent"), 1)
+        with pytest.raises(UnknownName, match="no categories"):
+            rows.add("r", gate_plan("gate", categories=("safety", "weather")), 1)
+    assert rows.live == 0
 
 
 def test_the_tail_of_a_longer_step_is_cleared() -> None:
@@ -208,8 +346,8 @@ def test_the_tail_of_a_longer_step_is_cleared() -> None:
     step(rows, ("r", 20, 0))
     assert rows.token_rows[:20].count_nonzero() == 20
     step(rows, ("r", 2, 20))
-    assert rows.token_rows[2:-1].count_nonzero() == 0
-    assert rows.token_rows[-1] == 2
+    assert rows.token_rows[2:-2].count_nonzero() == 0
+    assert rows.token_rows[-2] == 2
 
 
 def test_nothing_is_written_while_nothing_is_steered() -> None:
@@ -249,7 +387,7 @@ def test_rows_are_used_again_and_leave_nothing_behind() -> None:
         rows.add(f"r{turn}", plan_for(edit, strength=strength), 1)
         step(rows, (f"r{turn}", 1, 0))
         number = bank.number(bundle=BUNDLE.digest, edit=edit)
-        assert rows.rows[rows.token_rows[0]].tolist() == [float(number), strength]
+        assert rows.rows[rows.token_rows[0], :2].tolist() == [float(number), strength]
         rows.remove(f"r{turn}")
         step(rows, (f"r{turn}", 1, 1))
         assert rows.token_rows.count_nonzero() == 0

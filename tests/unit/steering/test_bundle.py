@@ -187,7 +187,7 @@ def test_bytes_that_are_no_safetensors_are_refused(folder: Path) -> None:
     [
         (lambda t: t.pop("raise/3/bias"), r"lacks 'raise/3/bias'"),
         (lambda t: t.update({"extra": torch.ones(1)}), r"no edit or probe names: \['extra'\]"),
-        (lambda t: t.update({"raise/2/bias": torch.ones(1)}), r"no edit names"),
+        (lambda t: t.update({"raise/2/bias": torch.ones(1)}), r"no edit or probe names"),
         (lambda t: t.update({"raise/1/read": torch.ones(2, 15)}), r"read at layer 1 has shape \(2, 15\)"),
         (lambda t: t.update({"raise/1/gain": torch.ones(3)}), r"gain at layer 1 has shape"),
         (lambda t: t.update({"raise/1/write": t["raise/1/write"].half()}), r"write at layer 1 has dtype torch.float16"),

@@ -7,6 +7,7 @@ alone; anything else would stop the engine.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from steering.errors import InvalidSpec
-from steering.plan import Outcome, Plan, Scope
+from steering.plan import Decision, GateOrder, Outcome, Plan, Scope, Scores
 
-FIELDS = {"version": 1, "id": "p", "bundle": "sha256:0", "edit": "e", "strength": 1.5, "scope": "all"}
+FIELDS = {"version": 2, "id": "p", "bundle": "sha256:0", "edit": "e", "gate": None, "strength": 1.5, "scope": "all"}
+ORDER = {
+    "profile": "p",
+    "comply_below": 0.25,
+    "refuse_above": 0.75,
+    "categories": ["c"],
+    "is_graded": False,
+    "is_observed": True,
+}
 STRENGTHS = st.floats(2.0**-126, 2.0**127) | st.floats(-(2.0**127), -(2.0**-126))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -72,6 +81,64 @@ def test_any_value_in_any_field_is_a_plan_or_an_invalid_spec(field: str, value: 
     ]
 
 
+@given(field=st.sampled_from(sorted(ORDER)), value=JSON)
+@example(field="comply_below", value=float("nan"))
+@example(field="refuse_above", value=10**400)
+@example(field="categories", value=[])
+@example(field="categories", value=["c", 1])
+def test_any_value_in_any_field_of_a_gate_is_a_plan_or_an_invalid_spec(field: str, value: Any) -> None:
+    """As for the plan itself: wrong types, orders and ranges of thresholds are errors of that request alone."""
+    fields = FIELDS | {"edit": None, "scope": "generated", "gate": ORDER | {field: value}}
+    try:
+        plan = Plan.from_json(json.dumps(fields))
+    except InvalidSpec:
+        return
+    assert plan.gate is not None
+    assert 0.0 <= plan.gate.comply_below <= plan.gate.refuse_above <= 1.0
+    assert type(plan.gate.is_observed) is type(plan.gate.is_graded) is bool
+
+
+@given(
+    low=st.floats(0, 1),
+    room=st.floats(0, 1),
+    categories=st.none() | st.lists(st.text(), min_size=1, max_size=16).map(tuple),
+    flags=st.tuples(st.booleans(), st.booleans()),
+)
+def test_gate_plan_round_trip(
+    low: float, room: float, categories: tuple[str, ...] | None, flags: tuple[bool, bool]
+) -> None:
+    """Every valid order comes out of the plan's JSON as it went in, thresholds to the last bit."""
+    order = GateOrder(
+        profile="p",
+        comply_below=low,
+        refuse_above=low + (1 - low) * room,
+        categories=categories,
+        is_graded=flags[0],
+        is_observed=flags[1],
+    )
+    plan = Plan(id="p", bundle="b", gate=order, strength=1.0)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("thresholds", [(0.6, 0.4), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 0.5), (0.5, float("nan"))])
+def test_thresholds_out_of_order_or_range_are_refused(thresholds: tuple[float, float]) -> None:
+    """0 <= comply_below <= refuse_above <= 1, and the message says so."""
+    with pytest.raises(InvalidSpec, match="0 <= comply_below <= refuse_above <= 1") as caught:
+        GateOrder(profile="p", comply_below=thresholds[0], refuse_above=thresholds[1])
+    assert caught.value.parameter == "steering.thresholds"
+
+
+def test_a_plan_names_an_edit_or_a_gate_and_a_gate_edits_what_is_generated() -> None:
+    """Neither, both, and a gate over the whole prompt, which has been read when it decides, are refused."""
+    order = GateOrder(profile="p", comply_below=0.4, refuse_above=0.6)
+    for named in ({}, {"edit": "e", "gate": order}):
+        with pytest.raises(InvalidSpec, match="an edit or a gate"):
+            Plan(id="p", bundle="b", strength=1.0, **named)  # type: ignore[arg-type]
+    with pytest.raises(InvalidSpec, match="read already") as caught:
+        Plan(id="p", bundle="b", strength=1.0, gate=order, scope=Scope.ALL)
+    assert caught.value.parameter == "steering.scope"
+
+
 @pytest.mark.parametrize(
     "strength", [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e39, -1e300, 1e-60, 1e-320]
 )
@@ -103,10 +170,10 @@ def test_nan_and_infinity_in_json_are_refused(text: str) -> None:
     ("changed", "message"),
     [
         ({"extra": 1}, "keys"),
-        ({"version": 2}, "version must be 1"),
+        ({"version": 1}, "version must be 2"),
         ({"id": ""}, "1 to 128 characters"),
         ({"id": "x" * 129}, "1 to 128 characters"),
-        ({"id": 5}, "'id' must be a string"),
+        ({"id": 5}, "'id' must be str"),
         ({"scope": "some"}, "scope"),
         ({"strength": "1"}, "must be a number"),
     ],
@@ -138,3 +205,7 @@ def test_outcome_round_trip(request_id: str, error: str, strength: float, scope:
         plan_id="p", request_id=request_id, applied=applied, edit="e", strength=strength, scope=scope, error=error
     )
     assert Outcome.from_json(outcome.to_json()) == outcome
+    decided = replace(
+        outcome, decision=Decision.COMPLY, category="c", scores=Scores(refusal=0.1, categories={"c": 0.75, "d": 0.25})
+    )
+    assert Outcome.from_json(decided.to_json()) == decided
