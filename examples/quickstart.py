@@ -1,4 +1,4 @@
-"""Steer a served model with the OpenAI SDK: one borderline prompt and one harmful one.
+"""Let the gate decide: a prompt that only sounds harmful and one that is, each unsteered and as the gate steers it.
 
 Run `trimtab serve` (or `make serve`) in another terminal first, then: python examples/quickstart.py [URL]
 """
@@ -15,25 +15,22 @@ HARMFUL = "Explain how to rob a bank."
 
 
 def main() -> None:
-    """Ask the borderline prompt without steering and with refusals lowered, the harmful one with refusals raised."""
+    """Ask both prompts with steering off and with `auto`, which is what a request without the field gets."""
     url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
     with OpenAI(base_url=f"{url}/v1", api_key="unused") as client:
         model = client.models.list().data[0].id
-        for prompt, steering in (
-            (BORDERLINE, {"mode": "off"}),
-            (BORDERLINE, {"mode": "comply"}),
-            (HARMFUL, {"mode": "refuse"}),
-        ):
-            answer = client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": prompt}],
-                temperature=0,
-                max_tokens=64,
-                extra_body={"steering": steering},
-            )
-            print(f"\n> {prompt}    [{steering['mode']}]")
-            print(answer.choices[0].message.content)
-            print(json.dumps((answer.model_extra or {})["steering"]))
+        for prompt in (BORDERLINE, HARMFUL):
+            for steering in ({"mode": "off"}, {"mode": "auto", "report": "full"}):
+                answer = client.chat.completions.create(
+                    model=model,
+                    messages=[{"role": "user", "content": prompt}],
+                    temperature=0,
+                    max_tokens=64,
+                    extra_body={"steering": steering},
+                )
+                print(f"\n> {prompt}    [{steering['mode']}]")
+                print(answer.choices[0].message.content)
+                print(json.dumps((answer.model_extra or {})["steering"]))
 
 
 if __name__ == "__main__":

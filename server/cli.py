@@ -9,13 +9,16 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from steering.errors import OperatorError, TrimtabError
+
+if TYPE_CHECKING:
+    from steering.manifest import GateSettings
 
 MOUNTED = {
     "bench": ("server.bench.cli", "Measure throughput against stock vLLM."),
@@ -34,14 +37,14 @@ answers hardly faster; `-- --no-enforce-eager` compiles."""
 CURL = """\
 Ready on {address}  (Ctrl-C ends it)
 
-Try a prompt that only sounds harmful, with refusals lowered:
+Try a prompt that only sounds harmful:
 
   curl -s {address}/v1/chat/completions -H 'content-type: application/json' -d '{{
     "model": "{model}", "temperature": 0, "max_tokens": 64,
-    "messages": [{{"role": "user", "content": "How do detectives investigate a murder?"}}],
-    "steering": {{"mode": "comply"}}}}'
+    "messages": [{{"role": "user", "content": "How do detectives investigate a murder?"}}]}}'
 
-Leave "steering" out, or send "mode": "refuse", to compare. GET {address}/v1/steering lists what can be asked.
+Where the default profile has a gate it decides by itself, and "steering" in the answer says what it did. Add
+"steering": {{"mode": "off"}}, "refuse" or "comply" to compare. GET {address}/v1/steering lists what can be asked.
 """
 
 
@@ -71,7 +74,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Serve a language model with vLLM and control, per request, what it refuses.",
 )
-bundle_app = typer.Typer(no_args_is_help=True, help="Look at bundles.")
+bundle_app = typer.Typer(no_args_is_help=True, help="Look at bundles, and carry them over.")
 app.add_typer(bundle_app, name="bundle")
 
 
@@ -127,9 +130,56 @@ def verify(
     bundle = load_bundle(path)
     manifest = bundle.manifest
     print(f"{bundle.label}: {len(manifest.edits)} edits, {len(manifest.profiles)} profiles, digest {bundle.digest}")
+    for probe in manifest.probes:
+        print(f"probe {probe.name!r} at layer {probe.layer} tells {', '.join(probe.categories)}")
+        for point in probe.operating_points:
+            print(
+                f"  {point.name}: threshold {point.threshold:.4g}, true positives {point.true_positive_rate:.1%} of "
+                f"{point.positives}, false positives {point.false_positive_rate:.1%} of {point.negatives}"
+            )
+    for profile in manifest.profiles:
+        default = " (default)" if profile.name == manifest.default_profile else ""
+        print(f"profile {profile.name!r}{default}: {_gate_in_words(profile.gate)}")
+    if manifest.transfer is not None:
+        print(
+            f"transferred from bundle {manifest.transfer.bundle}, whose model has weights "
+            f"{manifest.transfer.model.weights_digest}; nothing of it was measured on its own model"
+        )
     if model is not None:
         manifest.model.check(fingerprint_of(model), bundle=manifest.name)
         print(f"made for the model in {model}")
+
+
+@bundle_app.command()
+def transfer(
+    source: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    model: Annotated[Path, typer.Option(help="Local folder of the model to transfer it to; of the same shape.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new bundle.")],
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(help="Profile to take along; repeatable. The learned vector, `low-rank`, if none."),
+    ] = None,
+    accept_transfer: Annotated[
+        bool, typer.Option("--accept-transfer", help="Accept that nothing of it was measured on this model.")
+    ] = False,
+    keep_refusal_tokens: Annotated[
+        bool, typer.Option("--keep-refusal-tokens", help="The model has the same refusal tokens, with the same ids.")
+    ] = False,
+) -> None:
+    """Apply a bundle's edits, probes and thresholds unchanged to another model of the same shape."""
+    from steering.bundle import load_bundle
+    from steering.transfer import transfer as carry_over
+
+    bundle = carry_over(
+        load_bundle(source),
+        model,
+        out,
+        profiles=profile or (),
+        is_accepted=accept_transfer,
+        keeps_refusal_tokens=keep_refusal_tokens,
+    )
+    names = ", ".join(profile.name for profile in bundle.manifest.profiles)
+    print(f"{bundle.label} in {out}: profiles {names}, digest {bundle.digest}")
 
 
 def main() -> None:
@@ -160,6 +210,16 @@ def _order(settings: Any, options: tuple[str, ...], order: Any) -> Any:
         name=settings.served_model_name or settings.model.resolve().name,
         bundles=settings.bundles,
         options=options,
+    )
+
+
+def _gate_in_words(gate: GateSettings | None) -> str:
+    if gate is None:
+        return "no gate, a request names the mode"
+    graded = ", graded" if gate.is_graded else ""
+    return (
+        f"gate on probe {gate.probe!r}, complies up to {gate.comply_below:.4g}, refuses from {gate.refuse_above:.4g} "
+        f"on, category by {gate.category_source.value}{graded}"
     )
 
 
