@@ -71,6 +71,21 @@ class Oracle:
                 tokens.append(int(logits.argmax()))
         return tokens[len(prompt) :]
 
+    def residual(self, prompt: Sequence[int], layer: int) -> torch.Tensor:
+        """[D] the unedited residual at the output of a decoder block, at the last token of `prompt`."""
+        kept: list[torch.Tensor] = []
+
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            kept.append((output[0] if isinstance(output, tuple) else output)[0, -1])
+
+        hook = self._model.model.layers[layer].register_forward_hook(keep)
+        try:
+            with torch.inference_mode():
+                self._model(torch.tensor([[*prompt]]), use_cache=False)
+        finally:
+            hook.remove()
+        return kept[0].clone()
+
     @contextlib.contextmanager
     def _edited(self, edit: str | None, strength: float, first: int) -> Iterator[None]:
         hooks = [

@@ -6,6 +6,7 @@ is a process per environment; `python -m tests.integration.engine.driver` is its
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -25,11 +26,15 @@ DEADLINE = 500.0
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One request: `edit` None is unsteered; `text` of a plan overrides what the other fields would give."""
+    """One request: `edit` and `gate` None is unsteered; `plan_text` overrides what the other fields would give.
+
+    `gate` holds the fields of a `GateOrder`.
+    """
 
     prompt: tuple[int, ...]
     count: int
     edit: str | None = None
+    gate: dict[str, Any] | None = None
     strength: float = 1.0
     scope: str = "generated"
     samples: int = 1
@@ -69,9 +74,10 @@ class Got:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Answers by round and request, outcomes the worker sent, the worker's report, and preemptions."""
+    """Answers and engine steps by round, outcomes the worker sent, the worker's report, and preemptions."""
 
     rounds: list[list[Got]]
+    steps: list[int]
     outcomes: list[dict[str, Any]]
     report: dict[str, Any]
     preemptions: int
@@ -253,13 +259,17 @@ def _run(question: Path, listener: Any) -> Result:
         },
     )
     try:
-        played = [_ask(engine, round_, digest) for round_ in rounds]
+        played, steps = [], [_steps(engine)]
+        for number, round_ in enumerate(rounds):
+            played.append(_ask(engine, round_, digest, number))
+            steps.append(_steps(engine))
         outcomes = []
         while listener.poll(200):
             outcomes.append(json.loads(listener.recv()))
         preemptions = sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
         report = engine.collective_rpc("steering_report")[0] if steering else {}
-        return Result(rounds=played, outcomes=outcomes, report=report, preemptions=int(preemptions))
+        taken = [after - before for before, after in itertools.pairwise(steps)]
+        return Result(rounds=played, steps=taken, outcomes=outcomes, report=report, preemptions=int(preemptions))
     finally:
         engine.llm_engine.engine_core.shutdown()
         del engine
@@ -267,23 +277,33 @@ def _run(question: Path, listener: Any) -> Result:
         cleanup_dist_env_and_memory()
 
 
-def _ask(engine: Any, round_: Sequence[Ask], digest: str) -> list[Got]:
+def _steps(engine: Any) -> int:
+    """Forward passes so far, by vLLM's own count."""
+    return sum(metric.count for metric in engine.get_metrics() if metric.name == "vllm:iteration_tokens_total")
+
+
+def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> list[Got]:
     from vllm import SamplingParams
 
-    from steering.plan import PLAN_KEY, Plan, Scope
+    from steering.plan import PLAN_KEY, GateOrder, Plan, Scope
 
     parameters = []
     for number, ask in enumerate(round_):
         text = ask.plan_text
-        if ask.edit is not None:
-            scope = Scope(ask.scope)
+        if ask.edit is not None or ask.gate is not None:
             text = Plan(
-                id=f"{number}-{ask.edit}", bundle=digest, edit=ask.edit, strength=ask.strength, scope=scope
+                id=f"{round_number}-{number}",
+                bundle=digest,
+                edit=ask.edit,
+                gate=None if ask.gate is None else GateOrder(**ask.gate),
+                strength=ask.strength,
+                scope=Scope(ask.scope),
             ).to_json()
         parameters.append(
             SamplingParams(
-                # vLLM refuses n > 1 for greedy requests; this temperature picks the best token all the same.
-                temperature=0.0 if ask.samples == 1 else 1e-4,
+                # vLLM refuses n > 1 for greedy requests; of one candidate the best is picked all the same.
+                temperature=0.0 if ask.samples == 1 else 1.0,
+                top_k=0 if ask.samples == 1 else 1,
                 # Stock vLLM 0.32 ends a CPU engine at a seeded request whose prompt is chunked; ours must not.
                 seed=1 if digest else None,
                 n=ask.samples,
