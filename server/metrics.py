@@ -1,6 +1,7 @@
 """Metrics of the gateway: prefix `steering_`, base units, labels from closed sets only.
 
-Labels never hold what a client wrote: profiles and categories come from the loaded bundles, statuses are numbers.
+`steered` is true where something was edited, which is not so where a gate abstained. Labels never hold what a client
+wrote: profiles and categories come from the loaded bundles, statuses are numbers.
 Knows nothing of HTTP, vLLM or torch.
 """
 
