@@ -1,27 +1,61 @@
 """Engine bench: tokens per second of a batch, steering against stock vLLM, in alternating rounds.
 
-Both engines stay resident and one works at a time. Every pair is a round of stock vLLM and a round of one arm with the
-same prompts, in turns the one and the other first: what slows the machine for longer than a pair slows both.
+Both engines stay resident and one works at a time. Every pair is a round of one arm and a round of what it is compared
+with, in turns the one and the other first: what slows the machine for longer than a pair slows both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 from server.bench.companion import Companion, companion
 from server.bench.report import Ratio, ratio_of
-from server.bench.subject import Subject
+from server.bench.subject import Kind, Subject
 from steering.errors import EditNotApplied, PluginNotArmed
 
 RESIDENT = "server.bench.resident"
 WITHOUT_PLUGINS = {"VLLM_PLUGINS": "none-of-them"}
 """vLLM loads the plugins named here and no other: nothing of ours is in the stock process."""
 
-TARGETS = {"idle": 0.97, "steered": 0.93}
 WARM_UP = 3
 """Rounds of each arm before the first pair: compiled code, caches and thread pools are there afterwards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """What is compared with what.
+
+    Attributes:
+        name: `this ÷ that`.
+        runner, reference: the engines that do this and that; the reference is never steered.
+        plans: one per request of the runner's rounds; none leaves them unsteered.
+        kind: of the plans.
+        is_first_token: rounds of one token per request, one after the other.
+        target: what the median ratio must reach.
+    """
+
+    name: str
+    runner: Companion
+    reference: Companion
+    plans: Sequence[str] = ()
+    kind: Kind | None = None
+    is_first_token: bool = False
+    target: float | None = None
+
+    def pair(self, seed: int, turn: int) -> list[dict[str, Any]]:
+        """A round of either, first the one and then the other by `turn`; this one's answer, then the reference's.
+
+        Prompts are alike, or where one engine plays both, others of the same length: it would find them in its cache.
+        """
+        seeds = [10_000 + seed, 10_000_000 + seed if self.runner is self.reference else 10_000 + seed]
+        orders = _turned([(self.reference, [], seeds[0]), (self.runner, list(self.plans), seeds[1])], turn)
+        answers = [
+            each.ask(seed=number, plans=plans, is_first_token=self.is_first_token) for each, plans, number in orders
+        ]
+        return _turned(answers, turn + 1)
 
 
 def measure(
@@ -56,11 +90,7 @@ def measure(
         "tokens": tokens,
         "vocabulary": subject.bundle.manifest.model.vocabulary,
     }
-    arms = {
-        "idle": [],
-        "steered": [plan.to_json() for plan in subject.plans(batch, distinct=False)],
-        "distinct": [plan.to_json() for plan in subject.plans(batch, distinct=True)],
-    }
+    plans = {kind: [plan.to_json() for plan in subject.plans(batch, kind)] for kind in Kind}
     with ExitStack() as stack:
 
         def start(bundles: list[str], environment: dict[str, str] | None = None) -> Companion:
@@ -72,44 +102,68 @@ def measure(
         stock = start([], WITHOUT_PLUGINS)
         say("starting vLLM with the bundle")
         steering = start([str(subject.bundle.path.resolve())])
-        runners = dict.fromkeys(arms, steering)
+        arms = [Arm(name="idle ÷ stock vLLM", runner=steering, reference=stock, target=0.97)]
+        arms += [
+            Arm(
+                name=f"{kind} ÷ stock vLLM",
+                runner=steering,
+                reference=stock,
+                plans=plans[kind],
+                kind=kind,
+                target=target,
+            )
+            for kind, target in ((Kind.STEERED, 0.93), (Kind.DISTINCT, None), (Kind.AUTO, None))
+        ]
+        gated = Arm(
+            name="auto ÷ unsteered",
+            runner=steering,
+            reference=steering,
+            plans=plans[Kind.AUTO],
+            kind=Kind.AUTO,
+            target=0.97,
+        )
+        arms += [gated, replace(gated, name="auto ÷ unsteered, first token", is_first_token=True)]
         if with_control:
             say("starting stock vLLM a second time")
-            runners["stock again"], arms["stock again"] = start([], WITHOUT_PLUGINS), []
-        layers = {name: _layers(subject, distinct=name == "distinct") if plans else [] for name, plans in arms.items()}
+            arms.append(Arm(name="stock again ÷ stock vLLM", runner=start([], WITHOUT_PLUGINS), reference=stock))
         seed = 0
         for _ in range(WARM_UP):
-            seed += 1
-            stock.ask(seed=seed, plans=[])
-            for name, runner in runners.items():
-                runner.ask(seed=seed * 1000 + len(name), plans=arms[name])
-        rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-        work: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-        for turn in range(pairs):
-            for name, runner in runners.items():
+            for arm in arms:
                 seed += 1
-                order = [(stock, []), (runner, arms[name])]
-                answers = [each.ask(seed=10_000 + seed, plans=plans) for each, plans in _turned(order, turn)]
-                mine, reference = _turned(answers, turn + 1)
-                if mine["edited"] != layers[name]:
-                    raise EditNotApplied(f"round {name!r} edited layers {mine['edited']}, its plans {layers[name]}")
-                assert mine["tokens"] == reference["tokens"] == batch * tokens
-                rounds[name].append((mine["tokens"] / mine["seconds"], reference["tokens"] / reference["seconds"]))
-                work[name].append(
+                arm.pair(seed, turn=seed)
+        rounds: dict[str, list[tuple[float, float]]] = {arm.name: [] for arm in arms}
+        work: dict[str, list[tuple[float, float]]] = {arm.name: [] for arm in arms}
+        for turn in range(pairs):
+            for arm in arms:
+                seed += 1
+                mine, reference = arm.pair(seed, turn)
+                _check_edited(arm, mine, subject)
+                assert mine["tokens"] == reference["tokens"] == batch * (1 if arm.is_first_token else tokens)
+                rounds[arm.name].append((mine["tokens"] / mine["seconds"], reference["tokens"] / reference["seconds"]))
+                work[arm.name].append(
                     (mine["tokens"] / mine["processor_seconds"], reference["tokens"] / reference["processor_seconds"])
                 )
             say(f"engine: pair {turn + 1} of {pairs}: " + ", ".join(_last(name, rounds[name]) for name in rounds))
-    ratios = [ratio_of(f"{name} ÷ stock vLLM", rounds[name], target=TARGETS.get(name)) for name in rounds]
+    ratios = [ratio_of(arm.name, rounds[arm.name], target=arm.target) for arm in arms]
     # The same rounds by processor time, which a neighbour on the machine disturbs less.
-    ratios += [ratio_of(f"{name} ÷ stock vLLM, by work", work[name]) for name in work]
+    ratios += [ratio_of(f"{name}, by work", work[name]) for name in work]
     facts = {"batch": batch, "tokens": tokens, "options": settings["options"]}
     facts["tokens_per_second"] = {name: _columns(each) for name, each in rounds.items()}
     facts["tokens_per_processor_second"] = {name: _columns(each) for name, each in work.items()}
     return facts, ratios
 
 
+def _check_edited(arm: Arm, answer: dict[str, Any], subject: Subject) -> None:
+    """The layers that edited a token are those the plans name; of those a gate may choose from, at least one."""
+    edited = set(answer["edited"])
+    possible = set() if arm.kind is None else subject.layers(arm.kind)
+    is_right = bool(edited) and edited <= possible if arm.kind is Kind.AUTO else edited == possible
+    if not is_right:
+        raise EditNotApplied(f"a round of {arm.name!r} edited layers {sorted(edited)}, its plans {sorted(possible)}")
+
+
 def _columns(pairs: list[tuple[float, float]]) -> dict[str, list[float]]:
-    return {"arm": [round(arm, 1) for arm, _ in pairs], "stock_beside": [round(stock, 1) for _, stock in pairs]}
+    return {"arm": [round(arm, 1) for arm, _ in pairs], "reference": [round(beside, 1) for _, beside in pairs]}
 
 
 def _turned(order: list[Any], turn: int) -> list[Any]:
@@ -120,11 +174,6 @@ def _turned(order: list[Any], turn: int) -> list[Any]:
 def _last(name: str, rounds: list[tuple[float, float]]) -> str:
     arm, reference = rounds[-1]
     return f"{name} {arm / reference:.3f} ({arm:.0f} tok/s)"
-
-
-def _layers(subject: Subject, *, distinct: bool) -> list[int]:
-    names = {plan.edit for plan in subject.plans(len(subject.bundle.edits), distinct=distinct)}
-    return sorted({terms.layer for name in names for terms in subject.bundle.edits[name].layers})
 
 
 def _check(about: dict[str, Any], *, is_steering: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from server.bench.subject import Subject
+from server.bench.subject import Kind, Subject
 from steering.engine.bank import Bank
 from steering.engine.rows import Rows
 
@@ -27,13 +27,14 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
 
 
 def _measured(subject: Subject, batch: int, steered: int) -> dict[str, Any]:
-    layers = sorted({layer for edit in subject.bundle.manifest.edits for layer in edit.layers})
-    width = subject.bundle.manifest.model.hidden_size
-    bank = Bank(layers=layers, width=width, terms=256, device=torch.device("cpu"))
+    manifest = subject.bundle.manifest
+    layers = {layer for edit in manifest.edits for layer in edit.layers} | {probe.layer for probe in manifest.probes}
+    width = manifest.model.hidden_size
+    bank = Bank(layers=sorted(layers), width=width, terms=256, device=torch.device("cpu"))
     bank.load(subject.bundle)
     rows = Rows(bank=bank, requests=batch, tokens=8192, device=torch.device("cpu"))
     names = [f"request-{number}" for number in range(batch)]
-    for name, plan in zip(names[:steered], subject.plans(max(1, steered), distinct=True), strict=False):
+    for name, plan in zip(names[:steered], subject.plans(max(1, steered), Kind.DISTINCT), strict=False):
         rows.add(name, plan, 32)
     tokens, computed = np.ones(batch, dtype=np.int32), np.full(batch, 32, dtype=np.int32)
     rows.write_step(names, tokens * 32, computed * 0)

@@ -47,12 +47,13 @@ class Resident:
             return {"steering": False, "plugin_modules": loaded}
         return {"steering": True, "report": self._llm.collective_rpc("steering_report")[0]}
 
-    def round(self, seed: int, plans: list[str]) -> dict[str, Any]:
+    def round(self, seed: int, plans: list[str], is_first_token: bool = False) -> dict[str, Any]:
         """Generate one batch of random prompts.
 
         Args:
             seed: of the prompts; the same in both rounds of a pair, and never used twice in one engine.
             plans: one JSON plan per request, or none at all.
+            is_first_token: one request after the other, one token each: the time to the first token of an idle engine.
 
         Returns:
             seconds; seconds of processor time, of this process and its engine's; tokens generated; and the layers that
@@ -71,7 +72,7 @@ class Resident:
         parameters = [
             SamplingParams(
                 temperature=0.0,
-                max_tokens=settings["tokens"],
+                max_tokens=1 if is_first_token else settings["tokens"],
                 ignore_eos=True,
                 extra_args={"trimtab": plans[number]} if plans else None,
             )
@@ -80,7 +81,13 @@ class Resident:
         if self._is_steering:
             self._llm.collective_rpc("steering_clear_witness")
         worked, began = _processor_seconds(), time.perf_counter()
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        if is_first_token:
+            outputs = [
+                self._llm.generate([prompt], [asked], use_tqdm=False)[0]
+                for prompt, asked in zip(prompts, parameters, strict=True)
+            ]
+        else:
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         seconds, worked = time.perf_counter() - began, _processor_seconds() - worked
         edited = self._llm.collective_rpc("steering_report")[0]["witness"] if self._is_steering else []
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)

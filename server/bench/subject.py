@@ -7,6 +7,7 @@ with random directions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -14,11 +15,21 @@ import torch
 from steering.bundle import Bundle, load_bundle, save_bundle
 from steering.errors import OperatorError
 from steering.fingerprint import Fingerprint, fingerprint_of
-from steering.plan import Plan
+from steering.gate import Probe
+from steering.manifest import Profile
+from steering.plan import GateOrder, Plan
 from steering.terms import Edit, added_direction
 
 DEMO = Path(__file__).resolve().parents[2] / "artifacts" / "demo"
 EDITS = 8
+
+
+class Kind(StrEnum):
+    """What the requests of a batch ask for: one edit for all, all different, or a gate that decides."""
+
+    STEERED = "steered"
+    DISTINCT = "distinct"
+    AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,20 +58,48 @@ class Subject:
             "layers": layers,
         }
 
-    def plans(self, count: int, *, distinct: bool) -> list[Plan]:
-        """Plans of one batch: all the default profile's edit at its strength, or all different from each other."""
-        profile = self.bundle.manifest.profiles[0]
+    def plans(self, count: int, kind: Kind) -> list[Plan]:
+        """Plans of one batch; see `Kind`.
+
+        Raises:
+            OperatorError: gates are to decide, and the bundle has none.
+        """
+        profile = self._gated if kind is Kind.AUTO else self.bundle.manifest.profiles[0]
         names = list(self.bundle.edits)
         first = next(iter({**profile.comply, **profile.refuse}.values()), names[0])
+        if kind is Kind.AUTO:
+            # The hard sign: every request is edited, so that all the work there can be is done.
+            order = GateOrder(profile=profile.name, comply_below=0.5, refuse_above=0.5)
+            return [
+                Plan(id=f"bench-{number}", bundle=self.bundle.digest, gate=order, strength=profile.strength)
+                for number in range(count)
+            ]
         return [
             Plan(
                 id=f"bench-{number}",
                 bundle=self.bundle.digest,
-                edit=names[number % len(names)] if distinct else first,
-                strength=profile.strength * (0.5 + (number + 1) / count) if distinct else profile.strength,
+                edit=names[number % len(names)] if kind is Kind.DISTINCT else first,
+                strength=profile.strength * (0.5 + (number + 1) / count) if kind is Kind.DISTINCT else profile.strength,
             )
             for number in range(count)
         ]
+
+    def layers(self, kind: Kind) -> set[int]:
+        """Layers that plans of this kind may edit: all of them where edits are named, some where a gate decides."""
+        if kind is Kind.AUTO:
+            profile = self._gated
+            names = {*profile.refuse.values(), *profile.comply.values()}
+        else:
+            names = {str(plan.edit) for plan in self.plans(len(self.bundle.edits), kind)}
+        return {terms.layer for name in names for terms in self.bundle.edits[name].layers}
+
+    @property
+    def _gated(self) -> Profile:
+        default = self.bundle.manifest.profile(self.bundle.manifest.default_profile)
+        for profile in (default, *self.bundle.manifest.profiles):
+            if profile.gate is not None:
+                return profile
+        raise OperatorError(f"bundle {self.bundle.label} has no profile with a gate to measure")
 
 
 def subject_of(model: Path | None, bundle: Path | None, folder: Path) -> Subject:
@@ -88,7 +127,7 @@ def subject_of(model: Path | None, bundle: Path | None, folder: Path) -> Subject
 
 
 def _random_bundle(path: Path, model: Fingerprint) -> Bundle:
-    """Additions at the middle layer, as P1 makes them: one layer, one term."""
+    """Additions at the middle layer, as P1 makes them, one layer and one term, and a gate that reads there."""
     draw = torch.Generator().manual_seed(0)
     layer = model.layers // 2
     edits = {}
@@ -96,11 +135,19 @@ def _random_bundle(path: Path, model: Fingerprint) -> Bundle:
         direction = torch.nn.functional.normalize(torch.randn(model.hidden_size, generator=draw), dim=0)
         terms = added_direction(layer=layer, direction=direction, coefficient=1.0)
         edits[f"random-{number}"] = Edit(name=f"random-{number}", layers=(terms,))
+    probe = Probe(
+        name="random",
+        layer=layer,
+        categories=("any",),
+        weight=torch.randn(2, model.hidden_size, generator=draw) / model.hidden_size**0.5,
+        bias=torch.zeros(2),
+    )
     manifest = {
         "name": "random",
         "version": "1",
         "model": model.model_dump(),
         "categories": [{"name": "any"}],
+        "probes": [{"name": "random"}],
         "edits": [
             {
                 "name": name,
@@ -115,10 +162,11 @@ def _random_bundle(path: Path, model: Fingerprint) -> Bundle:
             {
                 "name": "random",
                 "refuse": {"any": "random-0"},
-                "comply": {"any": "random-0"},
+                "comply": {"any": "random-1"},
                 "default_category": "any",
+                "gate": {"probe": "random", "comply_below": 0.5, "refuse_above": 0.5},
             }
         ],
         "default_profile": "random",
     }
-    return save_bundle(path, manifest, edits)
+    return save_bundle(path, manifest, edits, {probe.name: probe})

@@ -16,7 +16,7 @@ from server.bench import host, report
 from server.bench.cli import app
 from server.bench.companion import companion
 from server.bench.report import ratio_of
-from server.bench.subject import subject_of
+from server.bench.subject import Kind, Subject, subject_of
 from steering.errors import EngineError, FingerprintMismatch, OperatorError
 from tests.samples import random_edit, write_bundle
 
@@ -89,11 +89,23 @@ def test_a_model_without_a_bundle_is_measured_with_random_directions(model: Path
 def test_plans_are_all_alike_or_all_different(model: Path, tmp_path: Path) -> None:
     """`steered` uses one edit at one strength, `distinct` as many (edit, strength) pairs as there are requests."""
     subject = subject_of(model, None, tmp_path)
-    alike = {(plan.edit, plan.strength) for plan in subject.plans(32, distinct=False)}
-    different = {(plan.edit, plan.strength) for plan in subject.plans(32, distinct=True)}
+    alike = {(plan.edit, plan.strength) for plan in subject.plans(32, Kind.STEERED)}
+    different = {(plan.edit, plan.strength) for plan in subject.plans(32, Kind.DISTINCT)}
     assert len(alike) == 1
     assert len(different) == 32
     assert len({edit for edit, _ in different}) == len(subject.bundle.edits)
+
+
+def test_a_gate_decides_for_every_request_of_its_arm(model: Path, tmp_path: Path) -> None:
+    """`auto` names no edit: the hard sign makes the gate edit each request, at layers that the arm knows."""
+    subject = subject_of(model, None, tmp_path)
+    plans = subject.plans(4, Kind.AUTO)
+    assert {plan.edit for plan in plans} == {None}
+    assert {(plan.gate.comply_below, plan.gate.refuse_above) for plan in plans if plan.gate} == {(0.5, 0.5)}
+    assert subject.layers(Kind.AUTO) == {2}
+    ungated = write_bundle(tmp_path / "ungated", {"e": random_edit("e", ranks={0: 1})})
+    with pytest.raises(OperatorError, match="no profile with a gate"):
+        Subject(model=model, bundle=ungated, is_random=False).plans(1, Kind.AUTO)
 
 
 def test_a_bundle_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
