@@ -75,7 +75,8 @@ class OutcomeListener:
         """Outcomes of a plan, once `samples` of them are there.
 
         Raises:
-            EditNotApplied: fewer came within `timeout` seconds, or the engine says an edit was not applied.
+            EditNotApplied: fewer came within `timeout` seconds, or the engine says that an edit was not applied or a
+                gate could not decide. A gate that decided to edit nothing is no error.
         """
         self.expect(plan_id)
         outcomes, arrived = self._expected[plan_id], self._arrived[plan_id]
@@ -89,7 +90,7 @@ class OutcomeListener:
                 f"the engine confirmed {len(outcomes)} of {samples} edits within {timeout} s; the answer is withheld"
             ) from None
         for outcome in outcomes.values():
-            if not outcome.applied:
+            if outcome.error or not (outcome.applied or outcome.decision):
                 raise EditNotApplied(f"the engine did not apply edit {outcome.edit!r}: {outcome.error}")
         return list(outcomes.values())
 
