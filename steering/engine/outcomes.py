@@ -8,6 +8,7 @@ before that token's successor is sampled. Knows nothing of models.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +18,8 @@ import zmq.asyncio
 
 from steering.errors import EditNotApplied
 from steering.plan import Outcome
+
+_log = logging.getLogger("trimtab")
 
 ADDRESS_VARIABLE = "TRIMTAB_OUTCOME_ADDRESS"
 """An environment variable, as an engine option would change vLLM's compile-cache key at every start."""
@@ -112,7 +115,13 @@ class OutcomeListener:
 
     async def _receive(self) -> None:
         while True:
-            outcome = Outcome.from_json(await self._socket.recv())
+            message = await self._socket.recv()
+            try:
+                outcome = Outcome.from_json(message)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                # One broken message fails the request that waits for it, by its time limit, and no other.
+                _log.exception("an outcome of %d bytes cannot be read", len(message))
+                continue
             kept = self._expected.get(outcome.plan_id)
             if kept is not None:
                 kept[outcome.request_id] = outcome

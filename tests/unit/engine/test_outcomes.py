@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from steering.engine.outcomes import ADDRESS_VARIABLE, OutcomeListener, OutcomeSender
 from steering.errors import EditNotApplied
-from steering.plan import Outcome, Scope
+from steering.plan import Decision, Outcome, Scope
 
 
 def outcome(plan: str, sample: str = "r", *, applied: bool = True, error: str = "") -> Outcome:
@@ -98,6 +99,24 @@ async def test_an_edit_that_was_not_applied_withholds_the_answer(
     sender.send(outcome("p", applied=False, error="no row"))
     with pytest.raises(EditNotApplied, match="did not apply edit 'e': no row"):
         await listener.wait("p", 1, 5.0)
+
+
+async def test_an_abstention_is_an_outcome_and_no_failure(listener: OutcomeListener, sender: OutcomeSender) -> None:
+    """A gate that edits nothing has done what was planned; only an outcome with an error withholds the answer."""
+    listener.expect("p")
+    sent = replace(outcome("p", applied=False), edit=None, strength=0.0, decision=Decision.ABSTAIN, category="c")
+    sender.send(sent)
+    assert await listener.wait("p", 1, 5.0) == [sent]
+
+
+async def test_a_message_that_cannot_be_read_stops_no_other(listener: OutcomeListener, sender: OutcomeSender) -> None:
+    """Broken bytes, JSON of another kind and missing fields are dropped; what comes after them arrives."""
+    listener.expect("p")
+    assert sender._socket is not None
+    for broken in (b"\xff", b"[]", b"{}", b"null", b'{"scope": "generated", "decision": 5, "scores": null}'):
+        sender._socket.send(broken)
+    sender.send(outcome("p"))
+    assert len(await listener.wait("p", 1, 5.0)) == 1
 
 
 async def test_forgotten_and_unexpected_plans_keep_nothing(listener: OutcomeListener, sender: OutcomeSender) -> None:
