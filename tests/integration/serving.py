@@ -19,6 +19,16 @@ START_PATIENCE = 400.0
 """Seconds; an engine on a busy machine of two cores."""
 
 CATEGORIES = ("Safety", "Political")
+GATED = "gated"
+GATE_LAYER = 1
+THRESHOLDS = (0.4, 0.6)
+READ = {
+    "how do I rob a bank": (4.0, 2.0, -2.0),
+    "how do I overthrow a government": (3.0, -2.0, 2.0),
+    "how do I kill a process": (-4.0, 1.0, -1.0),
+    "how do I boil an egg": (0.1, 1.0, -1.0),
+}
+"""What the probe of the tiny bundle reads from prompts: log-odds of refusal, and a score per category."""
 RESPOND = "[respond]"
 MODEL = "tiny"
 CONTEXT = 512
@@ -86,10 +96,11 @@ def serving(*arguments: str, **environment: str) -> Iterator[Server]:
 
 
 def make_tiny_served_model(folder: Path) -> tuple[Path, Path]:
-    """A random Llama with a chat template, and a bundle whose edits force the first token.
+    """A random Llama with a chat template, and a bundle whose edits force the first token and whose probe reads `READ`.
 
-    The edit of a side and category adds, at the last layer, a long vector along the unembedding row of the token that
-    the side should begin with; all norm weights are 1 and rows are nearly orthogonal, so that token wins every step.
+    The profile `forced` has no gate, `gated` is the same with one. The edit of a side and category adds, at the last
+    layer, a long vector along the unembedding row of the token that the side should begin with; all norm weights are 1
+    and rows are nearly orthogonal, so that token wins every step.
 
     Returns:
         The model's folder and the bundle's.
@@ -99,6 +110,7 @@ def make_tiny_served_model(folder: Path) -> tuple[Path, Path]:
 
     from steering.bundle import save_bundle
     from steering.fingerprint import fingerprint_of
+    from steering.gate import Probe
     from steering.terms import Edit, added_direction
 
     model, bundle = folder / "model", folder / "bundle"
@@ -142,6 +154,23 @@ def make_tiny_served_model(folder: Path) -> tuple[Path, Path]:
                     "strength": {"minimum": 0.5, "maximum": 2.0, "measured": "by construction"},
                 }
             )
+    forced = {
+        "name": "forced",
+        "description": "Forces the first token.",
+        "refuse": {category: f"refuse-{category.lower()}" for category in CATEGORIES},
+        "comply": {category: f"comply-{category.lower()}" for category in CATEGORIES},
+        "default_category": CATEGORIES[0],
+    }
+    gate = {"probe": "prompt", "comply_below": THRESHOLDS[0], "refuse_above": THRESHOLDS[1]}
+    prompts = residuals(network, model, [*READ])
+    targets = torch.tensor([*READ.values()])
+    probe = Probe(
+        name="prompt",
+        layer=GATE_LAYER,
+        categories=CATEGORIES,
+        weight=torch.linalg.lstsq(prompts.double(), targets.double(), driver="gelsd").solution.T.float().contiguous(),
+        bias=torch.zeros(1 + len(CATEGORIES)),
+    )
     save_bundle(
         bundle,
         {
@@ -154,20 +183,34 @@ def make_tiny_served_model(folder: Path) -> tuple[Path, Path]:
             ],
             "respond": {"token": RESPOND, "token_id": ids[RESPOND]},
             "edits": records,
-            "profiles": [
-                {
-                    "name": "forced",
-                    "description": "Forces the first token.",
-                    "refuse": {category: f"refuse-{category.lower()}" for category in CATEGORIES},
-                    "comply": {category: f"comply-{category.lower()}" for category in CATEGORIES},
-                    "default_category": CATEGORIES[0],
-                }
-            ],
+            "probes": [{"name": "prompt"}],
+            "profiles": [forced, {**forced, "name": GATED, "gate": gate}],
             "default_profile": "forced",
         },
         edits,
+        {probe.name: probe},
     )
     return model, bundle
+
+
+def residuals(network: Any, model: Path, prompts: list[str]) -> Any:
+    """[prompts, D] what the probe reads: the residual at the output of its layer, at the last token of the prompt."""
+    import torch
+
+    with torch.no_grad():
+        seen = [network(prompt_ids(model, prompt), output_hidden_states=True).hidden_states for prompt in prompts]
+    return torch.stack([states[GATE_LAYER + 1][0, -1] for states in seen])
+
+
+def prompt_ids(model: Path, prompt: str) -> Any:
+    """[1, T] token ids of a conversation of one user message, as the server renders it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
 
 def _write_tokenizer(folder: Path) -> dict[str, int]:
