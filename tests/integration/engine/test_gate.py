@@ -6,12 +6,14 @@ some are refused, some complied with and some left alone.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from steering.bundle import Bundle, save_bundle
 from steering.gate import rule
@@ -28,6 +30,9 @@ SIDES = (
     {"one": "reposition", "two": "add", "three": "add"},
 )
 LATE = ({"one": "reposition", "two": "reposition"}, {"one": "reposition", "three": "reposition"})
+STRANGE = 255
+"""A token that no prompt of these tests holds."""
+
 CROWDED: dict[str, Any] = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": 64,
@@ -184,30 +189,39 @@ class TestGate:
 
 
 def test_many_requests_decide_in_one_step(gated: Gated, tmp_path: Path) -> None:
-    """64 prompts of one step, all decided in it; a plan for an unknown gate beside them ends alone."""
+    """64 prompts decided in one step; beside them, plans for unknown names and a prompt of NaN end or fail alone."""
     prompts = [prompt_of(4, 300 + number) for number in range(64)]
     low, high = thresholds(gated, prompts)
-    asks = [
-        Ask(prompt=prompt, count=2, gate={"profile": "gate", "comply_below": low, "refuse_above": high})
-        for prompt in prompts
+    order: dict[str, Any] = {"profile": "gate", "comply_below": low, "refuse_above": high}
+    asks = [Ask(prompt=prompt, count=1, gate=order) for prompt in prompts]
+    odd = [
+        Ask(prompt=prompts[0], count=1, gate={**order, "profile": "absent"}),
+        Ask(prompt=prompts[0], count=1, gate={**order, "categories": ("four",)}),
+        Ask(prompt=(5, 6, STRANGE), count=1, gate=order),
     ]
-    bad = Ask(prompt=prompts[0], count=2, gate={"profile": "absent", "comply_below": low, "refuse_above": high})
-    strange = Ask(
-        prompt=prompts[0],
-        count=2,
-        gate={"profile": "gate", "comply_below": low, "refuse_above": high, "categories": ("four",)},
-    )
     scenario = Scenario(
-        model=str(gated.tiny.model),
+        model=str(_with_a_token_of_nan(gated.tiny.model, tmp_path / "model")),
         bundle=str(gated.bundle.path),
-        rounds=[[*asks, bad, strange]],
+        rounds=[[*asks, *odd]],
         arguments={"max_num_seqs": 80, "max_num_batched_tokens": 512},
     )
     result = play(scenario, tmp_path)
     check_against_oracle(gated.tiny.oracle, [gated.expected(ask) for ask in asks], result.rounds[0][:64])
     check_outcomes(gated, asks, result.outcomes, 0)
-    assert [got.finish for got in result.rounds[0][64:]] == [["error"], ["error"]]
-    assert result.steps[0] <= 4, "64 prompts of 4 tokens fit into one step"
+    assert [got.finish for got in result.rounds[0][64:66]] == [["error"], ["error"]]
+    (failed,) = [outcome for outcome in result.outcomes if outcome["plan_id"] == "0-66"]
+    assert (failed["applied"], failed["edit"], failed["decision"]) == (False, None, None)
+    assert "not finite" in failed["error"]
+    assert result.steps[0] <= 3, "66 prompts of 3 or 4 tokens fit into one step"
+
+
+def _with_a_token_of_nan(model: Path, folder: Path) -> Path:
+    """A copy of the model in which one token's embedding is not a number."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][STRANGE] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.mark.timeout(900)
