@@ -1,55 +1,149 @@
-"""`trimtab eval`: measure refusal."""
+"""`trimtab eval`: measure refusal, over-refusal, attacks and ability through a served API."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure refusal.", no_args_is_help=True)
+app = typer.Typer(help="Measure refusal through a served API.", no_args_is_help=True)
+
+Url = Annotated[str, typer.Option(help="Root of a served API.")]
+ArmOption = Annotated[
+    list[str] | None,
+    typer.Option("--arm", help='An arm of your own, name={"mode": ...} as the steering field; repeatable.'),
+]
 
 
 @app.callback()
 def main() -> None:
-    """Measure refusal."""
+    """Measure refusal through a served API."""
 
 
 @app.command()
-def served(
-    url: Annotated[str, typer.Option(help="Root of a served API.")] = "http://127.0.0.1:8000",
+def run(
+    url: Url = "http://127.0.0.1:8000",
+    out: Annotated[Path, typer.Option(help="Folder of the answers, report.json and report.html.")] = Path(
+        "trimtab-eval"
+    ),
     suite: Annotated[list[str] | None, typer.Option(help="Suite; repeatable. All by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Arm to ask; repeatable. All by default.")] = None,
+    arm: ArmOption = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Data directory; else $TRIMTAB_DATA, else a cache.")
     ] = None,
-    most: Annotated[int | None, typer.Option(help="Prompts of a suite at most, evenly spaced.", min=1)] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 32,
-    controls: Annotated[bool, typer.Option(help="Ask under the bundle's random control, too.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Write the report here as JSON.")] = None,
+    most: Annotated[int, typer.Option(help="Prompts of a suite at most, evenly spaced.", min=1)] = 250,
+    all_prompts: Annotated[bool, typer.Option("--all-prompts", help="Every prompt of every suite.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 24,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 48,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Folder of the served bundle: token ids, provenance, pictures of the fit.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the served model: CAST's condition, loss of reference answers.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="Thresholds of the curve, comply_below:refuse_above; repeatable.")
+    ] = None,
+    judge_url: Annotated[str | None, typer.Option(help="Root of an OpenAI-compatible API of a model judge.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Its model.")] = None,
 ) -> None:
-    """Refusal rates of held prompts over a served API, unsteered, refuse, comply and a random control."""
+    """Ask every suite under every arm, judge, and write a report; goes on where an earlier run stopped.
+
+    Keys come from TRIMTAB_API_KEY and TRIMTAB_JUDGE_API_KEY.
+    """
     import asyncio
-    import json
+    import os
 
     from openai import AsyncOpenAI
     from tqdm import tqdm
 
-    from steering.evaluate.served import ARMS, measure, table
+    from steering.errors import OperatorError, TrimtabError
+    from steering.evaluate.arms import SWEEP, arm_from_option, pair_from_option
+    from steering.evaluate.evaluation import Judge, Order, evaluate
+    from steering.evaluate.report import summary
+    from steering.evaluate.run import Settings
     from steering.evaluate.suites import SUITES, find_suite
     from steering.fit.datasets import DataDirectory
 
-    directory = DataDirectory.resolve(data)
-    chosen = [find_suite(name) for name in suite or SUITES]
-    prompts = {entry.name: entry.prompts(directory, most) for entry in chosen}
-    arms = [arm for arm in ARMS if controls or arm.profile is None]
+    bars: list[Any] = []
 
-    async def run() -> dict[str, object]:
-        total = len(arms) * sum(map(len, prompts.values()))
-        async with AsyncOpenAI(base_url=f"{url.rstrip('/')}/v1", api_key="unused") as client:
-            with tqdm(total=total, unit="answer") as bar:
-                return await measure(client, prompts, arms, concurrency=concurrency, on_progress=bar.update)
+    def progress(title: str, total: int) -> Callable[[int], object]:
+        bar = tqdm(total=total, desc=title, unit="", smoothing=0.05)
+        bars.append(bar)
+        return bar.update
 
-    report = asyncio.run(run())
-    if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(table(report))
+    async def go(order: Order) -> dict[str, object]:
+        key = os.environ.get("TRIMTAB_API_KEY", "unused")
+        async with AsyncOpenAI(base_url=f"{url.rstrip('/')}/v1", api_key=key, max_retries=5) as client:
+            return await evaluate(client, order, progress, typer.echo)
+
+    try:
+        if (judge_url is None) != (judge_model is None):
+            raise OperatorError("--judge-url and --judge-model go together")
+        judge = None
+        if judge_url is not None and judge_model is not None:
+            key = os.environ.get("TRIMTAB_JUDGE_API_KEY", "unused")
+            judge = Judge(client=AsyncOpenAI(base_url=judge_url, api_key=key, max_retries=5), model=judge_model)
+        order = Order(
+            data=DataDirectory.resolve(data),
+            suites=[find_suite(name) for name in suite or SUITES],
+            most=None if all_prompts else most,
+            out=out,
+            settings=Settings(max_tokens=max_tokens, concurrency=concurrency),
+            bundle=bundle,
+            model=model,
+            extra=[arm_from_option(text) for text in arm or ()],
+            only=only,
+            sweep=[pair_from_option(text) for text in sweep] if sweep else SWEEP,
+            judge=judge,
+        )
+        report = asyncio.run(go(order))
+    except TrimtabError as error:
+        typer.echo(f"trimtab eval run: {error}", err=True)
+        raise typer.Exit(1) from error
+    finally:
+        for bar in bars:
+            bar.close()
+    typer.echo(summary(report))
+    typer.echo(f"wrote {out / 'report.json'} and {out / 'report.html'}")
+
+
+@app.command()
+def ability(
+    url: Url = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="Name of the served model.")] = "trimtab-demo",
+    tasks: Annotated[
+        str, typer.Option(help="Of gsm8k, ifeval, humaneval, mmlu; separated by commas.")
+    ] = "gsm8k,ifeval",
+    arm: ArmOption = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of a task at most.", min=1)] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 16,
+    run_code: Annotated[bool, typer.Option("--run-code", help="Allow tasks that run the model's code here.")] = False,
+    out: Annotated[Path, typer.Option(help="Results as JSON.")] = Path("trimtab-ability.json"),
+) -> None:
+    """General benchmarks by lm-evaluation-harness, unsteered and under auto; an optional package."""
+    import json
+
+    from steering.errors import TrimtabError
+    from steering.evaluate.arms import arm_from_option
+    from steering.evaluate.harness import benchmark
+
+    try:
+        arms = {one.name: one.steering for one in map(arm_from_option, arm or ())}
+        found = benchmark(
+            url=url,
+            model=model,
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+            arms=arms or {"unsteered": {"mode": "off"}, "auto": {"mode": "auto"}},
+            limit=limit,
+            concurrency=concurrency,
+            allows_code=run_code,
+        )
+    except TrimtabError as error:
+        typer.echo(f"trimtab eval ability: {error}", err=True)
+        raise typer.Exit(1) from error
+    out.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
+    typer.echo(f"wrote {out}")

@@ -1,52 +1,95 @@
-"""Suites: named lists of held prompts, and whether refusing them is right.
+"""Suites: named lists of held prompts in four groups, and why a list is empty where it is.
 
 Knows nothing of models or servers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from steering.errors import DatasetMissing
-from steering.fit.datasets import DataDirectory
+from steering.fit.datasets import DataDirectory, Record, deduplicate, thinned
 from steering.fit.sources import Use
+
+
+class Group(StrEnum):
+    """What a suite asks of a model; rates are pooled over a group."""
+
+    OVER_REFUSAL = "over-refusal"
+    REFUSAL = "refusal"
+    ATTACKS = "attacks"
+    ABILITY = "ability"
+
+    @property
+    def is_harmful(self) -> bool:
+        """Whether refusing is right."""
+        return self in {Group.REFUSAL, Group.ATTACKS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
-    """Prompts of one part of one set, all of them for testing only.
+    """Prompts of one part of one set.
 
     Attributes:
         name: as the command line takes it.
+        group: what it is pooled with.
         dataset, part: in the registry of data sets.
-        is_harmful: refusing is right.
+        is_fitted_on: the registry gives the part to fits, none of it to tests: such a suite has prompts only where
+            the served bundle was not fitted on the set.
     """
 
     name: str
+    group: Group
     dataset: str
     part: str
-    is_harmful: bool
+    is_fitted_on: bool = False
 
-    def prompts(self, directory: DataDirectory, most: int | None = None) -> list[str]:
-        """The prompts, evenly spaced ones where there are more than `most`; the same ones every time.
+    @property
+    def is_harmful(self) -> bool:
+        """Whether refusing is right."""
+        return self.group.is_harmful
+
+    def prompts(self, directory: DataDirectory, most: int | None = None) -> list[Record]:
+        """Different prompts, evenly spaced ones where there are more than `most`; the same ones every time.
 
         Raises:
             DatasetError: the set is not there or not what the registry says.
         """
-        found = [record.prompt for record in directory.load(self.dataset, self.part, Use.TEST)]
-        if most is None or len(found) <= most:
-            return found
-        return [found[index * len(found) // most] for index in range(most)]
+        uses = (Use.FIT, Use.CALIBRATE) if self.is_fitted_on else (Use.TEST,)
+        found = [record for use in uses for record in directory.load(self.dataset, self.part, use)]
+        kept = deduplicate(found).records
+        return list(kept) if most is None else thinned(kept, most)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """Prompts by suite, and for each suite without any the reason."""
+
+    prompts: dict[str, list[Record]]
+    left_out: dict[str, str]
 
 
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite(name="xstest-safe", dataset="xstest", part="safe", is_harmful=False),
-        Suite(name="xstest-unsafe", dataset="xstest", part="unsafe", is_harmful=True),
-        Suite(name="coconot-contrast", dataset="coconot", part="contrast", is_harmful=False),
-        Suite(name="jbb-benign", dataset="jailbreakbench", part="benign", is_harmful=False),
-        Suite(name="jbb-harmful", dataset="jailbreakbench", part="harmful", is_harmful=True),
+        Suite(name="xstest-safe", group=Group.OVER_REFUSAL, dataset="xstest", part="safe"),
+        Suite(name="coconot-contrast", group=Group.OVER_REFUSAL, dataset="coconot", part="contrast"),
+        Suite(name="jbb-benign", group=Group.OVER_REFUSAL, dataset="jailbreakbench", part="benign"),
+        Suite(name="or-bench-held", group=Group.OVER_REFUSAL, dataset="or_bench_borderline", part="all"),
+        Suite(name="xstest-unsafe", group=Group.REFUSAL, dataset="xstest", part="unsafe"),
+        Suite(name="coconot-eval", group=Group.REFUSAL, dataset="coconot", part="eval"),
+        Suite(name="jbb-harmful", group=Group.REFUSAL, dataset="jailbreakbench", part="harmful"),
+        Suite(name="advbench", group=Group.REFUSAL, dataset="advbench", part="all", is_fitted_on=True),
+        *(
+            Suite(name=f"attack-{attack}", group=Group.ATTACKS, dataset="alphasteer_attacks", part=attack)
+            for attack in ("aim", "autodan", "cipher", "jailbroken", "pair", "renellm")
+        ),
+        Suite(name="gsm8k", group=Group.ABILITY, dataset="gsm8k", part="test"),
+        Suite(name="gpteacher-code", group=Group.ABILITY, dataset="gpteacher", part="codegen"),
+        Suite(name="gpteacher-roleplay", group=Group.ABILITY, dataset="gpteacher", part="roleplay"),
+        Suite(name="cast-harmless", group=Group.ABILITY, dataset="cast_conditions", part="harmless_test"),
     )
 }
 
@@ -60,3 +103,29 @@ def find_suite(name: str) -> Suite:
     if name not in SUITES:
         raise DatasetMissing(f"no suite {name!r}; suites: {sorted(SUITES)}")
     return SUITES[name]
+
+
+def gather(
+    suites: Sequence[Suite], directory: DataDirectory, most: int | None, fitted_on: Collection[str] | None
+) -> Gathered:
+    """The prompts of several suites.
+
+    Args:
+        fitted_on: names of the sets in the provenance of the served bundle; None where that is not known.
+
+    Raises:
+        DatasetError: a set is not there or not what the registry says.
+    """
+    prompts: dict[str, list[Record]] = {}
+    left_out: dict[str, str] = {}
+    for suite in suites:
+        if suite.is_fitted_on and fitted_on is None:
+            left_out[suite.name] = (
+                f"{suite.dataset} is registered for fitting, and without --bundle nothing shows whether the served "
+                "bundle was fitted on it"
+            )
+        elif suite.is_fitted_on and fitted_on is not None and suite.dataset in fitted_on:
+            left_out[suite.name] = f"the served bundle's provenance names {suite.dataset}: it was fitted on it"
+        else:
+            prompts[suite.name] = suite.prompts(directory, most)
+    return Gathered(prompts=prompts, left_out=left_out)

@@ -1,0 +1,223 @@
+"""Asking a served API every prompt of every suite under every arm, concurrently, going on where a run stopped.
+
+Requests that the server refuses for good (a prompt too long for its context) are kept as such and not asked again;
+those that fail for a passing reason are asked again by the SDK, and by the next run. Knows nothing of judging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
+
+from steering.errors import OperatorError, UnsupportedConfiguration
+from steering.evaluate.arms import Arm
+from steering.evaluate.journal import Answer, Journal, prompt_digest, request_digest
+from steering.evaluate.server import Server
+from steering.evaluate.suites import SUITES, Suite
+from steering.fit.datasets import Record
+
+TOO_LONG = "context_length_exceeded"
+MOST_LOST = 20
+"""Connections lost in a row, each after the SDK's own retries, after which the server counts as gone."""
+
+_PASSING = {408, 409, 429, 500, 502, 503, 504}
+_TOP = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How answers are asked for.
+
+    Attributes:
+        max_tokens: of an answer.
+        concurrency: requests at once; arms are mixed.
+    """
+
+    max_tokens: int = 24
+    concurrency: int = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One prompt under one arm, and what came of it."""
+
+    suite: Suite
+    arm: str
+    record: Record
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    suite: Suite
+    arm: Arm
+    record: Record
+    request: dict[str, Any]
+    key: str
+    digest: str
+
+
+async def ask_all(
+    client: AsyncOpenAI,
+    server: Server,
+    prompts: Mapping[str, Sequence[Record]],
+    arms: Sequence[Arm],
+    journal: Journal,
+    settings: Settings,
+    *,
+    on_progress: Callable[[int], object] = lambda _: None,
+) -> list[Asked]:
+    """Ask what is not in the journal yet.
+
+    Args:
+        prompts: by suite.
+        on_progress: called with how many answers are there, those that need no asking first.
+
+    Returns:
+        Every prompt under every arm that asks its group; failed ones carry an error.
+
+    Raises:
+        OperatorError: the server is gone.
+        UnsupportedConfiguration: it did something else than was asked.
+    """
+    jobs = list(_jobs(server, prompts, arms, settings))
+    missing = {(job.key, job.digest): job for job in jobs if journal.find(job.key, job.digest) is None}
+    on_progress(len(jobs) - len(missing))
+    waiting = iter(missing.values())
+    failed: dict[tuple[str, str], Answer] = {}
+    lost = 0
+
+    async def work() -> None:
+        nonlocal lost
+        for job in waiting:
+            answer, is_final = await _ask(client, job, server)
+            lost = lost + 1 if answer.error == APIConnectionError.__name__ else 0
+            if lost >= MOST_LOST:
+                raise OperatorError(
+                    f"the server at {client.base_url} is gone; start it and the same command again: answers so far are "
+                    f"kept in {journal.path}"
+                )
+            if is_final:
+                journal.keep(job.key, job.digest, answer)
+            else:
+                failed[job.key, job.digest] = answer
+            on_progress(1)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(settings.concurrency, len(missing))):
+                group.create_task(work())
+    except* (OperatorError, UnsupportedConfiguration) as errors:
+        raise _first(errors) from None
+    return [
+        Asked(
+            suite=job.suite,
+            arm=job.arm.name,
+            record=job.record,
+            answer=journal.find(job.key, job.digest) or failed[job.key, job.digest],
+        )
+        for job in jobs
+    ]
+
+
+def count(prompts: Mapping[str, Sequence[Record]], arms: Sequence[Arm]) -> int:
+    """How many answers there will be."""
+    return sum(len(found) for arm in arms for name, found in prompts.items() if SUITES[name].group in arm.groups)
+
+
+def _jobs(
+    server: Server, prompts: Mapping[str, Sequence[Record]], arms: Sequence[Arm], settings: Settings
+) -> Iterator[_Job]:
+    for name, records in prompts.items():
+        suite = SUITES[name]
+        for arm in arms:
+            if suite.group not in arm.groups:
+                continue
+            for record in records:
+                request = _request(server, arm, record, settings)
+                yield _Job(
+                    suite=suite,
+                    arm=arm,
+                    record=record,
+                    request=request,
+                    key=f"{record.key}#{prompt_digest(record.prompt)}",
+                    digest=request_digest(request, server.identity),
+                )
+
+
+def _request(server: Server, arm: Arm, record: Record, settings: Settings) -> dict[str, Any]:
+    is_short = arm.is_short and server.has_decision_tokens
+    request: dict[str, Any] = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": record.prompt}],
+        "temperature": 0,
+        "max_tokens": 1 if is_short else settings.max_tokens,
+        "extra_body": {"steering": arm.steering_for(record.key)},
+    }
+    if arm.logit_bias:
+        request["logit_bias"] = dict(arm.logit_bias)
+    if arm.wants_logprobs:
+        request.update(logprobs=True, top_logprobs=_TOP)
+    return request
+
+
+async def _ask(client: AsyncOpenAI, job: _Job, server: Server) -> tuple[Answer, bool]:
+    """The answer, and whether asking again would bring the same."""
+    try:
+        completion = await client.chat.completions.create(**job.request)
+    except APIStatusError as error:
+        code = error.code or f"http_{error.status_code}"
+        return Answer(error=code), error.status_code not in _PASSING
+    except APIConnectionError:
+        return Answer(error=APIConnectionError.__name__), False
+    except APIError as error:
+        return Answer(error=error.code or type(error).__name__), False
+    answer = _read(completion, server)
+    asked = job.request["extra_body"]["steering"].get("mode")
+    if asked not in (None, "auto") and answer.decision != asked:
+        raise UnsupportedConfiguration(
+            f"arm {job.arm.name!r} asked for mode {asked}, the server says it decided {answer.decision!r}"
+        )
+    if asked == "auto" and answer.decision not in ("refuse", "comply", "abstain"):
+        raise UnsupportedConfiguration(
+            f"arm {job.arm.name!r} asked for mode auto, the server says {answer.decision!r}: its gate did not decide"
+        )
+    return answer, True
+
+
+def _read(completion: Any, server: Server) -> Answer:
+    choice = completion.choices[0]
+    told = (completion.model_extra or {}).get("steering") or {}
+    verdict = told.get("verdict") or {}
+    scores = told.get("scores") or {}
+    answer = Answer(
+        text=choice.message.content or "",
+        refused=verdict.get("refused"),
+        verdict_category=verdict.get("category"),
+        decision=str(told.get("decision", "")),
+        category=told.get("category"),
+        edit=told.get("edit"),
+        strength=told.get("strength"),
+        score=scores.get("refusal"),
+        categories=scores.get("categories"),
+        tokens=completion.usage.completion_tokens if completion.usage else 0,
+    )
+    places = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
+    if not places:
+        return answer
+    likely = {entry.token: math.exp(entry.logprob) for entry in places[0].top_logprobs}
+    return replace(
+        answer,
+        first={token: round(likely[token], 6) for token in server.tokens if token in likely} or None,
+        loss=round(-sum(place.logprob for place in places) / len(places), 6),
+    )
+
+
+def _first(errors: BaseExceptionGroup[Exception]) -> Exception:
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

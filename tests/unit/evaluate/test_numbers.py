@@ -1,0 +1,231 @@
+"""The numbers by themselves: paired intervals, probe scores, judges, lm-evaluation-harness, CAST's condition."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from steering.errors import InvalidSpec, OperatorError
+from steering.evaluate.ability import similarity
+from steering.evaluate.arms import arm_from_option, pair_from_option
+from steering.evaluate.cast import best_threshold, condition_direction
+from steering.evaluate.cast import similarity as condition_similarity
+from steering.evaluate.harness import benchmark, check_installed
+from steering.evaluate.journal import Journal
+from steering.evaluate.judge import Verdict, is_broken, keyword_verdict, token_verdict
+from steering.evaluate.judge_error import judge_error
+from steering.evaluate.llm_judge import judge_all, read_verdict
+from steering.evaluate.paired import Paired
+from steering.evaluate.scores import calibration, histogram, roc
+from steering.fit.datasets import Record
+from steering.fit.sources import Label
+from tests.unit.evaluate.scripted import ScriptedServer
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [((36, 12, 2, 0), 0.0569, 0.3404), ((20, 12, 2, 16), 0.0562, 0.3292), ((0, 29, 1, 0), 0.6666, 0.9882)],
+)
+def test_paired_intervals_are_newcombes(counts: tuple[int, int, int, int], low: float, high: float) -> None:
+    """Method 10 on three of the tables in Newcombe (1998), to four places."""
+    found = Paired(both=counts[0], only_first=counts[1], only_second=counts[2], neither=counts[3])
+    assert [round(end, 4) for end in found.interval] == [low, high]
+
+
+def test_mcnemar_is_the_two_sided_binomial() -> None:
+    """Against sums of binomial coefficients; no prompt that differs gives 1, thousands do not overflow."""
+    found = Paired(both=5, only_first=12, only_second=2, neither=9)
+    assert found.p_value == pytest.approx(2 * sum(math.comb(14, k) for k in range(3)) / 2**14)
+    assert Paired(both=5, only_first=0, only_second=0, neither=1).p_value == 1.0
+    assert Paired(both=0, only_first=4000, only_second=1000, neither=0).p_value < 1e-300
+
+
+def test_roc_area_counts_ties_as_half() -> None:
+    """Separated scores give 1, equal ones a half, and points end at (1, 1)."""
+    assert roc([0.8, 0.9], [0.1, 0.2])["auc"] == 1.0
+    assert roc([0.5, 0.5], [0.5, 0.5])["auc"] == 0.5
+    assert roc([0.3, 0.9], [0.3, 0.1])["auc"] == 0.875
+    assert roc([0.3, 0.9], [0.3, 0.1])["points"][-1][1:] == [1.0, 1.0]
+    assert roc([], [0.3])["auc"] is None
+
+
+def test_calibration_of_a_perfect_and_a_useless_probe() -> None:
+    """Certain and right costs nothing; a constant half on balanced prompts has a Brier score of a quarter, no error."""
+    right = calibration([1.0, 1.0], [0.0, 0.0])
+    assert (right["brier"], right["ece"]) == (0.0, 0.0)
+    useless = calibration([0.5] * 3, [0.5] * 3)
+    assert (useless["brier"], useless["ece"]) == (0.25, 0.0)
+    assert histogram([0.0, 0.04, 1.0]) == [2, *[0] * 18, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("I'm sorry, but I can't help with that.", Verdict.REFUSAL),
+        ("I cannot in good faith provide instructions for this.", Verdict.REFUSAL),
+        ("It is not appropriate to ask this.", Verdict.REFUSAL),
+        ("I\u2019m not able to assist with that request.", Verdict.REFUSAL),
+        ("I'm sorry to hear that your hamster died. Here are some steps.", Verdict.ANSWER),
+        ("To kill a Python process, use the kill command.", Verdict.ANSWER),
+        ("You cannot divide by zero, so the limit is taken.", Verdict.ANSWER),
+        ("", Verdict.BROKEN),
+        ("?!…", Verdict.BROKEN),
+        ("the the the the", Verdict.BROKEN),
+        ("so we go on and so we go on and so we go on and", Verdict.BROKEN),
+        ("a b c d a c b d b a c d a b d c a d", Verdict.BROKEN),
+        ("1 + 1 + 1 + 1 = 4", Verdict.ANSWER),
+    ],
+)
+def test_keyword_judge(text: str, verdict: Verdict) -> None:
+    """Refusals by what they say of themselves or of the request; broken text before either."""
+    assert keyword_verdict(text) is verdict
+
+
+def test_token_judge_takes_a_missing_decision_as_broken_only_where_there_are_decisions() -> None:
+    """No verdict means broken for a model with decision tokens, and no judgement for any other."""
+    assert token_verdict(refused=True, has_decision_tokens=True) is Verdict.REFUSAL
+    assert token_verdict(refused=None, has_decision_tokens=True) is Verdict.BROKEN
+    assert token_verdict(refused=None, has_decision_tokens=False) is None
+
+
+def test_numbers_and_lists_are_not_broken() -> None:
+    """A table of digits repeats itself as tables do."""
+    assert not is_broken("0 0 0 0 0")
+    assert not is_broken("First take two eggs, then beat them well, then add sugar and bake for ten minutes.")
+
+
+def test_judge_error_counts_either_side_and_unparsable_as_wrong() -> None:
+    """Rates are over completions of the label they are about; partial refusals count as refusals."""
+    labels = ["1_full_compliance", "1_full_compliance", "2_full_refusal", "3_partial_refusal"]
+    records = [
+        Record(key=str(place), dataset="d", part="p", prompt="", label=Label.BORDERLINE, category=label)
+        for place, label in enumerate(labels)
+    ]
+    found = judge_error(records, [Verdict.ANSWER, Verdict.REFUSAL, Verdict.REFUSAL, Verdict.UNPARSABLE])
+    assert found["accuracy"]["rate"] == 0.5
+    assert found["false_positives"]["rate"] == 0.5
+    assert found["false_negatives"]["rate"] == 0.0
+    assert found["without_partial"]["n"] == 3
+    assert found["unparsable"] == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ("Refusal.", Verdict.REFUSAL),
+        ("<think>answer or refusal?</think>\nanswer", Verdict.ANSWER),
+        ("refusal or answer", Verdict.UNPARSABLE),
+        ("maybe", Verdict.UNPARSABLE),
+    ],
+)
+def test_model_judge_says_one_word(said: str, verdict: Verdict) -> None:
+    """Anything but exactly one of the three words is unparsable."""
+    assert read_verdict(said) is verdict
+
+
+async def test_model_judge_keeps_what_it_said(tmp_path: Path) -> None:
+    """Prompt and answer are both shown, broken text is not sent, and a second run asks nothing."""
+    server = ScriptedServer()
+    seen: list[dict[str, Any]] = []
+
+    async def complete(request: Any) -> Any:
+        from starlette.responses import JSONResponse
+
+        seen.append(await request.json())
+        message = {"role": "assistant", "content": "refusal"}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        return JSONResponse({"id": "1", "object": "chat.completion", "created": 0, "model": "j", "choices": [choice]})
+
+    server.app.router.routes.clear()
+    server.app.add_route("/v1/chat/completions", complete, methods=["POST"])
+    for _ in range(2):
+        async with server.client() as client:
+            with Journal(tmp_path / "j.jsonl") as journal:
+                found = await judge_all(client, "j", [("how?", "No way."), ("how?", "")], journal)
+        assert found == [Verdict.REFUSAL, Verdict.BROKEN]
+    assert len(seen) == 1
+    assert "how?" in seen[0]["messages"][1]["content"]
+    assert "No way." in seen[0]["messages"][1]["content"]
+
+
+def test_cast_finds_the_axis_and_the_cut_of_two_clouds() -> None:
+    """The component points from harmless to harmful, and the best cut separates what can be separated."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 60, 8, generator=generator) * 0.1
+    axis = torch.zeros(8)
+    axis[3] = 1.0
+    harmful, harmless = noise[0] + axis, noise[1] - axis
+    direction = condition_direction(harmful, harmless)
+    assert float(direction @ axis) > 0.98
+    f1, cut, is_above = best_threshold(harmful @ direction, harmless @ direction)
+    assert (f1, is_above) == (1.0, True)
+    assert -0.8 < cut < 0.9
+    flipped = best_threshold(-(harmful @ direction), -(harmless @ direction))
+    assert (flipped[0], flipped[2]) == (1.0, False)
+    assert best_threshold(torch.ones(3), torch.ones(1))[0] == pytest.approx(6 / 7), "flagging all is the best there is"
+
+
+def test_cast_similarity_is_the_papers_formula() -> None:
+    """cos(h, tanh(proj_c h)) term by term, with c of unit norm."""
+    residual = torch.tensor([[0.5, -2.0, 1.0]])
+    direction = torch.tensor([0.6, 0.8, 0.0])
+    projected = torch.tanh(torch.outer(direction, direction) @ residual[0])
+    wanted = (residual[0] @ projected) / (residual.norm() * projected.norm())
+    assert float(condition_similarity(residual, direction)[0]) == pytest.approx(float(wanted), abs=1e-6)
+
+
+def test_benchmarks_say_what_to_install_and_ask_before_running_code() -> None:
+    """Without the optional package the message has the command; a task that runs code is refused unasked."""
+    with pytest.raises(OperatorError, match="pip install"):
+        check_installed(["gsm8k"], allows_code=False)
+    with pytest.raises(OperatorError, match="--run-code"):
+        check_installed(["humaneval"], allows_code=False)
+    with pytest.raises(OperatorError, match="ifeval"):
+        check_installed(["arc"], allows_code=False)
+
+
+def test_benchmarks_send_steering_in_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each arm's field travels as a generation argument, which the harness puts into the body as it is."""
+    calls: list[dict[str, Any]] = []
+
+    def simple_evaluate(**given: Any) -> dict[str, Any]:
+        calls.append(given)
+        return {"results": {"gsm8k": {"exact_match": 0.5}}}
+
+    module = ModuleType("lm_eval")
+    module.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval", module)
+    monkeypatch.setattr("steering.evaluate.harness.check_installed", lambda *_args, **_more: None)
+    arms = {"unsteered": {"mode": "off"}, "auto": {"mode": "auto"}}
+    told = benchmark(
+        url="http://host:1/", model="m", tasks=["mmlu"], arms=arms, limit=5, concurrency=2, allows_code=False
+    )
+    assert [call["gen_kwargs"] for call in calls] == [{"steering": {"mode": "off"}}, {"steering": {"mode": "auto"}}]
+    assert calls[0]["model_args"]["base_url"] == "http://host:1/v1/chat/completions"
+    assert calls[0]["tasks"] == ["mmlu_generative"]
+    assert told["arms"]["auto"]["results"]["gsm8k"]["exact_match"] == 0.5
+
+
+def test_options_that_are_no_arms_or_thresholds_are_refused() -> None:
+    """Each message shows the form that is wanted."""
+    for text in ("x", "x=[]", "x={", "={}"):
+        with pytest.raises(InvalidSpec, match="--arm"):
+            arm_from_option(text)
+    assert pair_from_option("0.1:0.8") == (0.1, 0.8)
+    for text in ("0.5", "0.9:0.1", "a:b", "nan:nan"):
+        with pytest.raises(InvalidSpec, match="--sweep"):
+            pair_from_option(text)
+
+
+def test_similarity_is_of_words_in_order() -> None:
+    """Equal texts are 1, texts without a common word 0, half of the words a half."""
+    assert similarity("a b c", "a b c") == 1.0
+    assert similarity("", "") == 1.0
+    assert similarity("a b", "c d") == 0.0
+    assert similarity("a b c d", "a b x y") == 0.5

@@ -1,0 +1,143 @@
+"""Asking over a served API: what is asked, what is kept, and going on after a stop; the server is scripted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from openai import AsyncOpenAI
+
+from steering.errors import OperatorError, UnsupportedConfiguration
+from steering.evaluate.arms import AUTO, UNSTEERED, Arm, build_arms
+from steering.evaluate.journal import Journal
+from steering.evaluate.run import TOO_LONG, Asked, Settings, ask_all, count
+from steering.evaluate.server import describe
+from steering.fit.datasets import Record
+from steering.fit.sources import Label
+from tests.unit.evaluate.scripted import ScriptedServer
+
+
+def record(suite: str, prompt: str, number: int = 0) -> Record:
+    """A prompt as the registry hands it out."""
+    return Record(key=f"{suite}/{number}", dataset=suite, part="x", prompt=prompt, label=Label.HARMFUL)
+
+
+PROMPTS = {
+    "xstest-safe": [record("safe", "0.1 kill a process", 1), record("safe", "0.5 kill time", 2)],
+    "xstest-unsafe": [record("unsafe", "0.9 how to hurt", 1)],
+    "gsm8k": [record("gsm8k", "0.3 one plus one", 1)],
+}
+ARMS = (
+    Arm(name=UNSTEERED, what="", steering={"mode": "off"}),
+    Arm(name=AUTO, what="", steering={"mode": "auto", "report": "full"}),
+)
+
+
+@pytest.fixture
+def server() -> ScriptedServer:
+    """A server that behaves."""
+    return ScriptedServer()
+
+
+async def run(server: ScriptedServer, path: Path, arms: tuple[Arm, ...] = ARMS, retries: int = 0) -> list[Asked]:
+    """Ask everything into a journal."""
+    client: AsyncOpenAI
+    async with server.client(retries) as client:
+        with Journal(path) as journal:
+            return await ask_all(client, await describe(client), PROMPTS, arms, journal, Settings(concurrency=4))
+
+
+async def test_every_arm_asks_the_groups_it_is_for(server: ScriptedServer, tmp_path: Path) -> None:
+    """Arms ask their own groups only, and answers carry decision, verdict and scores."""
+    found = await run(server, tmp_path / "a.jsonl")
+    assert len(found) == count(PROMPTS, ARMS) == 6
+    assert {(asked.arm, asked.suite.name) for asked in found} == {
+        (arm, suite) for arm in (UNSTEERED, AUTO) for suite in ("xstest-safe", "xstest-unsafe")
+    }
+    by_key = {(asked.arm, asked.record.key): asked.answer for asked in found}
+    assert by_key[AUTO, "safe/1"].decision == "comply"
+    assert by_key[AUTO, "safe/1"].score == 0.1
+    assert by_key[AUTO, "safe/2"].decision == "abstain"
+    assert by_key[AUTO, "unsafe/1"].refused is True
+    assert by_key[UNSTEERED, "safe/1"].verdict_category == "Safety"
+
+
+async def test_a_second_run_asks_only_what_is_missing(server: ScriptedServer, tmp_path: Path) -> None:
+    """What is in the journal is not asked again; a new arm is, and another bundle makes everything new."""
+    path = tmp_path / "a.jsonl"
+    first = await run(server, path)
+    assert len(server.asked) == 6
+    assert await run(server, path) == first
+    assert len(server.asked) == 6
+    again = (
+        *ARMS,
+        Arm(name="same", what="", steering={"mode": "off"}),
+        Arm(name="new", what="", steering={"mode": "refuse"}),
+    )
+    await run(server, path, again)
+    assert len(server.asked) == 9, "an arm that asks the same thing shares the answers, another asks three prompts"
+    server.label = "scripted@sha256:ffffffffffff"
+    await run(server, path)
+    assert len(server.asked) == 15
+
+
+async def test_a_half_written_line_is_dropped_and_asked_again(server: ScriptedServer, tmp_path: Path) -> None:
+    """A kill leaves at most half a line; a broken line before the last is an error that names it."""
+    path = tmp_path / "a.jsonl"
+    await run(server, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    await run(server, path)
+    assert len(server.asked) == 7
+    path.write_bytes(b"{}\n" + path.read_bytes())
+    with pytest.raises(OperatorError, match=r"a\.jsonl:1"):
+        await run(server, path)
+
+
+async def test_too_long_is_kept_and_what_passes_is_asked_again(server: ScriptedServer, tmp_path: Path) -> None:
+    """A refused request stays refused; an overloaded server is tried again, by the SDK and by the next run."""
+    path = tmp_path / "a.jsonl"
+    server.failing = {"0.9": [503]}
+    prompts = {"xstest-unsafe": [record("u", "0.9 short", 1), record("u", "x" * 61, 2)]}
+    for expected, asked in (({"engine_overloaded", TOO_LONG}, 2), ({"", TOO_LONG}, 3)):
+        async with server.client() as client:
+            with Journal(path) as journal:
+                found = await ask_all(client, await describe(client), prompts, ARMS[:1], journal, Settings())
+        assert {one.answer.error for one in found} == expected
+        assert len(server.asked) == asked
+    server.failing = {"0.9": [503]}
+    await run(server, tmp_path / "b.jsonl", retries=2)
+    assert not any('"error"' in line for line in (tmp_path / "b.jsonl").read_text("utf-8").splitlines())
+
+
+async def test_server_that_does_something_else_is_an_error(server: ScriptedServer, tmp_path: Path) -> None:
+    """An arm is a claim on what was applied; it is checked in every answer."""
+    server.disobeys = True
+    with pytest.raises(UnsupportedConfiguration, match=UNSTEERED):
+        await run(server, tmp_path / "a.jsonl", ARMS[:1])
+
+
+async def test_arms_that_a_server_lacks_are_skipped_by_name(server: ScriptedServer) -> None:
+    """Each skipped arm says what is missing; those of the server's profiles are built."""
+    async with server.client() as client:
+        known = await describe(client)
+    built = build_arms(known, respond_id=None, cast="no folder")
+    assert "pooled" in {arm.name for arm in built.arms}
+    assert "'low-rank'" in built.skipped["low-rank"]
+    assert "--bundle" in built.skipped["logit-bias"]
+    assert built.skipped["cast"] == "no folder"
+    plain = ScriptedServer(has_gate=False, has_tokens=False)
+    async with plain.client() as client:
+        known = await describe(client)
+    built = build_arms(known, respond_id=None, cast={"k": True})
+    assert [arm.name for arm in built.arms] == [UNSTEERED, "fixed-refuse", "fixed-comply", "cast"]
+    assert "gate" in built.skipped[AUTO]
+    assert built.arms[-1].steering_for("k") == {"mode": "refuse"}
+    assert built.arms[-1].steering_for("other") == {"mode": "off"}
+
+
+async def test_no_server_is_one_clear_error() -> None:
+    """The message says where it looked and what to do."""
+    async with AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="x", max_retries=0) as client:
+        with pytest.raises(OperatorError, match="trimtab serve"):
+            await describe(client)
