@@ -153,8 +153,7 @@ def _check_ruling(plan: Plan, order: GateOrder, resolution: Resolution, outcome:
         raise _wrong(f"category {category!r}, which is not the likeliest of {list(allowed)}")
     edits = {Decision.REFUSE: resolution.profile.refuse, Decision.COMPLY: resolution.profile.comply}
     # A side without an edit for the category is the neutral band.
-    sides = {_decision(scores.refusal + slack, order) for slack in (-TOLERANCE, 0.0, TOLERANCE)}
-    possible = {side if category in edits.get(side, {}) else Decision.ABSTAIN for side in sides}
+    possible = {side if category in edits.get(side, {}) else Decision.ABSTAIN for side in _sides(scores.refusal, order)}
     if decision not in possible:
         raise _wrong(
             f"decision {decision!s} at refusal probability {scores.refusal:.6f}, where thresholds {order.comply_below} "
@@ -171,13 +170,18 @@ def _check_ruling(plan: Plan, order: GateOrder, resolution: Resolution, outcome:
         raise _wrong(f"strength {outcome.strength} for edit {edit!r}, where {plan.strength} was asked")
 
 
-def _decision(refusal: float, order: GateOrder) -> Decision:
-    """The rule of `steering.gate`; a threshold of 1 never refuses and one of 0 never complies."""
-    if order.refuse_above < 1 and refusal >= order.refuse_above:
-        return Decision.REFUSE
-    if order.comply_below > 0 and refusal <= order.comply_below:
-        return Decision.COMPLY
-    return Decision.ABSTAIN
+def _sides(refusal: float, order: GateOrder) -> set[Decision]:
+    """What the rule of `steering.gate` may say of a refusal probability that was read within the tolerance."""
+    least, most = refusal - TOLERANCE, refusal + TOLERANCE
+    # A threshold of 1 never refuses and one of 0 never complies.
+    low = order.comply_below if order.comply_below > 0 else -math.inf
+    high = order.refuse_above if order.refuse_above < 1 else math.inf
+    possible = {
+        Decision.REFUSE: most >= high,
+        Decision.COMPLY: least <= low,
+        Decision.ABSTAIN: low < high and least < high and most > low,
+    }
+    return {side for side, is_possible in possible.items() if is_possible}
 
 
 def _strength_fits(plan: Plan, order: GateOrder, decision: Decision, refusal: float, strength: float) -> bool:

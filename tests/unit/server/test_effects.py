@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.effects import TOLERANCE, effect_of
@@ -90,6 +90,7 @@ def test_a_category_that_was_not_allowed_is_not_believed() -> None:
         effect_of(allowed, reported(resolved(), read(0.9)))
 
 
+@example(refusal=0.0, low=1e-9, high=1e-5, graded=False, shift=1e-5)
 @given(
     refusal=st.floats(0, 1),
     low=st.floats(0, 1),
