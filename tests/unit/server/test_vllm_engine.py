@@ -50,15 +50,16 @@ async def test_a_sample_waits_for_its_own_report(listener: OutcomeListener) -> N
 async def test_a_single_samples_id_has_no_number(listener: OutcomeListener) -> None:
     """With n = 1 the request's own id is reported."""
     listener.expect("p")
-    OutcomeSender(listener.address).send(outcome("chatcmpl-1_x-12345678", "only"))
+    sender = OutcomeSender(listener.address)  # kept: what it has not sent goes with it
+    sender.send(outcome("chatcmpl-1_x-12345678", "only"))
     assert (await engine_over(listener).outcomes("p", (0,), 5))[0].edit == "only"
 
 
 async def test_a_sample_that_never_reports_is_given_up(listener: OutcomeListener) -> None:
     """The reports of others do not make the wait longer than asked."""
-    engine = engine_over(listener)
+    engine, sender = engine_over(listener), OutcomeSender(listener.address)
     listener.expect("p")
-    OutcomeSender(listener.address).send(outcome("1_chatcmpl-x-12345678", "second"))
+    sender.send(outcome("1_chatcmpl-x-12345678", "second"))
     began = asyncio.get_running_loop().time()
     with pytest.raises(EditNotApplied):
         await engine.outcomes("p", (0,), 0.2)
