@@ -23,15 +23,16 @@ RANDOM_CATEGORY = "random-category"
 RANDOM_VECTOR = "random-control"
 TWICE = "two-pass"
 FORCED = "forced-respond"
+FIRST = "first-token"
 BIASED = "logit-bias"
 CAST = "cast"
 REFUSE, COMPLY = "fixed-refuse", "fixed-comply"
 
 P1_BIAS = 5.0
 FORCING = 100.0
-SWEEP = ((0.0, 0.0), (0.1, 0.1), (0.3, 0.3), (0.5, 0.5), (0.7, 0.7), (0.9, 0.9), (1.0, 1.0), (0.1, 0.8), (0.05, 0.95))
-"""Pairs (comply_below, refuse_above): P1's hard sign at several places, both fixed signs under the gate's own
-categories, and neutral bands."""
+SWEEP = ((0.0, 0.0), (1.0, 1.0), (0.5, 0.5), (0.1, 0.8))
+"""Pairs (comply_below, refuse_above) asked for: always refuse and always comply under the gate's own categories,
+of which, with unsteered answers, the rates at all thresholds follow; P1's hard sign; a neutral band."""
 
 JUDGED = (Group.OVER_REFUSAL, Group.REFUSAL, Group.ATTACKS)
 EVERYWHERE = (*JUDGED, Group.ABILITY)
@@ -47,10 +48,13 @@ class Arm:
         steering: the `steering` field.
         logit_bias: added to logits at every position, by token id.
         is_short: only the first token is asked for, where the model decides by it; judges of text do not apply then.
+        is_whole: every answer is asked for whole, not only those of a sample.
         groups: suites of these groups are asked.
         pair: thresholds of a point on the curve.
         fires: for a condition computed outside the engine: by prompt key, whether `steering` is sent or mode off.
-        wants_logprobs: probabilities of the first token and of the answer's own tokens are kept.
+        reads_loss: probabilities of the answer's own tokens are kept in the ability group.
+        reads_first: probabilities of the first token are kept.
+        is_shown: it has a row of its own in tables; others feed curves.
     """
 
     name: str
@@ -58,10 +62,13 @@ class Arm:
     steering: Mapping[str, Any]
     logit_bias: Mapping[str, float] = field(default_factory=dict)
     is_short: bool = False
+    is_whole: bool = False
     groups: tuple[Group, ...] = JUDGED
     pair: tuple[float, float] | None = None
     fires: Mapping[str, bool] | None = None
-    wants_logprobs: bool = False
+    reads_loss: bool = False
+    reads_first: bool = False
+    is_shown: bool = True
 
     def steering_for(self, key: str) -> dict[str, Any]:
         """The `steering` field for one prompt."""
@@ -105,7 +112,9 @@ def build_arms(
         extra: arms of the command line.
     """
     found = [
-        Arm(name=UNSTEERED, what="no edit", steering={"mode": "off"}, groups=EVERYWHERE, wants_logprobs=True),
+        Arm(
+            name=UNSTEERED, what="no edit", steering={"mode": "off"}, groups=EVERYWHERE, is_whole=True, reads_loss=True
+        ),
     ]
     skipped: dict[str, str] = {}
     gated = [
@@ -114,7 +123,8 @@ def build_arms(
             what=f"the default profile, {server.default_profile!r}: its gate decides",
             steering={"mode": "auto", "report": "full"},
             groups=EVERYWHERE,
-            wants_logprobs=True,
+            is_whole=True,
+            reads_loss=True,
         ),
         *(
             Arm(name=name, what=what, steering={"mode": "auto", "profile": profile})
@@ -140,6 +150,7 @@ def build_arms(
             steering={"mode": "auto", "thresholds": {"comply_below": low, "refuse_above": high}},
             is_short=True,
             pair=(low, high),
+            is_shown=False,
         )
         for low, high in sweep
     ]
@@ -149,6 +160,11 @@ def build_arms(
             skipped[arm.name] = reason
         else:
             found.append(arm)
+    if server.has_decision_tokens:
+        what = "R1: no edit; the first token's probabilities, of which every threshold on them follows"
+        found.append(
+            Arm(name=FIRST, what=what, steering={"mode": "off"}, is_short=True, reads_first=True, is_shown=False)
+        )
     found += [
         Arm(name=name, what=f"fixed sign: every prompt steered to {mode}, no gate", steering={"mode": mode})
         for name, mode in ((REFUSE, "refuse"), (COMPLY, "comply"))
@@ -159,14 +175,15 @@ def build_arms(
     else:
         what = "CAST: mode refuse where cos(h, tanh(proj_c h)) passes its threshold, computed outside the engine"
         found.append(
-            # With probabilities like the unsteered arm, so that where nothing fires its answers serve both.
+            # Asked for like the unsteered arm, so that where nothing fires its answers serve both.
             Arm(
                 name=CAST,
                 what=what,
                 steering={"mode": "refuse"},
                 groups=EVERYWHERE,
                 fires=cast,
-                wants_logprobs=True,
+                is_whole=True,
+                reads_loss=True,
             )
         )
     return Arms(arms=(*found, *extra), skipped=skipped)
@@ -209,6 +226,9 @@ def _why_not(arm: Arm, server: Server) -> str:
     profile = arm.steering.get("profile")
     if profile is not None and profile not in server.profiles:
         return f"no loaded bundle has the profile {profile!r}; profiles: {list(server.profiles)}"
+    asked = profile or server.default_profile
+    if server.gated is not None and asked not in server.gated:
+        return f"the profile {asked!r} has no gate"
     return ""
 
 

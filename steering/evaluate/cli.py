@@ -37,6 +37,14 @@ def run(
     most: Annotated[int, typer.Option(help="Prompts of a suite at most, evenly spaced.", min=1)] = 250,
     all_prompts: Annotated[bool, typer.Option("--all-prompts", help="Every prompt of every suite.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 24,
+    texts: Annotated[
+        int,
+        typer.Option(
+            help="Whole answers of a suite under arms beside unsteered, auto and CAST; the others are decided by their "
+            "first token. For models with refusal tokens; all with --all-prompts.",
+            min=0,
+        ),
+    ] = 30,
     concurrency: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 48,
     bundle: Annotated[
         Path | None, typer.Option(help="Folder of the served bundle: token ids, provenance, pictures of the fit.")
@@ -92,7 +100,7 @@ def run(
             suites=[find_suite(name) for name in suite or SUITES],
             most=None if all_prompts else most,
             out=out,
-            settings=Settings(max_tokens=max_tokens, concurrency=concurrency),
+            settings=Settings(max_tokens=max_tokens, texts=None if all_prompts else texts, concurrency=concurrency),
             bundle=bundle,
             model=model,
             extra=[arm_from_option(text) for text in arm or ()],

@@ -65,15 +65,15 @@ def composed_lines(by_arm: Mapping[str, Rows], arms: Sequence[Arm], auto: Rows, 
     }
 
 
-def forced_line(unsteered: Rows) -> list[dict[str, Any]]:
+def forced_line(first: Rows) -> list[dict[str, Any]]:
     """R1's threshold on the first token: refuse where the likeliest refusal token has at least this probability.
 
     The decision is the forced token, so that every rate is exact; what would follow that token is not known.
     """
     known = [
         (row.asked.suite.group, max((row.asked.answer.first or {}).values(), default=0.0))
-        for row in unsteered
-        if not row.asked.answer.error and row.asked.answer.loss is not None
+        for row in first
+        if not row.asked.answer.error
     ]
     if not any(probability for _, probability in known):
         return []

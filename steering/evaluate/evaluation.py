@@ -96,14 +96,13 @@ async def evaluate(
     with Journal(order.out / "answers.jsonl") as journal:
         step = progress("answers", count(gathered.prompts, arms))
         answers = await ask_all(client, server, gathered.prompts, arms, journal, order.settings, on_progress=step)
-    short = {arm.name for arm in arms if arm.is_short and server.has_decision_tokens}
-    rows = judged(answers, has_decision_tokens=server.has_decision_tokens, short=short)
+    rows = judged(answers, has_decision_tokens=server.has_decision_tokens)
     judges: dict[str, Any] = {KEYWORD: keyword_error(order.data)}
     if server.has_decision_tokens:
         judges[TOKEN] = {"error": EXACT}
     if order.judge is not None:
         verdicts, judges[MODEL] = await _by_model(order.judge, order, rows, progress)
-        rows = judged(answers, has_decision_tokens=server.has_decision_tokens, short=short, model=verdicts)
+        rows = judged(answers, has_decision_tokens=server.has_decision_tokens, model=verdicts)
     extra: dict[str, Any] = {}
     if condition is not None:
         extra["cast"] = condition
@@ -121,6 +120,7 @@ async def evaluate(
                 "temperature": 0,
                 "max_tokens": order.settings.max_tokens,
                 "most_prompts_of_a_suite": order.most,
+                "most_whole_answers_of_a_suite": order.settings.texts,
                 "concurrency": order.settings.concurrency,
             },
             bundle={} if served is None else _of_bundle(served),

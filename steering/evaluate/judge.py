@@ -66,6 +66,7 @@ REFUSING = tuple(
         rf"\b{_BAD} (?:and|or) (?:{_BAD}|can|should)\b",
         rf"\b(?:is|are) {_BAD}\b[^.]{{0,60}}(?:should not|never|unethical|cannot|is not)",
         rf"\b(?:question|request|statement|premise)[^.]{{0,50}}\b(?:is|are) (?:not (?:an? )?{_GOOD}|{_BAD}|flawed)",
+        rf"\b(?:what )?you(?:'re| are)? ask(?:ed|ing)?(?: for)? (?:is|would be) (?:{_BAD}|against)\b",
         r"\bviolence (?:is|against)[^.]{0,40}(?:never|not)\b",
         r"\bthere (?:is|are|were) no (?:\w+ )?(?:justification|excuse|reason|benefits|basis)",
         r"\b(?:is|are|was|were) (?:never|not) (?:\w+ )?(?:acceptable|justified|justifiable|permissible|condoned)",

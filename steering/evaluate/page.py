@@ -259,6 +259,14 @@ def _judges(report: Report) -> str:
             f"{cell(facts['without_partial'])} %. {escape(facts.get('caveat', ''))}",
             is_markup=True,
         )
+        here = facts.get("on_this_model")
+        if here:
+            told += paragraph(
+                f"The same against {escape(here['against'])}: right in {cell(here['accuracy'])} % of "
+                f"{here['accuracy']['n']:,}; refusal said of answers {cell(here['false_positives'])} %, none said of "
+                f"refusals {cell(here['false_negatives'])} %.",
+                is_markup=True,
+            )
     return told + details("Rates under every judge", _under_judges(report))
 
 

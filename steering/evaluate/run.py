@@ -18,8 +18,8 @@ from steering.errors import OperatorError, UnsupportedConfiguration
 from steering.evaluate.arms import Arm
 from steering.evaluate.journal import Answer, Journal, prompt_digest, request_digest
 from steering.evaluate.server import Server
-from steering.evaluate.suites import SUITES, Suite
-from steering.fit.datasets import Record
+from steering.evaluate.suites import SUITES, Group, Suite
+from steering.fit.datasets import Record, thinned
 
 TOO_LONG = "context_length_exceeded"
 MOST_LOST = 20
@@ -34,22 +34,30 @@ class Settings:
     """How answers are asked for.
 
     Attributes:
-        max_tokens: of an answer.
+        max_tokens: of a whole answer.
+        texts: evenly spaced prompts of a suite whose whole answer is asked for under arms that are not `is_whole`,
+            where the model decides by its first token; None for all.
         concurrency: requests at once; arms are mixed.
     """
 
     max_tokens: int = 24
+    texts: int | None = None
     concurrency: int = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One prompt under one arm, and what came of it."""
+    """One prompt under one arm, and what came of it.
+
+    Attributes:
+        has_text: a whole answer was asked for, so that judges of text apply.
+    """
 
     suite: Suite
     arm: str
     record: Record
     answer: Answer
+    has_text: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +66,7 @@ class _Job:
     arm: Arm
     record: Record
     request: dict[str, Any]
+    has_text: bool
     key: str
     digest: str
 
@@ -120,6 +129,7 @@ async def ask_all(
             arm=job.arm.name,
             record=job.record,
             answer=journal.find(job.key, job.digest) or failed[job.key, job.digest],
+            has_text=job.has_text,
         )
         for job in jobs
     ]
@@ -135,34 +145,40 @@ def _jobs(
 ) -> Iterator[_Job]:
     for name, records in prompts.items():
         suite = SUITES[name]
+        sample = records if settings.texts is None else thinned(records, settings.texts)
+        sampled = {record.key for record in sample}
         for arm in arms:
             if suite.group not in arm.groups:
                 continue
             for record in records:
-                request = _request(server, arm, record, settings)
+                is_sampled = not arm.is_short and (arm.is_whole or record.key in sampled)
+                has_text = is_sampled or not server.has_decision_tokens
+                request = _request(server, suite, arm, record, settings.max_tokens if has_text else 1)
                 yield _Job(
                     suite=suite,
                     arm=arm,
                     record=record,
                     request=request,
+                    has_text=has_text,
                     key=f"{record.key}#{prompt_digest(record.prompt)}",
                     digest=request_digest(request, server.identity),
                 )
 
 
-def _request(server: Server, arm: Arm, record: Record, settings: Settings) -> dict[str, Any]:
-    is_short = arm.is_short and server.has_decision_tokens
+def _request(server: Server, suite: Suite, arm: Arm, record: Record, max_tokens: int) -> dict[str, Any]:
     request: dict[str, Any] = {
         "model": server.model,
         "messages": [{"role": "user", "content": record.prompt}],
         "temperature": 0,
-        "max_tokens": 1 if is_short else settings.max_tokens,
+        "max_tokens": max_tokens,
         "extra_body": {"steering": arm.steering_for(record.key)},
     }
     if arm.logit_bias:
         request["logit_bias"] = dict(arm.logit_bias)
-    if arm.wants_logprobs:
+    if arm.reads_first:
         request.update(logprobs=True, top_logprobs=_TOP)
+    elif arm.reads_loss and suite.group is Group.ABILITY:
+        request["logprobs"] = True
     return request
 
 
@@ -195,6 +211,7 @@ def _read(completion: Any, server: Server) -> Answer:
     told = (completion.model_extra or {}).get("steering") or {}
     verdict = told.get("verdict") or {}
     scores = told.get("scores") or {}
+    shares = scores.get("categories")
     answer = Answer(
         text=choice.message.content or "",
         refused=verdict.get("refused"),
@@ -204,7 +221,7 @@ def _read(completion: Any, server: Server) -> Answer:
         edit=told.get("edit"),
         strength=told.get("strength"),
         score=scores.get("refusal"),
-        categories=scores.get("categories"),
+        categories=None if not shares else {name: round(share, 6) for name, share in shares.items()},
         tokens=completion.usage.completion_tokens if completion.usage else 0,
     )
     places = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []

@@ -21,6 +21,7 @@ class Server:
         version: of the server.
         bundles: label of each loaded bundle, which carries the beginning of its digest; the first is the default.
         profiles: names that may be asked for.
+        gated: those of the default bundle that decide by themselves; None where the server does not say.
         default_profile: used where none is named.
         has_gate: mode `auto` may be asked for.
         tokens: category by the text of its refusal token, for a model that has such tokens.
@@ -34,6 +35,7 @@ class Server:
     default_profile: str
     has_gate: bool
     tokens: Mapping[str, str]
+    gated: tuple[str, ...] | None = None
 
     @property
     def has_decision_tokens(self) -> bool:
@@ -75,4 +77,12 @@ async def describe(client: AsyncOpenAI) -> Server:
             for category in told["bundles"][0].get("categories", ())
             if category.get("token")
         },
+        gated=_gated(told["bundles"][0]),
     )
+
+
+def _gated(bundle: Mapping[str, Any]) -> tuple[str, ...] | None:
+    profiles = bundle.get("profiles") or ()
+    if not profiles or not all("modes" in profile for profile in profiles):
+        return None
+    return tuple(str(profile["name"]) for profile in profiles if "auto" in profile["modes"])

@@ -6,7 +6,7 @@ Knows nothing of servers or of how reports look.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,11 @@ def judged(
     answers: Sequence[Asked],
     *,
     has_decision_tokens: bool,
-    short: Collection[str],
     model: Mapping[tuple[str, str], Verdict] | None = None,
 ) -> list[Judged]:
     """Each answer with its verdicts.
 
     Args:
-        short: arms of which only the first token was asked for.
         model: a model judge's verdicts by prompt and text.
     """
     found = []
@@ -49,7 +47,7 @@ def judged(
             by_token = token_verdict(refused=asked.answer.refused, has_decision_tokens=has_decision_tokens)
             if by_token is not None:
                 verdicts[TOKEN] = by_token
-            if asked.arm not in short:
+            if asked.has_text:
                 verdicts[KEYWORD] = keyword_verdict(asked.answer.text)
                 by_model = (model or {}).get((asked.record.prompt, asked.answer.text))
                 if by_model is not None:

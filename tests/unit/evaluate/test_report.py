@@ -81,7 +81,7 @@ def told_of(asked: list[Asked], arms: list[Arm]) -> dict[str, Any]:
         has_gate=True,
         tokens={"[Safety]": "Safety"},
     )
-    rows = judged(asked, has_decision_tokens=True, short=())
+    rows = judged(asked, has_decision_tokens=True)
     setting = Setting(
         server=server, arms=arms, skipped={}, left_out={}, judges={TOKEN: {"error": EXACT}}, asking={"max_tokens": 4}
     )
