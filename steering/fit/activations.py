@@ -6,6 +6,7 @@ Knows nothing of data sets or bundles.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Sequences = Sequence[Sequence[int]]
 MAX_GROUP = 64
+MAX_TOKENS = 8192
+"""Most tokens of one forward pass: bounds what a pass needs beside the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,18 +68,33 @@ class LoadedModel:
         return [self.prompt(text) for text in texts]
 
 
-def load_model(path: Path, categories: Sequence[str] = (), *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(
+    path: Path,
+    categories: Sequence[str] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    device_map: str | None = None,
+) -> LoadedModel:
     """Load a local model folder and find the refusal tokens among `categories`.
 
+    Args:
+        dtype: of the weights in memory, and so of the residuals.
+        device_map: as transformers takes it, such as `auto` to spread the blocks over every GPU; needs accelerate.
+
     Raises:
-        OperatorError: no model in that folder.
+        OperatorError: no model in that folder, or accelerate is missing for a device map.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (path / "config.json").is_file():
         raise OperatorError(f"no model at {path}: config.json is missing; give a local model folder")
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise OperatorError(
+            f"device_map {device_map!r} needs the package accelerate; install it, or leave --device-map out"
+        )
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
+    model.requires_grad_(requires_grad=False)
     vocabulary = tokenizer.get_vocab()
     return LoadedModel(
         model=model,
@@ -107,38 +125,92 @@ def by_length(sequences: Sequences, most: int = MAX_GROUP) -> Iterator[tuple[lis
     groups: dict[int, list[int]] = defaultdict(list)
     for index, sequence in enumerate(sequences):
         groups[len(sequence)].append(index)
-    for _, members in sorted(groups.items()):
-        for start in range(0, len(members), most):
-            chosen = members[start : start + most]
+    for length, members in sorted(groups.items()):
+        size = max(1, min(most, MAX_TOKENS // max(1, length)))
+        for start in range(0, len(members), size):
+            chosen = members[start : start + size]
             yield chosen, torch.tensor([list(sequences[index]) for index in chosen])
 
 
-@torch.inference_mode()
 def last_residuals(loaded: LoadedModel, sequences: Sequences) -> Tensor:
     """Residuals at the last token of each sequence, at the output of every block.
 
     Returns:
         [N, L, D] float32 on the CPU.
     """
+    return last_residuals_and_tokens(loaded, sequences)[0].transpose(0, 1).float()
+
+
+@torch.inference_mode()
+def last_residuals_and_tokens(
+    loaded: LoadedModel, sequences: Sequences, most: int = MAX_GROUP
+) -> tuple[Tensor, Tensor]:
+    """Residuals at the last token of each sequence, at the output of every block, and the greedy next tokens.
+
+    Args:
+        most: sequences of one length that are run together at most.
+
+    Returns:
+        [L, N, D] in the model's dtype and [N] int64, on the CPU.
+    """
     count = len(loaded.blocks)
-    result = torch.empty(len(sequences), count, loaded.width)
-    for indices, ids in by_length(sequences):
+    residuals = torch.empty(count, len(sequences), loaded.width, dtype=loaded.model.dtype)
+    tokens = torch.empty(len(sequences), dtype=torch.int64)
+    for indices, ids in by_length(sequences, most):
         with ExitStack() as stack:
             kept: dict[int, Tensor] = {}
             for layer, block in enumerate(loaded.blocks):
                 stack.enter_context(_removed_after(block.register_forward_hook(_keeper(kept, layer))))
-            loaded.model.get_decoder()(input_ids=ids.to(loaded.model.device), use_cache=False)
-        result[indices] = torch.stack([kept[layer] for layer in range(count)], dim=1).float().cpu()
-    return result
+            output = loaded.model(input_ids=ids.to(loaded.model.device), use_cache=False, logits_to_keep=1)
+        for layer in range(count):
+            residuals[layer, indices] = kept[layer].to("cpu", residuals.dtype)
+        tokens[indices] = output.logits[:, -1].argmax(dim=-1).cpu()
+    return residuals, tokens
 
 
 @contextmanager
-def steered(loaded: LoadedModel, edit: Edit | None, strength: float = 1.0) -> Iterator[None]:
-    """While inside, every forward pass edits the last position of its input (scope `generated`); None edits nothing."""
+def steered(loaded: LoadedModel, edit: Edit | None, strength: float | Tensor = 1.0, *, tail: int = 1) -> Iterator[None]:
+    """While inside, every forward pass edits the last positions of its input (scope `generated`); None edits nothing.
+
+    Args:
+        strength: one number, or one for each row of the batch [B].
+        tail: positions edited, counted from the end: 1 while generating, more where an answer is fed in whole.
+    """
     with ExitStack() as stack:
         for terms in edit.layers if edit is not None else ():
-            hook = loaded.blocks[terms.layer].register_forward_hook(_editor(terms, strength))
+            hook = loaded.blocks[terms.layer].register_forward_hook(_editor(terms, strength, tail))
             stack.enter_context(_removed_after(hook))
+        yield
+
+
+@contextmanager
+def steered_each(
+    loaded: LoadedModel, edits: Sequence[Edit | None], strength: float | Tensor = 1.0, *, tail: int = 1
+) -> Iterator[None]:
+    """The same with an edit of its own for each row of the batch."""
+    rows: dict[int, list[tuple[LayerTerms, list[int]]]] = defaultdict(list)
+    for edit in {id(edit): edit for edit in edits if edit is not None}.values():
+        members = [row for row, other in enumerate(edits) if other is edit]
+        for terms in edit.layers:
+            rows[terms.layer].append((terms, members))
+    with ExitStack() as stack:
+        for layer, parts in rows.items():
+            hook = loaded.blocks[layer].register_forward_hook(_row_editor(parts, strength, tail))
+            stack.enter_context(_removed_after(hook))
+        yield
+
+
+@contextmanager
+def added_in_training(loaded: LoadedModel, layer: int, vector: Tensor, *, tail: int = 1) -> Iterator[None]:
+    """While inside, `vector` [D], its gradient kept, is added to the last `tail` positions at one block's output."""
+
+    def add(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = _hidden(output)
+        added = vector.to(device=hidden.device, dtype=hidden.dtype).expand(hidden.shape[0], tail, -1)
+        edited = torch.cat([hidden[:, :-tail], hidden[:, -tail:] + added], dim=1)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    with _removed_after(loaded.blocks[layer].register_forward_hook(add)):
         yield
 
 
@@ -166,13 +238,28 @@ def first_tokens(
 
 @torch.inference_mode()
 def greedy(
-    loaded: LoadedModel, sequences: Sequences, edit: Edit | None = None, strength: float = 1.0, *, new_tokens: int = 48
+    loaded: LoadedModel,
+    sequences: Sequences,
+    edit: Edit | Sequence[Edit | None] | None = None,
+    strength: float | Tensor = 1.0,
+    *,
+    new_tokens: int = 48,
 ) -> list[list[int]]:
-    """Greedy answers, each up to and including the end token, or `new_tokens` long."""
+    """Greedy answers, each up to and including the end token, or `new_tokens` long.
+
+    Args:
+        edit: one for all, or one for each sequence.
+        strength: one number, or one for each sequence [N].
+    """
     end = loaded.tokenizer.eos_token_id
     answers: list[list[int]] = [[] for _ in sequences]
-    with steered(loaded, edit, strength):
-        for indices, ids in by_length(sequences):
+    for indices, ids in by_length(sequences):
+        shares = strength[indices] if isinstance(strength, Tensor) else strength
+        with (
+            steered(loaded, edit, shares)
+            if edit is None or isinstance(edit, Edit)
+            else steered_each(loaded, [edit[index] for index in indices], shares)
+        ):
             current = ids.to(loaded.model.device)
             state: Any = None
             live = dict.fromkeys(indices)
@@ -211,10 +298,23 @@ def _keeper(kept: dict[int, Tensor], layer: int) -> Any:
     return keep
 
 
-def _editor(terms: LayerTerms, strength: float) -> Any:
+def _editor(terms: LayerTerms, strength: float | Tensor, tail: int) -> Any:
+    shares = strength.unsqueeze(-1).expand(-1, tail) if isinstance(strength, Tensor) else strength
+
     def edit(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         hidden = _hidden(output).clone()
-        hidden[:, -1] = apply_terms(hidden[:, -1], terms, strength)
+        hidden[:, -tail:] = apply_terms(hidden[:, -tail:], terms, shares)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return edit
+
+
+def _row_editor(parts: Sequence[tuple[LayerTerms, list[int]]], strength: float | Tensor, tail: int) -> Any:
+    def edit(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = _hidden(output).clone()
+        for terms, rows in parts:
+            shares = strength[rows].unsqueeze(-1).expand(-1, tail) if isinstance(strength, Tensor) else strength
+            hidden[rows, -tail:] = apply_terms(hidden[rows, -tail:], terms, shares)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     return edit

@@ -1,4 +1,4 @@
-"""`trimtab fit`: fit edits on a model and write its bundle."""
+"""`trimtab fit`: fit a probe, edits and a gate on a model and write its bundle."""
 
 from __future__ import annotations
 
@@ -8,49 +8,112 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Fit directions and doses on a model and write its bundle.", no_args_is_help=True)
+app = typer.Typer(help="Fit a probe, edits and a gate on a model and write its bundle.", no_args_is_help=True)
 
 
-class Stage(StrEnum):
-    """How far `trimtab fit control` goes."""
+class StageName(StrEnum):
+    """The stages of `trimtab fit control`, in order; the same as `steering.fit.pipeline.Stage`."""
 
-    DIRECTIONS = "directions"
+    ACTIVATIONS = "activations"
+    VECTORS = "vectors"
+    LAYERS = "layers"
+    PROBE = "probe"
+    HEAD = "head"
+    LOW_RANK = "low_rank"
+    NULL_SPACE = "null_space"
+    DOSES = "doses"
+    GATE = "gate"
+    COMPARE = "compare"
+    HELD = "held"
+    BUNDLE = "bundle"
+    REPORT = "report"
+
+
+class PresetName(StrEnum):
+    """`auto` picks constants on calibration prompts, `paper` takes those of arXiv 2603.13359."""
+
+    AUTO = "auto"
+    PAPER = "paper"
+
+
+class CovarianceName(StrEnum):
+    """How the covariance of the low-rank basis is kept from being singular."""
+
+    PAPER = "paper"
+    RELATIVE = "relative"
+    LEDOIT_WOLF = "ledoit-wolf"
+
+
+class DtypeName(StrEnum):
+    """Of the weights in memory."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 @app.callback()
 def main() -> None:
-    """Fit directions and doses on a model and write its bundle."""
+    """Fit a probe, edits and a gate on a model and write its bundle."""
 
 
 @app.command()
 def control(
-    stage: Annotated[Stage, typer.Option(help="Last stage to run.")] = Stage.DIRECTIONS,
-    model: Annotated[Path, typer.Option(help="Folder of a model with refusal tokens.")] = Path("artifacts/demo/model"),
+    stage: Annotated[StageName, typer.Option(help="Last stage to run.")] = StageName.REPORT,
+    preset: Annotated[PresetName, typer.Option(help="Where constants come from.")] = PresetName.AUTO,
+    model: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("artifacts/demo/model"),
     bundle: Annotated[Path, typer.Option(help="Folder the bundle is written to.")] = Path("artifacts/demo/bundle"),
     data: Annotated[Path | None, typer.Option(help="Data directory; else $TRIMTAB_DATA, else a cache.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of stage results; else <user cache>/trimtab/fit.")] = None,
     name: Annotated[str, typer.Option(help="Name of the bundle.")] = "trimtab-demo",
-    version: Annotated[str, typer.Option(help="Version of the bundle.")] = "1",
+    version: Annotated[str, typer.Option(help="Version of the bundle.")] = "2",
     *,
+    layer: Annotated[int | None, typer.Option(help="Layer of probe and edits; else chosen, or the paper's.")] = None,
+    fpr: Annotated[
+        float | None, typer.Option(help="False positive rate of the second operating point; 0.05.", min=0.0, max=1.0)
+    ] = None,
+    safety_margin: Annotated[
+        float | None,
+        typer.Option(help="Share of prompts to refuse that the gate may refuse less; 0.01.", min=0.0, max=1.0),
+    ] = None,
+    covariance: Annotated[CovarianceName | None, typer.Option(help="Of the low-rank basis; paper.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Coordinates a direction keeps; 200 unless told.", min=1)] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Of the weights in memory.")] = DtypeName.FLOAT32,
+    device_map: Annotated[str | None, typer.Option(help="As transformers takes it, such as auto.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Prompts of one length in one pass; 64.", min=1)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few prompts: to try it out, not to use the bundle.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
 ) -> None:
-    """P1: categorical directions from refusal tokens, their layer, doses and certified strengths."""
+    """Probe, category edits, gate and every baseline of arXiv 2603.13359, with doses and thresholds of their own."""
     import torch
 
     from steering.errors import TrimtabError
-    from steering.fit.control import Settings, open_fit
-    from steering.fit.control_bundle import fit_directions
+    from steering.fit.control import QUICK, Preset, open_fit, preset_settings
+    from steering.fit.low_rank import Covariance
+    from steering.fit.pipeline import Stage, fit_control
 
     torch.set_num_threads(threads)
     if work is None:
         from platformdirs import user_cache_path
 
         work = user_cache_path("trimtab") / "fit" / name
+    settings = preset_settings(
+        Preset(preset),
+        **(QUICK if quick else {}),
+        layer=layer,
+        false_positive_rate=fpr,
+        safety_margin=safety_margin,
+        covariance=None if covariance is None else Covariance(covariance),
+        top_k=top_k,
+        batch=batch,
+    )
     try:
-        fit = open_fit(model, data, work, Settings(top_k=top_k), say=typer.echo)
-        saved = fit_directions(fit, bundle, name=name, version=version)
+        fit = open_fit(model, data, work, settings, dtype=getattr(torch, dtype), device_map=device_map, say=typer.echo)
+        saved = fit_control(fit, bundle, name=name, version=version, until=Stage(stage))
     except TrimtabError as error:
-        typer.echo(f"trimtab fit {stage}: {error}", err=True)
+        typer.echo(f"trimtab fit control: {error}", err=True)
         raise typer.Exit(1) from error
-    typer.echo(f"wrote {saved.label} to {bundle}: {', '.join(saved.edits)}")
+    if saved is None:
+        typer.echo(f"stopped after {stage}; its files are in {work}")
+    else:
+        typer.echo(f"wrote {saved.label} to {bundle}: {', '.join(profile.name for profile in saved.manifest.profiles)}")

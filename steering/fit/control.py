@@ -1,25 +1,17 @@
-"""P1 fitted on a model with refusal tokens: categorical directions, their layer and doses, and the bundle.
+"""A control fit: its settings, its presets, and the folder in which resumable stages leave their files.
 
-Stages, each of which leaves a file in the work folder and is skipped when that file is there for the same settings:
-
-    means    class means at every block, for both variants          means.safetensors, means.json
-    sweep    one category's direction at every layer and dose       sweep-<variant>.json
-    doses    each category's two doses at the chosen layer          doses-<variant>.json
-    range    strengths at which answers stay well formed            range.json
-    settled  doses lowered to what the ranges allow, measured again settled.json
-    held     what the edits do on held prompts, with a control      held.json
-    bundle   manifest, tensors, report and picture                  the bundle's folder
-
-Layer, doses and ranges are chosen on calibration parts; held prompts are only reported on. Knows nothing of vLLM.
+Knows nothing of what a stage does; `pipeline.py` has their order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +20,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steering.errors import OperatorError
-from steering.fit.activations import LoadedModel, last_residuals, load_model, require_tokens
-from steering.fit.categories import CATEGORIES, SAFETY, refusal_category
-from steering.fit.datasets import DataDirectory, Record, fit_records
-from steering.fit.directions import TAU, ClassMean, difference, unit
-from steering.fit.sources import Label, Use
+from steering.fingerprint import fingerprint_of
+from steering.fit.activations import LoadedModel, load_model
+from steering.fit.categories import CATEGORIES, SAFETY
+from steering.fit.datasets import DataDirectory
+from steering.fit.directions import TAU
+from steering.fit.low_rank import Covariance, Training
 
-REFUSED_PARTS: tuple[tuple[str, str], ...] = (
-    ("coconot", "eval"),
-    ("catqa", "all"),
-    ("harmfulqa", "harmfulqa"),
-    ("harmfulqa", "dangerousqa"),
-    ("advbench", "all"),
-    ("ailuminate_demo", "all"),
-    ("cast_conditions", "harmful"),
-    ("ccp_sensitive", "train"),
-    ("deccp", "censored"),
-)
-CONTRAST_PARTS: tuple[tuple[str, str], ...] = (("coconot", "pref"), ("or_bench_borderline", "all"))
-"""Prompts to answer that look like those to refuse: P1 takes CoCoNot's contrast set, which is for testing here."""
+PAPER_LAYER = 18
+PAPER_THRESHOLD = 0.535
+PAPER_TOP_K = 200
+PAPER_DOSES = (4.0, -6.0)
+"""P1's constants for tomg-group-umd/zephyr-llama3-8b-sft-refusal-n-contrast-multiple-tokens; refuse, then comply."""
 
-PLAIN_PARTS: tuple[tuple[str, str], ...] = (
-    ("gpteacher", "roleplay"),
-    ("gpteacher", "codegen"),
-    ("cast_conditions", "harmless"),
-    ("gsm8k", "train"),
-)
-"""Plainly benign prompts with answers."""
 
-RESPOND = "[respond]"
+class Preset(StrEnum):
+    """Where constants come from: `AUTO` picks them on calibration prompts, `PAPER` takes P1's."""
+
+    AUTO = "auto"
+    PAPER = "paper"
 
 
 class Variant(StrEnum):
@@ -75,36 +57,120 @@ class Settings:
     """What a fit depends on.
 
     Attributes:
+        categories: refusal categories; None takes those the model has tokens for, or all where it has no tokens.
+        layer: of the probe and of every edit; None chooses on calibration prompts.
         tau: P1's threshold on coordinates of class means.
-        top_k: coordinates a direction keeps; None keeps 200, P1's value, which is all of a narrower residual.
-        most: prompts per class at most.
-        calibration: calibration prompts of each kind at most.
+        top_k: coordinates a direction keeps; None keeps P1's 200, which is all of a narrower residual.
+        most: prompts per class of the vectors at most.
+        most_per_set, most_plain: prompts of one part of a data set at most, for the probe and the covariance; fewer
+            of plain ones, of which there are enough.
+        has_templates: the project's own template prompts are fitted on as well.
+        calibration: calibration prompts of each kind for doses at most.
+        gated: calibration prompts of each kind for the gate at most.
         ranged: calibration prompts that are answered in full for the certified range.
+        held: prompts of a held set at most, evenly spaced.
+        penalty, head_penalty: scikit-learn's C of the probe and of the category head.
+        weights: group of fit prompts to a factor on its weight; see `steering.fit.prompts`.
+        false_positive_rate: of the probe's second operating point.
+        safety_margin: share of prompts to refuse that the gate may refuse less than the model alone.
+        threshold: a hard sign at this probability on both sides instead of chosen thresholds.
+        doses: fixed lengths of the refuse and the comply edits instead of chosen ones.
         multiples: doses tried, in units of the norm of the class difference at that layer.
         comply_target: share of refusals that a `comply` dose must remove on calibration prompts.
         refuse_target: share of prompts that a `refuse` dose must have refused on calibration prompts.
-        strengths: multipliers of a dose that are tested for well-formed answers.
+        strengths: multipliers of a dose that are tested for the certified range.
         headroom: a dose is lowered until this strength is still certified.
         most_spoiled: share of answers that a certified strength may spoil, against no steering.
+        divergence_budget: mean KL(p_base ‖ p_steer) of the first token on plain prompts that a comply edit may have.
+        loss_budget: by how much an edit may raise the next-token loss of given answers to plain prompts, in nats.
+        covariance, epsilon: of the whitening of the low-rank basis.
+        training: of the low-rank vector.
+        is_scaled: the vector is trained at the length of the class difference instead of P1's strength 1.
+        trained: harmful and benign prompts each that it is trained on at most.
+        null_share: share of directions that count as the benign null space.
+        ridge: of the null-space map.
+        batch: prompts of one length in one pass at most.
     """
 
-    categories: tuple[str, ...] = CATEGORIES
+    preset: Preset = Preset.AUTO
+    categories: tuple[str, ...] | None = None
     default_category: str = SAFETY
+    layer: int | None = None
     tau: float = TAU
     top_k: int | None = None
     most: int = 800
+    most_per_set: int = 8000
+    most_plain: int = 1200
+    has_templates: bool = True
     calibration: int = 60
-    ranged: int = 32
+    gated: int = 600
+    ranged: int = 24
+    held: int = 250
+    penalty: float = 0.02
+    head_penalty: float = 0.05
+    weights: Mapping[str, float] = field(
+        default_factory=lambda: {"coconot/eval": 6.0, "coconot/pref": 6.0, "or_bench_borderline/all": 3.0, "plain": 0.2}
+    )
+    false_positive_rate: float = 0.05
+    safety_margin: float = 0.01
+    threshold: float | None = None
+    doses: tuple[float, float] | None = None
     multiples: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
     comply_target: float = 0.9
     refuse_target: float = 0.75
-    strengths: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5)
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     headroom: float = 1.25
     most_spoiled: float = 0.15
+    divergence_budget: float = 1.0
+    loss_budget: float = 1.0
+    covariance: Covariance = Covariance.PAPER
+    epsilon: float = 1e-4
+    training: Training = field(default_factory=lambda: Training(rate=1e-2, epochs=3, batch=16))
+    is_scaled: bool = True
+    trained: int = 400
+    null_share: float = 0.5
+    ridge: float = 10.0
+    batch: int = 64
     seed: int = 20261122
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+QUICK: Mapping[str, Any] = {
+    "most": 60,
+    "most_per_set": 60,
+    "most_plain": 60,
+    "has_templates": False,
+    "calibration": 10,
+    "gated": 40,
+    "ranged": 6,
+    "held": 10,
+    "trained": 16,
+    "multiples": (0.5, 1.0),
+    "strengths": (1.0,),
+    "headroom": 1.0,
+}
+"""Settings that try a fit out in a minute; their numbers mean nothing."""
+
+
+def preset_settings(preset: Preset, **chosen: Any) -> Settings:
+    """The settings of a preset, with those fields replaced that the caller chose (None chooses nothing)."""
+    settings = Settings()
+    if preset is Preset.PAPER:
+        settings = Settings(
+            preset=Preset.PAPER,
+            layer=PAPER_LAYER,
+            top_k=PAPER_TOP_K,
+            threshold=PAPER_THRESHOLD,
+            doses=PAPER_DOSES,
+            covariance=Covariance.PAPER,
+            epsilon=1e-4,
+            training=Training(),
+            is_scaled=False,
+            trained=379,
+        )
+    return replace(settings, **{name: value for name, value in chosen.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Fit:
     """A model, its data and the folder the stages write to."""
 
@@ -114,18 +180,66 @@ class Fit:
     settings: Settings
     say: Callable[[str], None] = print
 
-    def stage(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The stage's result: read where it was left for the same settings and weights, else made and left there."""
-        path = self.work / f"{name}.json"
-        identity = self.identity
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the model: every stage depends on it."""
+        return fingerprint_of(self.loaded.path).model_dump(mode="json")
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Those of the fit; see `Settings.categories`."""
+        if self.settings.categories is not None:
+            return self.settings.categories
+        return tuple(self.loaded.categories) or CATEGORIES
+
+    def identity(self, name: str, of: Sequence[str] = (), after: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Digest of all that a stage depends on: the model, named settings, and the results of earlier stages."""
+        fields = asdict(self.settings)
+        facts = {
+            "stage": name,
+            "model": self.fingerprint,
+            "dtype": str(self.loaded.model.dtype),
+            "categories": self.categories,
+            "settings": {key: fields[key] for key in ("seed", *of)},
+            "after": [result["identity"] for result in after],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def stage(
+        self,
+        name: str,
+        make: Callable[[], dict[str, Any]],
+        *,
+        of: Sequence[str] = (),
+        after: Sequence[Mapping[str, Any]] = (),
+    ) -> dict[str, Any]:
+        """The stage's result: read where it was left for the same model, settings and earlier results, else made.
+
+        Args:
+            name: of its files, `<name>.json` and, where `make` gives `tensors`, `<name>.safetensors`.
+            make: gives JSON, and optionally `tensors`: a dict of tensors by name.
+            of: names of the settings it depends on.
+            after: results of the stages it depends on.
+        """
+        path, tensors_path = self.work / f"{name}.json", self.work / f"{name}.safetensors"
+        identity = self.identity(name, of, after)
         if path.is_file():
             kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if kept.get("identity") == identity:
+            if kept.get("identity") == identity and (not kept.get("has_tensors") or tensors_path.is_file()):
                 self.say(f"{name}: kept from {path}")
                 return kept
         self.say(f"{name}: running")
-        made = {"identity": identity, **make()}
+        started = time.monotonic()
         self.work.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        found = dict(make())
+        tensors: dict[str, Tensor] | None = found.pop("tensors", None)
+        if tensors is not None:
+            fresh = tensors_path.with_suffix(".part")
+            save_file({key: value.contiguous() for key, value in tensors.items()}, fresh)
+            fresh.replace(tensors_path)
+        made = {"identity": identity, "has_tensors": tensors is not None, **found}
+        self.say(f"{name}: took {time.monotonic() - started:.1f} s")
         fresh = path.with_suffix(".part")
         fresh.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         fresh.replace(path)
@@ -133,129 +247,32 @@ class Fit:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return result
 
-    @property
-    def identity(self) -> str:
-        """Digest of the settings and of the weights' file sizes and first bytes."""
-        digest = hashlib.sha256(json.dumps(asdict(self.settings), sort_keys=True).encode())
-        for weights in sorted(self.loaded.path.glob("*.safetensors")):
-            with weights.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors a stage left."""
+        return load_file(self.work / f"{name}.safetensors")
 
 
-def open_fit(model: Path, data: Path | None, work: Path, settings: Settings, say: Callable[[str], None] = print) -> Fit:
-    """Load the model and make sure it has a token for each category."""
-    loaded = load_model(model, settings.categories)
-    require_tokens(loaded, settings.categories)
-    return Fit(loaded=loaded, directory=DataDirectory.resolve(data), work=work, settings=settings, say=say)
+def open_fit(
+    model: Path,
+    data: Path | None,
+    work: Path,
+    settings: Settings,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device_map: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Fit:
+    """Load the model and make sure that it has the layer the settings name.
 
-
-def class_means(fit: Fit) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Mean residuals [L, D] float64: `<variant>/<category>`, and `<variant>/[respond]`, which they are held against."""
-    path = fit.work / "means.safetensors"
-
-    def make() -> dict[str, Any]:
-        refused = fit_records(fit.directory, REFUSED_PARTS)
-        contrast = fit_records(fit.directory, CONTRAST_PARTS)
-        plain = fit_records(fit.directory, PLAIN_PARTS)
-        classes = {
-            name: _sample([record for record in refused.records if refusal_category(record) == name], fit.settings)
-            for name in fit.settings.categories
-        }
-        against = {
-            Variant.P1: _sample(contrast.records, fit.settings),
-            Variant.HEADER: _sample(plain.records, fit.settings),
-        }
-        means: dict[str, Tensor] = {}
-        for variant in Variant:
-            for name, records in {**classes, RESPOND: against[variant]}.items():
-                means[f"{variant}/{name}"] = _mean(fit, records, name if variant is Variant.P1 else None)
-        fit.work.mkdir(parents=True, exist_ok=True)
-        save_file(means, path)
-        named = {**classes, **{f"{variant}/{RESPOND}": records for variant, records in against.items()}}
-        return {
-            "prompts": {name: len(records) for name, records in named.items()},
-            "sources": {name: _sources(records) for name, records in named.items()},
-            "dropped": {**refused.dropped, **contrast.dropped, **plain.dropped},
-        }
-
-    if not path.is_file():
-        (fit.work / "means.json").unlink(missing_ok=True)
-    facts = fit.stage("means", make)
-    return load_file(path), facts
-
-
-def _mean(fit: Fit, records: Sequence[Record], name: str | None) -> Tensor:
-    """Mean residual [L, D] at the last prompt token, or on the token of `name` appended to the prompt."""
-    token = {**fit.loaded.categories, RESPOND: fit.loaded.respond}[name] if name is not None else None
-    suffix = [] if token is None else [token]
-    mean = ClassMean()
-    for start in range(0, len(records), 256):
-        prompts = fit.loaded.prompts([record.prompt for record in records[start : start + 256]])
-        mean.add(last_residuals(fit.loaded, [[*prompt, *suffix] for prompt in prompts]))
-    return mean.mean
-
-
-def categorical(
-    means: Mapping[str, Tensor], variant: Variant, category: str, layer: int, settings: Settings
-) -> tuple[Tensor, float]:
-    """The unit direction [D] of a category at a layer, and the norm of the difference before it was normalised."""
-    refused, answered = means[f"{variant}/{category}"][layer], means[f"{variant}/{RESPOND}"][layer]
-    raw = difference(refused, answered, tau=settings.tau, top_k=settings.top_k)
-    return unit(raw), float(torch.linalg.vector_norm(raw))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Calibration:
-    """Token ids of calibration prompts: disjoint from what was fitted on and from what is held.
-
-    Attributes:
-        borderline: prompts that should be answered but are mostly refused.
-        harmful: prompts that should be refused.
-        plain: prompts that are mostly answered.
-        own: per category the prompts it concerns: its noncompliance prompts, and borderline ones.
+    Raises:
+        OperatorError: no model there, or fewer layers than the settings need.
     """
-
-    borderline: list[list[int]]
-    harmful: list[list[int]]
-    plain: list[list[int]]
-    own: dict[str, list[list[int]]]
-
-
-def calibration_prompts(fit: Fit) -> Calibration:
-    """Prompts of the calibration parts, tokenized."""
-    most = fit.settings.calibration
-    left = fit_records(fit.directory, (*REFUSED_PARTS, *CONTRAST_PARTS, *PLAIN_PARTS), Use.CALIBRATE).records
-    kinds = {
-        "borderline": [record for record in left if record.dataset == "or_bench_borderline"],
-        "harmful": [record for record in left if record.label is Label.HARMFUL],
-        "plain": [record for record in left if record.label is Label.BENIGN],
-    }
-    own = {
-        name: [record for record in left if refusal_category(record) == name and record.label is not Label.HARMFUL]
-        for name in fit.settings.categories
-    }
-
-    def ids(records: Sequence[Record]) -> list[list[int]]:
-        return fit.loaded.prompts([record.prompt for record in _sample(records, fit.settings, most)])
-
-    return Calibration(
-        **{kind: ids(records) for kind, records in kinds.items()},
-        own={name: ids(records) for name, records in own.items()},
-    )
-
-
-def _sample(records: Sequence[Record], settings: Settings, most: int | None = None) -> list[Record]:
-    """At most `most` records in an order given by a hash of their keys: the same on every machine."""
-    ordered = sorted(records, key=lambda record: hashlib.sha256(f"{settings.seed}/{record.key}".encode()).digest())
-    if not ordered:
-        raise OperatorError("a class of the fit has no prompts in the data directory; check the registry's sets")
-    return ordered[: settings.most if most is None else most]
-
-
-def _sources(records: Sequence[Record]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for record in records:
-        name = f"{record.dataset}/{record.part}"
-        counts[name] = counts.get(name, 0) + 1
-    return dict(sorted(counts.items()))
+    loaded = load_model(model, settings.categories or CATEGORIES, dtype=dtype, device_map=device_map)
+    layers = len(loaded.blocks)
+    if settings.layer is not None and not 0 <= settings.layer < layers:
+        why = " (the paper's)" if settings.preset is Preset.PAPER and settings.layer == PAPER_LAYER else ""
+        raise OperatorError(
+            f"layer {settings.layer}{why} needs a model of {settings.layer + 1} layers, {model} has {layers}; "
+            f"choose one from 0 to {layers - 1} with --layer, or leave the choice to --preset auto"
+        )
+    return Fit(loaded=loaded, directory=DataDirectory.resolve(data), work=work, settings=settings, say=say)

@@ -1,269 +1,251 @@
-"""The bundle of a control fit: manifest, report, card and picture from what the stages left.
+"""The bundle of a control fit: manifest, report and card from what the stages left.
 
-Knows how a bundle is described; the numbers come from `control.py`.
+Knows how a bundle is described; the numbers come from the stages.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
-import textwrap
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from itertools import product
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from steering import __version__
 from steering.bundle import Bundle, save_bundle
-from steering.fingerprint import fingerprint_of
+from steering.fit import pictures
 from steering.fit.catalog import CATALOG
-from steering.fit.control import RESPOND, Fit, Settings, Variant, class_means
-from steering.fit.doses import (
-    calibrated_doses,
-    certified_range,
-    edit_name,
-    edits_of,
-    held_effects,
-    settled_doses,
-    sweep,
-)
+from steering.fit.control import Fit
+from steering.fit.control_card import card
+from steering.fit.families import Family
+from steering.fit.openings import Openings
+from steering.fit.vectors import RESPOND
+from steering.gate import Probe
+from steering.plan import CategorySource
 from steering.terms import Edit
 
-PROFILE = "refusal-control"
-P1_PROFILE = "p1-categorical"
-CONTROL_PROFILE = "random-control"
+PROFILE, P1_PROFILE, CONTROL_PROFILE = "refusal-control", "p1-categorical", "random-control"
+PICTURES = ("layers", "probe", "head", "doses", "gate", "compare", "held", "cosines")
 
 
-def fit_directions(fit: Fit, bundle: Path, *, name: str, version: str) -> Bundle:
-    """Run every stage of the categorical fit and write the bundle; goes on where an earlier run stopped."""
-    means, means_facts = class_means(fit)
-    swept = {variant.value: sweep(fit, means, variant) for variant in Variant}
-    doses = {variant.value: calibrated_doses(fit, means, variant, int(swept[variant]["layer"])) for variant in Variant}
-    ranges = certified_range(fit, edits_of(fit, means, doses))
-    settled = settled_doses(fit, means, doses, ranges)
-    edits = edits_of(fit, means, settled)
-    held = held_effects(fit, edits)
-    manifest = _manifest(fit, edits, means_facts, settled, ranges, name=name, version=version)
-    kept = {record["name"]: edits[record["name"]] for record in manifest["edits"]}
-    saved = save_bundle(bundle, manifest, kept)
-    report = {
-        "settings": asdict(fit.settings),
-        "data": means_facts,
-        "layer_sweep": swept,
-        "doses_for_the_first_token": doses,
-        "strength_ranges": ranges,
-        "doses": settled,
-        "held": held,
-        "judge": "greedy first token, through transformers in float32: a refusal token is a refusal",
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfilePlan:
+    """A profile of the bundle; see `steering.manifest.Profile`."""
+
+    name: str
+    description: str
+    family: Family
+    comply_below: float
+    refuse_above: float
+    is_graded: bool = False
+    reads_tokens: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Contents:
+    """Everything a bundle is written from.
+
+    Attributes:
+        edits: those that were certified, by name.
+        plans: the default profile first.
+        results: what the stages gave, by stage.
+    """
+
+    fit: Fit
+    openings: Openings
+    edits: Mapping[str, Edit]
+    probe: Probe
+    plans: list[ProfilePlan]
+    results: Mapping[str, Any]
+
+
+def write_bundle(path: Path, contents: Contents, *, name: str, version: str, has_report: bool) -> Bundle:
+    """Write manifest and tensors, and with `has_report` also report.json, CARD.md and the pictures."""
+    used = {
+        key: contents.edits[key]
+        for plan in contents.plans
+        for side in (plan.family.refuse, plan.family.comply)
+        for key in side.values()
     }
-    (bundle / "report.json").write_text(
-        json.dumps(_without_identity(report), indent=1, ensure_ascii=False) + "\n", "utf-8"
+    saved = save_bundle(
+        path, _manifest(contents, used, name=name, version=version), used, {contents.probe.name: contents.probe}
     )
-    draw_sweep(swept[Variant.HEADER], bundle / "layer_sweep.png")
-    (bundle / "CARD.md").write_text(card(saved, report), "utf-8")
+    fit = contents.fit
+    fit.stage(
+        "bundle",
+        lambda: {"digest": saved.digest, "path": path.name, "edits": sorted(used)},
+        after=[{"identity": saved.digest}],
+    )
+    if not has_report:
+        return saved
+    report = {
+        "settings": _plain(asdict(fit.settings)),
+        "categories": list(fit.categories),
+        "profiles": [{**asdict(plan), "family": asdict(plan.family)} for plan in contents.plans],
+        "judge": "beginnings of greedy answers, through transformers: "
+        + ("a refusal token is a refusal" if contents.openings.is_tokens else "a refusal opening is a refusal"),
+        "left_out": sorted(key for key, found in contents.results["doses"]["edits"].items() if found["maximum"] < 1.0),
+        **{stage: _plain(found) for stage, found in contents.results.items()},
+    }
+    (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    pictures.matrix(contents.results["cosines"], fit.work / "cosines.png", "cosines of the directions")
+    for old in path.glob("*.png"):
+        old.unlink()
+    for picture in PICTURES:
+        shutil.copyfile(fit.work / f"{picture}.png", path / f"{picture}.png")
+    (path / "CARD.md").write_text(card(saved, report), "utf-8")
     return saved
 
 
-def draw_sweep(swept: Mapping[str, Any], path: Path) -> None:
-    """A picture of the best effect of either sign by layer, with the chosen layer marked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3), dpi=100)
-    axes = figure.add_subplot()
-    layers = [row["layer"] for row in swept["layers"]]
-    for sign, label in (("comply", "borderline refusals removed"), ("refuse", "plain prompts refused")):
-        axes.plot(
-            layers, [row["chosen"][sign]["effect"] for row in swept["layers"]], marker="o", label=f"{sign}: {label}"
-        )
-    axes.axvline(swept["layer"], color="grey", linestyle=":", label="chosen layer")
-    axes.set(
-        xlabel="layer (0-based, block output)", ylabel="share of calibration prompts", ylim=(-0.05, 1.05), xticks=layers
-    )
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
-
-
-def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
-    """The bundle's card; every number is taken from the report."""
-    doses, held = report["doses"], report["held"]
-    header, printed = doses[Variant.HEADER], doses[Variant.P1]
-    controls = held["controls"]
-    arms = ("unsteered", "comply", "refuse", "random", "random, other sign", "P1 comply", "P1 refuse")
-    lines = [
-        f"# {bundle.manifest.name} {bundle.manifest.version}",
-        "",
-        *_paragraph(
-            "Categorical refusal directions of the demo model, a toy: fitted, calibrated and measured on this one",
-            "model. Two variants of From Refusal Tokens to Refusal Control (arXiv 2603.13359), both added at the",
-            "last prompt token and at every generated token, each at the one layer (0-based, block output) that",
-            "calibration chose:",
-        ),
-        f"- profile `{PROFILE}` (the default), layer {header['layer']}: class means at the last prompt token,",
-        "  against plainly benign prompts",
-        f"- profile `{P1_PROFILE}`, layer {printed['layer']}: Algorithm 1 as printed, class means on the",
-        "  category token, against `[respond]` after contrast prompts. In a model this small it also says that the",
-        "  token has been written: towards refusal, larger doses make answers skip it, so their effect is limited",
-        "",
-        "## On held prompts",
-        "",
-        *_paragraph(
-            "Share of prompts refused, in percent, with 95 % Wilson intervals. The judge is the greedy first token",
-            "(a refusal token is a refusal), through transformers in float32. `comply` and `refuse` are the edits",
-            "of the default category at strength 1; `random` has the norm of `comply`. Ten more random directions",
-            f"on {controls['set']}: mean {100 * controls['mean']:.1f} %, from {100 * min(controls['refused']):.1f} %",
-            f"to {100 * max(controls['refused']):.1f} %.",
-        ),
-        "| held set | n | " + " | ".join(arms) + " |",
-        "|---" * (len(arms) + 2) + "|",
-    ]
-    for name, found in held["sets"].items():
-        cells = " | ".join(_percent(found[arm]) for arm in arms)
-        lines.append(f"| {name} | {found['unsteered']['n']} | {cells} |")
-    lines += [
-        "",
-        "## Doses",
-        "",
-        *_paragraph(
-            "Lengths along the unit direction at strength 1, and what they did on calibration prompts: refusals of",
-            "the category's own prompts before and after `comply`, of plain prompts before and after `refuse`, and",
-            "the share of the latter refused under this category. Doses were lowered until answers stay well formed",
-            "at strength 1.25. `layer_sweep.png` shows the choice of the layer.",
-        ),
-        "| profile | category | comply | n | before | after | refuse | n | before | after | under this category, % |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for profile, variant in ((PROFILE, header), (P1_PROFILE, printed)):
-        for name, dose in variant["categories"].items():
-            comply, refuse = dose["comply"], dose["refuse"]
-            cells = " | ".join(
-                f"{side['coefficient']:.1f} | {side['refused']['n']} | {100 * side['unsteered']['rate']:.0f} "
-                f"| {100 * side['refused']['rate']:.0f}"
-                for side in (comply, refuse)
+def _manifest(contents: Contents, used: Mapping[str, Edit], *, name: str, version: str) -> dict[str, Any]:
+    fit, results = contents.fit, contents.results
+    doses = results["doses"]["edits"]
+    records = []
+    for key, edit in used.items():
+        if key in doses:
+            dose = doses[key]
+            records.append(
+                {
+                    "name": key,
+                    "purpose": dose["purpose"],
+                    "category": dose["category"],
+                    "dose": f"{dose['multiple']:.4g} times {dose['unit']}",
+                    "strength": _strength(fit, dose["maximum"], results),
+                    "provenance": _provenance(contents, key),
+                }
             )
-            lines.append(f"| {profile} | {name} | {cells} | {_percent(refuse['named'])} |")
-    return "\n".join([*lines, ""])
-
-
-def _manifest(
-    fit: Fit,
-    edits: Mapping[str, Edit],
-    means: Mapping[str, Any],
-    settled: Mapping[str, Any],
-    ranges: Mapping[str, Any],
-    *,
-    name: str,
-    version: str,
-) -> dict[str, Any]:
-    settings = fit.settings
-    records: list[dict[str, Any]] = []
-    for variant, category, purpose in product(Variant, settings.categories, ("refuse", "comply")):
-        dose = settled[variant]["categories"][category][purpose]
-        key = edit_name(purpose, category, variant)
-        records.append(
-            {
-                "name": key,
-                "purpose": purpose,
-                "category": category,
-                "dose": f"coefficient {dose['coefficient']:.4g} along a unit direction, {dose['multiple']:.3g} times "
-                "the difference of the class means",
-                "strength": _strength(dose["maximum"], ranges["prompts"]),
-                "provenance": _provenance(settings, means, variant),
-            }
-        )
-    records.append(
-        {
-            "name": "random",
-            "purpose": "control",
-            "category": None,
-            "dose": f"coefficient {float(edits['random'].layers[0].bias[0]):.4g} along a random unit direction: the "
-            "norm of the default category's comply edit",
-            "strength": _strength(ranges["edits"]["random"]["maximum"], ranges["prompts"]),
-            "provenance": {"method": "random direction", "seed": settings.seed, "code": __version__},
-        }
-    )
-    # An edit that spoils answers at every strength tried is left out; the report has its numbers.
-    records = [record for record in records if record["strength"]["maximum"] > 0]
-    usable = {record["name"] for record in records}
-
-    def profile(name: str, description: str, edit: Callable[[str, str], str]) -> dict[str, Any]:
-        chosen = {
-            purpose: {category: edit(purpose, category) for category in settings.categories}
-            for purpose in ("refuse", "comply")
-        }
-        usable_edits = {
-            purpose: {category: key for category, key in names.items() if key in usable}
-            for purpose, names in chosen.items()
-        }
-        return {
-            "name": name,
-            "description": description,
-            **usable_edits,
-            "default_category": settings.default_category,
-        }
-
-    profiles = [
-        profile(PROFILE, "Raise or lower refusals by a category's direction; the client chooses the mode.", edit_name),
-        profile(
-            P1_PROFILE,
-            "The same with Algorithm 1 of arXiv 2603.13359 as printed.",
-            lambda purpose, category: edit_name(purpose, category, Variant.P1),
-        ),
-        profile(
-            CONTROL_PROFILE,
-            "The control experiment: a random direction of the same norm in either mode.",
-            lambda _purpose, _category: "random",
-        ),
-    ]
+        else:
+            coefficient = float(edit.layers[0].bias[0])
+            records.append(
+                {
+                    "name": key,
+                    "purpose": "control",
+                    "category": None,
+                    "dose": f"coefficient {coefficient:.4g} along a random unit direction: the length of the default "
+                    "category's edit",
+                    "strength": _strength(fit, results["controls"]["edits"][key]["maximum"], results),
+                    "provenance": {"method": "random direction", "seed": fit.settings.seed, "code": __version__},
+                }
+            )
+    tokens = fit.loaded.categories if contents.openings.is_tokens else {}
     return {
         "name": name,
         "version": version,
-        "model": fingerprint_of(fit.loaded.path).model_dump(),
+        "model": fit.fingerprint,
         "categories": [
-            {"name": category, "token": f"[{category}]", "token_id": fit.loaded.categories[category]}
-            for category in settings.categories
+            {"name": category}
+            | ({"token": f"[{category}]", "token_id": tokens[category]} if category in tokens else {})
+            for category in fit.categories
         ],
-        "respond": {"token": RESPOND, "token_id": fit.loaded.respond},
+        "respond": {"token": RESPOND, "token_id": contents.openings.respond} if contents.openings.respond else None,
+        "probes": [_probe_record(contents)],
         "edits": records,
-        "profiles": profiles,
-        "default_profile": PROFILE,
+        "profiles": [
+            {
+                "name": plan.name,
+                "description": plan.description,
+                "refuse": plan.family.refuse,
+                "comply": plan.family.comply,
+                "default_category": fit.settings.default_category,
+                "gate": {
+                    "probe": contents.probe.name,
+                    "comply_below": plan.comply_below,
+                    "refuse_above": plan.refuse_above,
+                    "is_graded": plan.is_graded,
+                    "category_source": CategorySource.REFUSAL_TOKENS if plan.reads_tokens else CategorySource.PROBE,
+                },
+            }
+            for plan in contents.plans
+        ],
+        "default_profile": contents.plans[0].name,
     }
 
 
-def _strength(maximum: float, prompts: int) -> dict[str, Any]:
+def _probe_record(contents: Contents) -> dict[str, Any]:
+    fit, found, head = contents.fit, contents.results["probe"], contents.results["head"]
+    return {
+        "name": contents.probe.name,
+        "operating_points": found["operating_points"],
+        "calibration": {**found["calibration"], "scaling": found["scaling"], "area": found["area"]},
+        "provenance": {
+            "method": "logistic regression on residuals at the last prompt token, standardisation folded into weights "
+            "and bias; a multinomial head names the category",
+            "penalty": fit.settings.penalty,
+            "head_penalty": fit.settings.head_penalty,
+            "imbalance": found["imbalance"],
+            "head": {key: head[key] for key in ("accuracy", "balanced_accuracy", "n", "prompts")},
+            "seed": fit.settings.seed,
+            "code": code_version(),
+            "data": _digests(contents.results["activations"]["prompts"]["fit"]),
+        },
+    }
+
+
+def _strength(fit: Fit, maximum: float, results: Mapping[str, Any]) -> dict[str, Any]:
+    budgets = (
+        f"; the dose itself raises the next-token loss of given answers to plain prompts by at most "
+        f"{fit.settings.loss_budget:g} nats and, towards answers, moves their first token by at most "
+        f"{fit.settings.divergence_budget:g} nats (KL)"
+    )
     return {
         "minimum": 0.0,
         "maximum": maximum,
-        "measured": f"largest strength tried that spoiled at most 15 % of {prompts} greedy answers to "
-        "calibration prompts: they begin with a refusal token or [respond] and do not repeat themselves",
+        "measured": f"largest strength tried that spoiled at most {fit.settings.most_spoiled:.0%} of "
+        f"{results['doses']['prompts']['ranged']} greedy answers to calibration prompts{budgets}",
     }
 
 
-def _provenance(settings: Settings, means: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
-    used = {name.split("/")[0] for sources in means["sources"].values() for name in sources}
-    digests = {
+def _provenance(contents: Contents, key: str) -> dict[str, Any]:
+    fit, results = contents.fit, contents.results
+    facts: dict[str, Any] = {"seed": fit.settings.seed, "code": code_version()}
+    if key.endswith("-low-rank"):
+        trained = results["low_rank"]
+        facts |= {
+            "method": "vector trained in the whitened basis of the category directions (P1 Algorithm 2)",
+            "training": asdict(fit.settings.training),
+            "epsilon": fit.settings.epsilon,
+            **{name: trained[name] for name in ("covariance", "added", "shrinkage", "scale", "history")},
+            "data": _digests(results["activations"]["prompts"]["fit"]),
+        }
+        return facts
+    if key.endswith("-null-space"):
+        mapped = results["null_space"]
+        facts |= {
+            "method": "AlphaSteer's map from the near null space of benign residuals (arXiv 2506.07022)",
+            **{name: mapped[name] for name in ("rank", "null_directions", "ridge", "prompts", "mean_addition")},
+            "data": _digests(results["activations"]["prompts"]["fit"]),
+        }
+        return facts
+    read = "at the last prompt token, against plainly benign prompts (P1 Algorithm 1 at another position)"
+    if key.startswith("p1-"):
+        read = "on the category token, against [respond] after contrast prompts (P1 Algorithm 1)"
+    elif key == "comply-benign-refusal":
+        read = "of benign prompts that the model refuses, against those it answers (BR - BC)"
+    prefix = "p1/" if key.startswith("p1-") else "header/"
+    vectors = results["vectors"]
+    return {
+        **facts,
+        "method": f"difference of class means {read}",
+        "tau": fit.settings.tau,
+        "top_k": fit.settings.top_k if fit.settings.top_k is not None else 200,
+        "prompts": {name: count for name, count in vectors["prompts"].items() if name.startswith(prefix)},
+        "data": _digests({source: 1 for found in vectors["sources"].values() for source in found}),
+    }
+
+
+def _digests(sources: Mapping[str, Any]) -> dict[str, str]:
+    used = {source.split("/")[0] for source in sources}
+    return {
         f"{dataset.name}/{file.name}": f"sha256:{file.sha256}"
         for dataset in CATALOG
         if dataset.name in used
         for file in dataset.files
     }
-    read = {
-        Variant.P1: "on the category token, against [respond] after contrast prompts (P1 Algorithm 1)",
-        Variant.HEADER: "at the last prompt token, against plainly benign prompts (P1 Algorithm 1 at another position)",
-    }
-    return {
-        "method": f"difference of class means {read[variant]}",
-        "tau": settings.tau,
-        "top_k": settings.top_k if settings.top_k is not None else 200,
-        "prompts": dict(means["prompts"]),
-        "seed": settings.seed,
-        "code": _code_version(),
-        "data": digests,
-    }
 
 
-def _code_version() -> str:
+def code_version() -> str:
     """The package's version, with the commit where the code is run from a checkout."""
     try:
         commit = subprocess.run(
@@ -279,16 +261,10 @@ def _code_version() -> str:
     return f"{__version__}+{commit}"
 
 
-def _paragraph(*pieces: str) -> list[str]:
-    """The pieces as one paragraph of wrapped lines, and an empty line."""
-    return [*textwrap.wrap(" ".join(pieces), 118), ""]
-
-
-def _percent(rate: Mapping[str, float]) -> str:
-    return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
-
-
-def _without_identity(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_identity(inner) for key, inner in value.items() if key != "identity"}
+def _plain(value: Any) -> Any:
+    """Without what only resuming needs."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items() if key not in ("identity", "has_tensors")}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
     return value

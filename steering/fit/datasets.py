@@ -13,10 +13,13 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from steering.errors import DatasetCorrupt, DatasetMissing, DatasetMisuse
 from steering.fit.catalog import CATALOG
 from steering.fit.sources import DataSet, Label, Part, SourceFile, Use
+
+Item = TypeVar("Item")
 
 DATA_VARIABLE = "TRIMTAB_DATA"
 _DOWNLOAD_SECONDS = 60.0
@@ -176,8 +179,8 @@ def deduplicate(records: Sequence[Record], *, protected: Iterable[Record] = ()) 
     return Deduplicated(records=tuple(kept), dropped=dict(sorted(dropped.items())))
 
 
-def thinned(records: Sequence[Record], most: int) -> list[Record]:
-    """At most `most` records, evenly spaced."""
+def thinned(records: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` records, or whatever they are, evenly spaced."""
     if len(records) <= most:
         return list(records)
     return [records[index * len(records) // most] for index in range(most)]

@@ -1,28 +1,31 @@
-"""Doses of directions: the layer and length that control a model's decision and leave its answers well formed.
+"""Doses: the layer and lengths at which directions control a model's decision and leave its answers well formed.
 
-Chosen on calibration prompts, reported on held ones. Knows nothing of bundles.
+Chosen on calibration prompts, within two budgets: how far the first answer token of plain prompts may move (KL), and
+how much worse given answers may be predicted. Knows nothing of bundles.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from steering.fit.activations import LoadedModel, greedy, last_residuals
-from steering.fit.control import Fit, Variant, calibration_prompts, categorical
-from steering.fit.datasets import deduplicate, held_records, thinned
-from steering.fit.directions import random_direction
+from steering.fit.activations import LoadedModel, Sequences, by_length, greedy, steered
+from steering.fit.arms import UNSTEERED, Arm, Codes, arm_codes, arm_effects, neither, refusals
+from steering.fit.control import Fit, Settings, Variant
 from steering.fit.intervals import Rate
-from steering.fit.outcomes import Outcomes, decide
-from steering.fit.sources import Use
+from steering.fit.openings import Openings
+from steering.fit.prompts import Kind, Prompts
+from steering.fit.vectors import categorical
 from steering.terms import Edit, added_direction
 
-HELD_PROMPTS = 250
-"""Prompts of a held set that are reported on at most, evenly spaced: all of XSTest's safe and unsafe ones."""
+ANSWER_TOKENS = 24
+"""Tokens of a given answer that ability is measured on."""
 
 
 def added(name: str, layer: int, direction: Tensor, coefficient: float) -> Edit:
@@ -30,103 +33,295 @@ def added(name: str, layer: int, direction: Tensor, coefficient: float) -> Edit:
     return Edit(name=name, layers=(added_direction(layer=layer, direction=direction, coefficient=coefficient),))
 
 
-def sweep(fit: Fit, means: Mapping[str, Tensor], variant: Variant) -> dict[str, Any]:
+class Recipe(NamedTuple):
+    """How an edit is made from a dose.
+
+    Attributes:
+        purpose: `refuse` or `comply`.
+        category: whose; None for an edit of no category.
+        make: the edit at a multiple of its natural length.
+        unit: what multiple 1 is, in words.
+        length: of what multiple 1 adds; 0 for a map, whose addition depends on the residual.
+        natural: length of what P1's coefficient 1 adds: 1 for unit directions, that of s for the trained vector.
+    """
+
+    purpose: str
+    category: str | None
+    make: Callable[[float], Edit]
+    unit: str
+    length: float
+    natural: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trials:
+    """Calibration prompts as doses need them; see `trials_of`.
+
+    Attributes:
+        own: per category the prompts whose refusals a comply edit is to remove: its prompts that are not harmful, and
+            borderline ones for the default category.
+        plain: prompts that are mostly answered.
+        plain_codes: what the model does with them unsteered.
+        answered: (prompt, answer) tokens of plain prompts, the answers all of one length.
+        ranged: prompts that are answered in full, of few lengths.
+    """
+
+    own: dict[str, list[list[int]]]
+    plain: list[list[int]]
+    plain_codes: Codes
+    answered: list[tuple[list[int], list[int]]]
+    ranged: list[list[int]]
+
+
+def trials_of(fit: Fit, openings: Openings, prompts: Prompts) -> Trials:
+    """At most `calibration` prompts of each kind."""
+    most = fit.settings.calibration
+    plain = [prompts.items[index] for index in prompts.where(Kind.PLAIN)]
+    borderline = [prompt.ids for prompt in prompts.items if prompt.group == "borderline"][:most]
+    harmful = [prompt.ids for prompt in prompts.items if prompt.group == "harmful"][:most]
+    own = {
+        name: of_common_length(
+            [prompt.ids for prompt in prompts.items if prompt.category == name and prompt.group != "harmful"], most
+        )
+        for name in fit.categories
+    }
+    lead = [] if openings.respond is None else [openings.respond]
+    answered = [
+        (prompt.ids, [*lead, *prompt.answer[:ANSWER_TOKENS]]) for prompt in plain if len(prompt.answer) >= ANSWER_TOKENS
+    ]
+    # Of lengths that are common, so that few passes are small; doses differ far more than lengths do.
+    ids = of_common_length([prompt.ids for prompt in plain], most)
+    shared = Counter(len(prompt) for prompt, _ in answered)
+    return Trials(
+        own={name: own[name] or borderline for name in fit.categories},
+        plain=ids,
+        plain_codes=arm_codes(fit.loaded, openings, fit.categories, ids, [UNSTEERED])[0],
+        answered=sorted(answered, key=lambda pair: -shared[len(pair[0])])[: fit.settings.ranged],
+        ranged=of_common_length(borderline + harmful, fit.settings.ranged),
+    )
+
+
+def layer_sweep(
+    fit: Fit,
+    openings: Openings,
+    means: Mapping[str, Tensor],
+    trials: Trials,
+    norms: Sequence[float],
+    variant: Variant,
+    after: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """The default category's direction at every layer and dose, in both signs, and the layer that controls best.
 
     `comply` is tried on borderline prompts (most are refused), `refuse` on plain ones (most are answered).
     """
 
     def make() -> dict[str, Any]:
-        prompts = calibration_prompts(fit)
-        before, plain = decide(fit.loaded, prompts.borderline), decide(fit.loaded, prompts.plain)
-        norms = torch.linalg.vector_norm(last_residuals(fit.loaded, prompts.borderline), dim=-1).median(dim=0).values
+        concerned = trials.own[fit.settings.default_category]
+        before = arm_codes(fit.loaded, openings, fit.categories, concerned, [UNSTEERED])[0]
         layers = []
         for layer in range(len(fit.loaded.blocks)):
             direction, gap = categorical(means, variant, fit.settings.default_category, layer, fit.settings)
-            comply = _doses(fit, layer, direction, -gap, prompts.borderline, before)
-            refuse = _doses(fit, layer, direction, gap, prompts.plain, plain)
-            best = {
-                "comply": _choose(comply, fit.settings.comply_target),
-                "refuse": _choose(refuse, fit.settings.refuse_target),
+            comply = _effects(fit, openings, _lengths(fit, layer, direction, -gap), concerned, before, "comply")
+            refuse = _effects(fit, openings, _lengths(fit, layer, direction, gap), trials.plain, before, "refuse")
+            chosen = {
+                "comply": _smallest(comply, fit.settings.comply_target),
+                "refuse": _smallest(refuse, fit.settings.refuse_target),
             }
+            score = chosen["comply"]["effect"] + chosen["refuse"]["effect"]
             layers.append(
                 {
                     "layer": layer,
                     "gap": gap,
-                    "residual_norm": float(norms[layer]),
+                    "residual_norm": norms[layer],
                     "comply": comply,
                     "refuse": refuse,
-                    "chosen": best,
-                    "score": best["comply"]["effect"] + best["refuse"]["effect"],
+                    "chosen": chosen,
+                    "score": score,
                 }
             )
-            fit.say(f"  layer {layer}: comply {best['comply']['effect']:.2f}, refuse {best['refuse']['effect']:.2f}")
-        # As in Arditi et al.: what the last fifth of the blocks does is too close to the output to count as control.
-        candidates = [row for row in layers if int(str(row["layer"])) < max(1.0, 0.8 * len(layers))]
+        best = best_layer({"layers": layers}, fit.settings)
+        fit.say(f"  {variant}: layer {best}")
         return {
-            "unsteered": {"borderline": before.refusals.to_json(), "plain": plain.refusals.to_json()},
+            "unsteered": {"borderline": refusals(before).to_json(), "plain": refusals(trials.plain_codes).to_json()},
             "layers": layers,
-            "layer": _best_layer(candidates),
+            "layer": best,
         }
 
-    return fit.stage(f"sweep-{variant}", make)
+    return fit.stage(
+        f"sweep-{variant}",
+        make,
+        of=("layer", "tau", "top_k", "calibration", "multiples", "comply_target", "refuse_target", "default_category"),
+        after=after,
+    )
 
 
-def calibrated_doses(fit: Fit, means: Mapping[str, Tensor], variant: Variant, layer: int) -> dict[str, Any]:
-    """For each category the smallest dose of either sign that reaches its target at the chosen layer."""
+def dose_curves(
+    fit: Fit,
+    openings: Openings,
+    recipes: Mapping[str, Recipe],
+    trials: Trials,
+    name: str,
+    after: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """For each edit its dose, the curve it was chosen from, and the strengths certified for it."""
 
     def make() -> dict[str, Any]:
-        prompts = calibration_prompts(fit)
-        plain = decide(fit.loaded, prompts.plain)
-        result: dict[str, Any] = {}
-        for name in fit.settings.categories:
-            direction, gap = categorical(means, variant, name, layer, fit.settings)
-            concerned = prompts.own[name]
-            before = decide(fit.loaded, concerned)
-            comply = _choose(_doses(fit, layer, direction, -gap, concerned, before), fit.settings.comply_target)
-            refuse = _choose(_doses(fit, layer, direction, gap, prompts.plain, plain), fit.settings.refuse_target)
-            named = decide(fit.loaded, prompts.plain, added("dose", layer, direction, refuse["coefficient"]))
-            result[name] = {
-                "gap": gap,
-                "comply": comply,
-                "refuse": {**refuse, "named": named.agreement([name] * len(prompts.plain)).to_json()},
-            }
+        baseline: dict[str, Any] = {
+            "loss": answer_loss(fit.loaded, trials.answered),
+            "well_formed": well_formed(openings, greedy(fit.loaded, trials.ranged, new_tokens=ANSWER_TOKENS)),
+        }
+        edits = {}
+        for key, recipe in recipes.items():
+            edits[key] = _dose(fit, openings, recipe, trials, baseline)
+            facts = edits[key]
             fit.say(
-                f"  {name}: comply {comply['coefficient']:.1f} (effect {comply['effect']:.2f}), "
-                f"refuse {refuse['coefficient']:.1f} (effect {refuse['effect']:.2f})"
+                f"  {key}: {facts['multiple']:.3g} times, refused {facts['before']['rate']:.2f} to "
+                f"{facts['refused']['rate']:.2f}, up to strength {facts['maximum']:g}"
             )
-        return {"layer": layer, "categories": result}
+        return {
+            "unsteered": {"loss": baseline["loss"], "well_formed": baseline["well_formed"].to_json()},
+            "prompts": {
+                "plain": len(trials.plain),
+                "answers": len(trials.answered),
+                "ranged": len(trials.ranged),
+                "own": {category: len(ids) for category, ids in trials.own.items()},
+            },
+            "edits": edits,
+        }
 
-    return fit.stage(f"doses-{variant}", make)
+    return fit.stage(
+        name,
+        make,
+        of=(
+            "doses",
+            "multiples",
+            "comply_target",
+            "refuse_target",
+            "strengths",
+            "headroom",
+            "most_spoiled",
+            "divergence_budget",
+            "loss_budget",
+            "calibration",
+            "ranged",
+            "default_category",
+        ),
+        after=after,
+    )
 
 
-def _doses(
-    fit: Fit, layer: int, direction: Tensor, signed_gap: float, prompts: Sequence[list[int]], before: Outcomes
+def certified_ranges(
+    fit: Fit,
+    openings: Openings,
+    edits: Mapping[str, Edit],
+    trials: Trials,
+    name: str,
+    after: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Strengths at which answers stay well formed under edits whose dose is given, such as a control's."""
+
+    def make() -> dict[str, Any]:
+        answers = greedy(fit.loaded, trials.ranged, new_tokens=ANSWER_TOKENS)
+        baseline = {"well_formed": well_formed(openings, answers)}
+        return {"edits": {key: _certified(fit, openings, edit, trials, baseline) for key, edit in edits.items()}}
+
+    return fit.stage(name, make, of=("strengths", "most_spoiled", "ranged"), after=after)
+
+
+def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, baseline: Mapping[str, Any]) -> dict[str, Any]:
+    settings = fit.settings
+    is_comply = recipe.purpose == "comply"
+    concerned = trials.own[recipe.category or settings.default_category] if is_comply else trials.plain
+    before = (
+        arm_codes(fit.loaded, openings, fit.categories, concerned, [UNSTEERED])[0] if is_comply else trials.plain_codes
+    )
+    multiples: Sequence[float] = settings.multiples
+    if settings.doses is not None and recipe.length:
+        wanted = settings.doses[1] if is_comply else settings.doses[0]
+        multiples = (abs(wanted) * recipe.natural / recipe.length,)
+    edits = [(multiple, recipe.make(multiple)) for multiple in multiples]
+    plain = arm_effects(fit.loaded, openings, fit.categories, trials.plain, [Arm(edit) for _, edit in edits])
+    rows = _effects(fit, openings, edits, concerned, before, recipe.purpose, None if is_comply else plain.codes)
+    for row, divergence, (_, edit) in zip(rows, plain.divergences, edits, strict=True):
+        row["divergence"] = divergence
+        row["loss"] = answer_loss(fit.loaded, trials.answered, edit)
+        # What a refuse edit does to the first token of a plain prompt is its effect, not damage.
+        row["is_within_budget"] = row["loss"] - baseline["loss"] <= settings.loss_budget and (
+            not is_comply or divergence <= settings.divergence_budget
+        )
+    within = [row for row in rows if row["is_within_budget"]]
+    chosen = _smallest(within or rows[:1], settings.comply_target if is_comply else settings.refuse_target)
+    multiple = float(chosen["multiple"])
+    ranges = _certified(fit, openings, recipe.make(multiple), trials, baseline)
+    # Fixed doses are taken as they are; a dose of our own is lowered until `headroom` is certified.
+    share = 1.0 if settings.doses is not None else min(1.0, ranges["maximum"] / settings.headroom)
+    maximum = ranges["maximum"] / share if share else 0.0
+    if not within:
+        maximum = 0.0
+    after = chosen
+    if share and share < 1.0:
+        after = _effects(
+            fit, openings, [(multiple * share, recipe.make(multiple * share))], concerned, before, recipe.purpose
+        )[0]
+    return {
+        "purpose": recipe.purpose,
+        "category": recipe.category,
+        "unit": recipe.unit,
+        "length": recipe.length * multiple * share,
+        "multiple": multiple * share,
+        "maximum": maximum,
+        "before": refusals(before).to_json(),
+        "refused": after["refused"],
+        "malformed": after["malformed"],
+        "named": after["named"],
+        "curve": rows,
+        "well_formed": ranges["well_formed"],
+    }
+
+
+def _lengths(fit: Fit, layer: int, direction: Tensor, signed_gap: float) -> list[tuple[float, Edit]]:
+    return [(multiple, added("dose", layer, direction, multiple * signed_gap)) for multiple in fit.settings.multiples]
+
+
+def _effects(
+    fit: Fit,
+    openings: Openings,
+    edits: Sequence[tuple[float, Edit]],
+    prompts: Sequences,
+    before: Codes,
+    purpose: str,
+    known: list[Codes] | None = None,
 ) -> list[dict[str, Any]]:
-    """Outcomes at each multiple of the gap; `effect` is refusals removed (negative sign) or prompts refused."""
+    """Outcomes at each multiple; `effect` is refusals removed (comply) or prompts refused, less malformed answers.
+
+    Args:
+        known: what the prompts do under each edit, where that was read already.
+    """
     rows = []
-    for multiple in fit.settings.multiples:
-        coefficient = multiple * signed_gap
-        outcomes = decide(fit.loaded, prompts, added("dose", layer, direction, coefficient))
-        rate = outcomes.refusals
-        if signed_gap < 0:
-            effect = 1.0 - rate.count / before.refusals.count if before.refusals.count else 0.0
-        else:
-            effect = rate.value
-        malformed = outcomes.malformed
+    if known is None:
+        known = arm_codes(fit.loaded, openings, fit.categories, prompts, [Arm(edit) for _, edit in edits])
+    # One more arm than needed where there is one dose only: what follows is the same for all.
+    for (multiple, _), codes in zip(edits, known, strict=True):
+        rate, malformed = refusals(codes), neither(codes)
+        effect = rate.value
+        if purpose == "comply":
+            unsteered = refusals(before)
+            effect = 1.0 - rate.count / unsteered.count if unsteered.count else 0.0
+        refused = codes[codes >= 0]
+        named = np.bincount(refused, minlength=len(fit.categories) + 1) if len(refused) else np.zeros(1, int)
         rows.append(
             {
                 "multiple": multiple,
-                "coefficient": coefficient,
                 "refused": rate.to_json(),
                 "malformed": malformed.to_json(),
                 "effect": effect - malformed.value,
+                "named": [int(count) for count in named],
             }
         )
     return rows
 
 
-def _choose(rows: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
+def _smallest(rows: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
     """The smallest dose whose effect reaches the target, else the one with the largest effect."""
     for row in rows:
         if row["effect"] >= target:
@@ -134,115 +329,74 @@ def _choose(rows: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
     return max(rows, key=lambda row: row["effect"])
 
 
-def _best_layer(layers: Sequence[dict[str, Any]]) -> int:
-    """The layer with the best sum of both effects, to two places; among equals the one with the smaller addition."""
+def best_layer(swept: Mapping[str, Any], settings: Settings, *, at_least: int = 0) -> int:
+    """The layer with the best sum of both effects, to two places; among equals the one with the smaller addition.
+
+    As in Arditi et al., the last fifth of the blocks is left out: it is too close to the output to count as control.
+    """
+    if settings.layer is not None:
+        return settings.layer
+    rows = swept["layers"]
+    candidates = [row for row in rows if at_least <= row["layer"] < max(at_least + 1.0, 0.8 * len(rows))]
 
     def rank(row: dict[str, Any]) -> tuple[float, float]:
-        largest = max(abs(row["chosen"][sign]["coefficient"]) for sign in ("comply", "refuse"))
+        largest = max(abs(row["chosen"][sign]["multiple"] * row["gap"]) for sign in ("comply", "refuse"))
         return round(row["score"], 2), -largest / row["residual_norm"]
 
-    return int(max(layers, key=rank)["layer"])
+    return int(max(candidates, key=rank)["layer"])
 
 
-def edits_of(fit: Fit, means: Mapping[str, Tensor], doses: Mapping[str, Mapping[str, Any]]) -> dict[str, Edit]:
-    """A refuse and a comply edit for each variant and category, and `random`, all at strength 1.
+def _certified(fit: Fit, openings: Openings, edit: Edit, trials: Trials, baseline: Mapping[str, Any]) -> dict[str, Any]:
+    """The largest strength up to which answers stay well formed, and the share of such answers at each one tried.
 
-    Args:
-        doses: by variant, what `calibrated_doses` or `settled_doses` gave.
+    Strength 1 is tried first, then larger ones until one fails, or smaller ones until one does not.
     """
-    edits: dict[str, Edit] = {}
-    for variant in Variant:
-        layer = int(doses[variant]["layer"])
-        for name in fit.settings.categories:
-            direction, _ = categorical(means, variant, name, layer, fit.settings)
-            for purpose in ("refuse", "comply"):
-                key = edit_name(purpose, name, variant)
-                edits[key] = added(key, layer, direction, doses[variant]["categories"][name][purpose]["coefficient"])
-    chosen = doses[Variant.HEADER]
-    size = abs(chosen["categories"][fit.settings.default_category]["comply"]["coefficient"])
-    direction = random_direction(fit.loaded.width, fit.settings.seed)
-    edits["random"] = added("random", int(chosen["layer"]), direction, size)
-    return edits
+    floor = baseline["well_formed"].value - fit.settings.most_spoiled
+    rates: dict[str, Any] = {}
 
+    def passes(strength: float) -> bool:
+        answers = greedy(fit.loaded, trials.ranged, edit, strength, new_tokens=ANSWER_TOKENS)
+        rate = well_formed(openings, answers)
+        rates[f"{strength:g}"] = rate.to_json()
+        return bool(rate.value >= floor)
 
-def edit_name(purpose: str, category: str, variant: Variant = Variant.HEADER) -> str:
-    """`refuse-requests-with-safety-concerns`, and `p1-refuse-...` for Algorithm 1 as printed."""
-    prefix = "p1-" if variant is Variant.P1 else ""
-    return f"{prefix}{purpose}-{category.lower().replace(' ', '-')}"
-
-
-def certified_range(fit: Fit, edits: Mapping[str, Edit]) -> dict[str, Any]:
-    """For each edit the share of well-formed answers at each strength, and the largest strength certified.
-
-    An answer is well formed when it begins with a refusal token or `[respond]` and holds no run of four tokens three
-    times. A small model repeats itself unsteered too, so a strength is held against that.
-    """
-
-    def make() -> dict[str, Any]:
-        prompts = calibration_prompts(fit)
-        tested = of_common_length(prompts.borderline + prompts.harmful, fit.settings.ranged)
-        plain = well_formed(fit.loaded, greedy(fit.loaded, tested, new_tokens=32))
-        result: dict[str, Any] = {}
-        for name, edit in edits.items():
-            maximum, rates = 0.0, {}
-            for strength in fit.settings.strengths:
-                rate = well_formed(fit.loaded, greedy(fit.loaded, tested, edit, strength, new_tokens=32))
-                rates[f"{strength:g}"] = rate.to_json()
-                if rate.value < plain.value - fit.settings.most_spoiled:
-                    break
+    strengths = sorted({1.0, *fit.settings.strengths})
+    maximum = 0.0
+    if passes(1.0):
+        maximum = 1.0
+        for strength in [value for value in strengths if value > 1.0]:
+            if not passes(strength):
+                break
+            maximum = strength
+    else:
+        for strength in [value for value in reversed(strengths) if value < 1.0]:
+            if passes(strength):
                 maximum = strength
-            result[name] = {"maximum": maximum, "well_formed": rates}
-            fit.say(f"  {name}: strength up to {maximum:g}")
-        return {"unsteered": plain.to_json(), "edits": result, "prompts": len(tested)}
-
-    return fit.stage("range", make)
+                break
+    return {"maximum": maximum, "well_formed": rates}
 
 
-def settled_doses(
-    fit: Fit, means: Mapping[str, Tensor], doses: Mapping[str, Mapping[str, Any]], ranges: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The doses, each lowered until strength `headroom` is certified, with their effects measured again.
+@torch.inference_mode()
+def answer_loss(
+    loaded: LoadedModel, answered: Sequence[tuple[list[int], list[int]]], edit: Edit | None = None
+) -> float:
+    """Mean next-token loss of given answers, in nats, with every position from the last prompt token on edited.
 
-    A dose that controls the first token may be too much for the tokens after it, since every one of them is edited. An
-    edit that spoils answers at every strength tried is left out: its `maximum` is 0.
+    The first token of the answer is the decision and is left out.
     """
-
-    def make() -> dict[str, Any]:
-        prompts = calibration_prompts(fit)
-        result: dict[str, Any] = {}
-        for variant in Variant:
-            layer, categories = int(doses[variant]["layer"]), doses[variant]["categories"]
-            settled: dict[str, Any] = {}
-            for name in fit.settings.categories:
-                direction, _ = categorical(means, variant, name, layer, fit.settings)
-                settled[name] = {}
-                for purpose, concerned in (("comply", prompts.own[name]), ("refuse", prompts.plain)):
-                    found = ranges["edits"][edit_name(purpose, name, variant)]["maximum"]
-                    share = min(1.0, found / fit.settings.headroom)
-                    coefficient = share * categories[name][purpose]["coefficient"]
-                    edit = added("dose", layer, direction, coefficient)
-                    before, after = decide(fit.loaded, concerned), decide(fit.loaded, concerned, edit)
-                    settled[name][purpose] = {
-                        "coefficient": coefficient,
-                        "multiple": share * categories[name][purpose]["multiple"],
-                        "maximum": found / share if share else 0.0,
-                        "unsteered": before.refusals.to_json(),
-                        "refused": after.refusals.to_json(),
-                        "malformed": after.malformed.to_json(),
-                        "named": after.agreement([name] * len(concerned)).to_json(),
-                    }
-                fit.say(
-                    f"  {variant} {name}: "
-                    + ", ".join(
-                        f"{purpose} {facts['coefficient']:.1f} ({facts['unsteered']['rate']:.2f} to "
-                        f"{facts['refused']['rate']:.2f})"
-                        for purpose, facts in settled[name].items()
-                    )
-                )
-            result[variant] = {"layer": layer, "categories": settled}
-        return result
-
-    return fit.stage("settled", make)
+    if not answered:
+        return 0.0
+    length = len(answered[0][1])
+    total, count = 0.0, 0
+    sequences = [[*prompt, *answer[:-1]] for prompt, answer in answered]
+    for indices, ids in by_length(sequences):
+        with steered(loaded, edit, tail=length):
+            output = loaded.model(input_ids=ids.to(loaded.model.device), use_cache=False, logits_to_keep=length)
+        scores = torch.log_softmax(output.logits.float().cpu(), dim=-1)[:, 1:]
+        wanted = torch.tensor([answered[index][1][1:] for index in indices]).unsqueeze(-1)
+        total -= float(scores.gather(-1, wanted).sum(dtype=torch.float64))
+        count += wanted.numel()
+    return total / count
 
 
 def of_common_length(prompts: Sequence[list[int]], most: int) -> list[list[int]]:
@@ -251,66 +405,16 @@ def of_common_length(prompts: Sequence[list[int]], most: int) -> list[list[int]]
     return sorted(prompts, key=lambda prompt: (-counts[len(prompt)], len(prompt)))[:most]
 
 
-def well_formed(loaded: LoadedModel, answers: Sequence[Sequence[int]]) -> Rate:
-    """Share of answers that begin with a decision token and do not run in circles."""
-    decisions = {*loaded.categories.values(), loaded.respond}
-    good = sum(bool(answer) and answer[0] in decisions and not _circles(answer) for answer in answers)
+def well_formed(openings: Openings, answers: Sequence[Sequence[int]]) -> Rate:
+    """Share of answers that do not run in circles and, where the model decides by a token, begin with one."""
+    decisions = {opening.tokens[0] for opening in openings.refusals} | {openings.respond}
+    good = sum(
+        bool(answer) and (not openings.is_tokens or answer[0] in decisions) and not _circles(answer)
+        for answer in answers
+    )
     return Rate(count=good, n=len(answers))
 
 
 def _circles(answer: Sequence[int], run: int = 4, times: int = 3) -> bool:
     runs = [tuple(answer[start : start + run]) for start in range(len(answer) - run + 1)]
     return any(runs.count(found) >= times for found in set(runs))
-
-
-def held_effects(fit: Fit, edits: Mapping[str, Edit]) -> dict[str, Any]:
-    """Refusals on held prompts: unsteered, under the default category's two edits, and under random directions."""
-
-    def make() -> dict[str, Any]:
-        held = deduplicate(held_records(fit.directory)).records
-        comply = edits[edit_name("comply", fit.settings.default_category)]
-        refuse = edits[edit_name("refuse", fit.settings.default_category)]
-        control = edits["random"]
-        result: dict[str, Any] = {}
-        for name, part in (
-            ("XSTest safe", ("xstest", "safe")),
-            ("XSTest unsafe", ("xstest", "unsafe")),
-            ("CoCoNot contrast", ("coconot", "contrast")),
-            ("JailbreakBench benign", ("jailbreakbench", "benign")),
-            ("JailbreakBench harmful", ("jailbreakbench", "harmful")),
-            ("OR-Bench borderline, held part", ("or_bench_borderline", "all")),
-            ("GSM8K test", ("gsm8k", "test")),
-        ):
-            records = thinned([record for record in held if (record.dataset, record.part) == part], HELD_PROMPTS)
-            prompts = fit.loaded.prompts([record.prompt for record in records])
-            arms: dict[str, Rate] = {
-                "unsteered": decide(fit.loaded, prompts).refusals,
-                "comply": decide(fit.loaded, prompts, comply).refusals,
-                "refuse": decide(fit.loaded, prompts, refuse).refusals,
-            }
-            for label, coefficient in (("random", 1.0), ("random, other sign", -1.0)):
-                arms[label] = decide(fit.loaded, prompts, control, coefficient).refusals
-            for purpose in ("comply", "refuse"):
-                printed = edits[edit_name(purpose, fit.settings.default_category, Variant.P1)]
-                arms[f"P1 {purpose}"] = decide(fit.loaded, prompts, printed).refusals
-            result[name] = {arm: rate.to_json() for arm, rate in arms.items()}
-            fit.say(f"  {name}: " + ", ".join(f"{arm} {rate.value:.3f}" for arm, rate in arms.items()))
-        return {"sets": result, "controls": _controls(fit, control, comply)}
-
-    return fit.stage("held", make)
-
-
-def _controls(fit: Fit, control: Edit, comply: Edit, seeds: int = 10) -> dict[str, Any]:
-    """XSTest safe under ten random directions of the norm of the `comply` edit: the control is not one draw."""
-    records = fit.directory.load("xstest", "safe", Use.TEST)
-    prompts = fit.loaded.prompts([record.prompt for record in records])
-    layer, size = control.layers[0].layer, float(comply.layers[0].bias[0].abs())
-    rates = [
-        decide(
-            fit.loaded,
-            prompts,
-            added("random", layer, random_direction(fit.loaded.width, fit.settings.seed + 1 + seed), size),
-        ).refusals.value
-        for seed in range(seeds)
-    ]
-    return {"set": "XSTest safe", "refused": [round(rate, 4) for rate in rates], "mean": round(sum(rates) / seeds, 4)}

@@ -1,111 +1,316 @@
-"""The control fit: choice of doses and layers, resumable stages, and a whole run on a tiny random model."""
+"""The control fit: presets, resumable stages, choices, and whole runs on a tiny random model."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from steering.bundle import load_bundle
 from steering.errors import OperatorError
 from steering.fingerprint import fingerprint_of
-from steering.fit import control, doses
+from steering.fit import held, prompts, vectors
 from steering.fit.activations import LoadedModel
-from steering.fit.categories import CATEGORIES, POLITICAL, SAFETY
-from steering.fit.control import RESPOND, Fit, Settings, Variant, categorical
-from steering.fit.control_bundle import CONTROL_PROFILE, P1_PROFILE, PROFILE, fit_directions
+from steering.fit.categories import CATEGORIES, SAFETY
+from steering.fit.comparison import graded_shares, sign_test
+from steering.fit.control import (
+    PAPER_LAYER,
+    PAPER_THRESHOLD,
+    QUICK,
+    Fit,
+    Preset,
+    Settings,
+    Variant,
+    open_fit,
+    preset_settings,
+)
+from steering.fit.control_bundle import PROFILE
 from steering.fit.datasets import DataDirectory, Deduplicated, Record
-from steering.fit.doses import _best_layer, _choose, edit_name, of_common_length, well_formed
+from steering.fit.doses import _smallest, answer_loss, best_layer, of_common_length, well_formed
+from steering.fit.families import edit_name
+from steering.fit.low_rank import Covariance, Training
+from steering.fit.openings import token_openings
+from steering.fit.pipeline import Stage, fit_control
 from steering.fit.sources import Label, Use
+from steering.fit.vectors import RESPOND, categorical
+from steering.gate import rule
+from steering.plan import Decision, GateOrder
+from steering.terms import Edit, added_direction
 
-SMALL = Settings(most=6, calibration=4, ranged=4, multiples=(0.5, 1.0), strengths=(1.0,))
-
-
-def _row(multiple: float, effect: float) -> dict[str, Any]:
-    return {"multiple": multiple, "coefficient": multiple * 10, "effect": effect}
-
-
-def _layer(layer: int, comply: float, refuse: float, coefficient: float) -> dict[str, Any]:
-    chosen = {
-        sign: {"effect": effect, "coefficient": coefficient}
-        for sign, effect in (("comply", comply), ("refuse", refuse))
-    }
-    return {"layer": layer, "residual_norm": 10.0, "chosen": chosen, "score": comply + refuse}
+SMALL = replace(
+    preset_settings(Preset.AUTO, **QUICK),
+    most=6,
+    calibration=4,
+    ranged=4,
+    held=2,
+    training=Training(rate=1e-2, epochs=1, batch=4),
+    # A random model's answers run in circles whatever is done to them, and its first tokens are anything.
+    most_spoiled=1.0,
+    divergence_budget=1e9,
+    loss_budget=1e9,
+)
 
 
 def _record(dataset: str, part: str, number: int, label: Label, category: str | None = None) -> Record:
-    prompt = f"{label} {category or ''} {dataset} number {number}?"
     return Record(
-        key=f"{dataset}/{part}/{number}", dataset=dataset, part=part, prompt=prompt, label=label, category=category
+        key=f"{dataset}/{part}/{number}",
+        dataset=dataset,
+        part=part,
+        prompt=f"{label} {category or ''} {dataset} number {number}?",
+        label=label,
+        category=category,
+        answer="tea is made of tea and a knot is not made of tea at all" if label is Label.BENIGN else None,
     )
 
 
-def _records() -> list[Record]:
+def _records(offset: int) -> list[Record]:
+    numbers = range(offset, offset + 6)
     records = [
-        _record("coconot", "eval", number, Label.NONCOMPLIANCE, name) for name in CATEGORIES for number in range(3)
+        _record("coconot", "eval", number, Label.NONCOMPLIANCE, name) for name in CATEGORIES for number in numbers
     ]
-    records += [_record("catqa", "all", number, Label.HARMFUL) for number in range(8)]
-    records += [_record("deccp", "censored", number, Label.SENSITIVE) for number in range(3)]
-    records += [_record("or_bench_borderline", "all", number, Label.BORDERLINE) for number in range(8)]
-    records += [_record("gsm8k", "train", number, Label.BENIGN) for number in range(8)]
+    records += [_record("catqa", "all", number, Label.HARMFUL) for number in numbers]
+    records += [_record("deccp", "censored", number, Label.SENSITIVE) for number in numbers]
+    records += [_record("or_bench_borderline", "all", number, Label.BORDERLINE) for number in numbers]
+    records += [_record("coconot", "pref", number, Label.BORDERLINE) for number in numbers]
+    records += [_record("gsm8k", "train", number, Label.BENIGN) for number in numbers]
     return records
 
 
 @dataclass(frozen=True)
-class FakeDirectory:
-    """Two prompts of every part, whatever is asked."""
+class Chosen:
+    """Stands in for `fit_records`: made-up records of the parts asked for, others for calibration."""
 
-    def load(self, name: str, part: str, _use: Use) -> list[Record]:
-        return [_record(name, part, number, Label.BORDERLINE) for number in range(2)]
+    def __call__(self, _directory: object, parts: Any, use: Use = Use.FIT) -> Deduplicated:
+        wanted = set(parts)
+        records = _records(100 if use is Use.CALIBRATE else 0)
+        return Deduplicated(records=tuple(record for record in records if (record.dataset, record.part) in wanted))
 
 
 @pytest.fixture
 def fit(tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
     """A fit of the tiny random model on made-up prompts."""
 
-    def chosen(_directory: object, parts: object, _use: Use = Use.FIT) -> Deduplicated:
-        wanted = set(parts)  # type: ignore[call-overload]
-        return Deduplicated(records=tuple(record for record in _records() if (record.dataset, record.part) in wanted))
+    def held_prompts(_directory: object) -> list[Record]:
+        names = [("xstest", "safe"), ("xstest", "unsafe"), ("gsm8k", "test"), ("alphasteer_attacks", "aim")]
+        return [_record(*name, number, Label.BORDERLINE) for name in names for number in range(3)]
 
-    def held(_directory: object) -> list[Record]:
-        names = [("xstest", "safe"), ("xstest", "unsafe"), ("coconot", "contrast"), ("gsm8k", "test")]
-        names += [("jailbreakbench", "benign"), ("jailbreakbench", "harmful"), ("or_bench_borderline", "all")]
-        return [_record(*name, number, Label.BORDERLINE) for name in names for number in range(2)]
+    monkeypatch.setattr(prompts, "fit_records", Chosen())
+    monkeypatch.setattr(held, "held_records", held_prompts)
+    # A random model has refusal tokens and never says them.
+    monkeypatch.setattr(vectors, "find_openings", lambda loaded, _harmful, _plain: token_openings(loaded))
+    return Fit(
+        loaded=tiny,
+        directory=DataDirectory(path=tmp_path),
+        work=tmp_path / "work",
+        settings=SMALL,
+        say=lambda _line: None,
+    )
 
-    monkeypatch.setattr(control, "fit_records", chosen)
-    monkeypatch.setattr(doses, "held_records", held)
-    directory: Any = FakeDirectory()
-    return Fit(loaded=tiny, directory=directory, work=tmp_path / "work", settings=SMALL, say=lambda _line: None)
+
+def test_a_whole_fit_writes_a_bundle_that_loads_with_probe_gates_and_report(fit: Fit, tmp_path: Path) -> None:
+    """From prompts to manifest: probe, profiles with gates, the fingerprint, pictures, a report and a card."""
+    saved = fit_control(fit, tmp_path / "bundle", name="tiny", version="1")
+    assert saved is not None
+    loaded = load_bundle(tmp_path / "bundle")
+    assert loaded.digest == saved.digest
+    assert loaded.manifest.model == fingerprint_of(fit.loaded.path)
+    assert loaded.manifest.default_profile == PROFILE
+    profiles = {profile.name: profile for profile in loaded.manifest.profiles}
+    assert {
+        PROFILE, "low-rank", "p1-categorical", "pooled", "null-space", "random-control", "random-category",
+    } <= set(profiles)  # fmt: skip
+    assert profiles["p1-categorical"].refuse[SAFETY] == "p1-refuse-requests-with-safety-concerns"
+    hard = profiles["p1-categorical"].gate
+    assert hard is not None
+    assert hard.comply_below == hard.refuse_above
+    assert hard.category_source == "refusal_tokens"
+    turned = profiles["random-category"].refuse
+    assert all(edit_name("refuse", name) != key for name, key in turned.items())
+    probe = loaded.probes["refusal"]
+    assert probe.categories == CATEGORIES
+    record = loaded.manifest.probes[0]
+    assert [point.name for point in record.operating_points] == ["youden", "fpr-5"]
+    assert "weigh" in record.provenance["imbalance"]["how"]
+    assert record.calibration["bins"]
+    assert {category.token_id for category in loaded.manifest.categories} == set(fit.loaded.categories.values())
+    report = json.loads((tmp_path / "bundle" / "report.json").read_text(encoding="utf-8"))
+    assert report["probe"]["roc"]
+    assert report["probe"]["histograms"]["harmful"]["n"] == 6
+    assert report["gate"]["families"]["category"]["frontier"]
+    assert report["head"]["confusion"]
+    assert len(report["cosines"]["cosines"]) == len(report["cosines"]["names"])
+    assert "identity" not in json.dumps(report)
+    card = (tmp_path / "bundle" / "CARD.md").read_text(encoding="utf-8")
+    assert f"| `{PROFILE}` (default) |" in card
+    assert all((fit.work / f"{stage}.png").is_file() for stage in Stage if stage not in ("bundle", "report"))
+    assert (tmp_path / "bundle" / "gate.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_keeps_every_stage_and_gives_the_same_bundle(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is computed again for the same model and settings; other thresholds run the late stages only."""
+    first = fit_control(fit, tmp_path / "first", name="tiny", version="1")
+    lines: list[str] = []
+    again = Fit(loaded=fit.loaded, directory=fit.directory, work=fit.work, settings=SMALL, say=lines.append)
+    second = fit_control(again, tmp_path / "second", name="tiny", version="1")
+    assert first is not None
+    assert second is not None
+    assert first.digest == second.digest
+    assert not [line for line in lines if line.endswith("running")]
+    lines.clear()
+    other = replace(SMALL, safety_margin=0.5)
+    fit_control(
+        Fit(loaded=fit.loaded, directory=fit.directory, work=fit.work, settings=other, say=lines.append),
+        tmp_path / "third",
+        name="tiny",
+        version="1",
+    )
+    ran = {line.removesuffix(": running") for line in lines if line.endswith("running")}
+    assert "gate" in ran
+    assert not ran & {"activations", "vectors", "sweep-header", "probe", "head", "low_rank", "null_space", "doses"}
+
+
+def test_a_run_stops_after_the_stage_it_is_told_and_goes_on_later(fit: Fit, tmp_path: Path) -> None:
+    """`--stage probe` leaves the probe's files and picture, and no bundle."""
+    assert fit_control(fit, tmp_path / "bundle", name="t", version="1", until=Stage.PROBE) is None
+    assert (fit.work / "probe.json").is_file()
+    assert (fit.work / "probe.png").is_file()
+    assert not (fit.work / "head.json").exists()
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_paper_s_preset_is_used_as_it_is_where_the_layer_is_given(fit: Fit, tmp_path: Path) -> None:
+    """Layer clipped to the tiny model: fixed doses of +4 and -6, a hard sign at 0.535, AdamW of 1e-5, ε 1e-4."""
+    settings = replace(
+        preset_settings(Preset.PAPER, layer=1),
+        **{key: value for key, value in QUICK.items() if key not in ("trained", "multiples")},
+        trained=3,
+        most_spoiled=1.0,
+        divergence_budget=1e9,
+        loss_budget=1e9,
+    )
+    paper = Fit(
+        loaded=fit.loaded, directory=fit.directory, work=tmp_path / "paper", settings=settings, say=lambda _line: None
+    )
+    saved = fit_control(paper, tmp_path / "bundle", name="paper", version="1")
+    assert saved is not None
+    assert saved.probes["refusal"].layer == 1
+    assert saved.edits["p1-refuse-political"].layers[0].bias.item() == pytest.approx(4.0, rel=1e-5)
+    trained = json.loads((tmp_path / "paper" / "low_rank.json").read_text("utf-8"))
+    low_rank = saved.edits["refuse-low-rank"].layers[0].bias.item()
+    assert low_rank == pytest.approx(4.0 * trained["length"], rel=1e-4)
+    assert saved.edits["p1-comply-political"].layers[0].bias.item() == pytest.approx(-6.0, rel=1e-5)
+    for profile in saved.manifest.profiles:
+        assert profile.gate is not None
+        assert profile.gate.comply_below == profile.gate.refuse_above == PAPER_THRESHOLD
+    provenance = saved.manifest.edit("refuse-low-rank").provenance
+    assert (provenance["training"]["rate"], provenance["training"]["epochs"]) == (1e-5, 5)
+    assert (provenance["added"], provenance["scale"]) == (1e-4, 1.0)
+
+
+def test_presets_hold_the_paper_s_constants_and_give_way_to_choices() -> None:
+    """P1's numbers, one by one; None chooses nothing."""
+    paper = preset_settings(Preset.PAPER, layer=None)
+    assert (paper.layer, paper.tau, paper.top_k, paper.threshold) == (18, 1e-3, 200, 0.535)
+    assert paper.doses == (4.0, -6.0)
+    assert paper.training == Training(rate=1e-5, epochs=5, batch=1, clip=1.0, divergence=1.0, spread=0.01)
+    assert (paper.covariance, paper.epsilon, paper.is_scaled) == (Covariance.PAPER, 1e-4, False)
+    assert preset_settings(Preset.PAPER, layer=3).layer == 3
+    auto = preset_settings(Preset.AUTO)
+    assert (auto.layer, auto.threshold, auto.doses) == (None, None, None)
+
+
+def test_the_paper_s_layer_needs_nineteen_layers_and_the_error_names_the_option(
+    tiny_path: Path, tmp_path: Path
+) -> None:
+    """A model of three blocks: what was needed, what there is, what to do."""
+    with pytest.raises(OperatorError, match=rf"layer {PAPER_LAYER} \(the paper's\) needs a model of 19.*--layer"):
+        open_fit(tiny_path, tmp_path, tmp_path, preset_settings(Preset.PAPER))
+    opened = open_fit(tiny_path, tmp_path, tmp_path, preset_settings(Preset.PAPER, layer=2), dtype=torch.bfloat16)
+    assert opened.loaded.model.dtype == torch.bfloat16
+
+
+def test_a_stage_depends_on_its_own_settings_and_on_earlier_results(fit: Fit) -> None:
+    """Others leave it alone; tensors come back as they were."""
+    made = iter(({"value": 1, "tensors": {"x": torch.ones(2)}}, {"value": 2}, {"value": 3}))
+    first = fit.stage("x", lambda: next(made), of=("most",))
+    assert first["value"] == fit.stage("x", lambda: next(made), of=("most",))["value"] == 1
+    assert fit.tensors("x")["x"].tolist() == [1.0, 1.0]
+
+    def with_settings(settings: Settings) -> Fit:
+        return Fit(loaded=fit.loaded, directory=fit.directory, work=fit.work, settings=settings, say=lambda _line: None)
+
+    assert with_settings(replace(SMALL, held=9)).stage("x", lambda: next(made), of=("most",))["value"] == 1
+    assert with_settings(replace(SMALL, most=9)).stage("x", lambda: next(made), of=("most",))["value"] == 2
+    earlier = {"identity": "another"}
+    assert fit.stage("x", lambda: next(made), of=("most",), after=[earlier])["value"] == 3
+
+
+def test_a_category_without_prompts_stops_the_fit(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than giving a direction made of nothing; the message names it."""
+
+    def without(_directory: object, parts: Any, use: Use = Use.FIT) -> Deduplicated:
+        left = Chosen()(_directory, parts, use).records
+        return Deduplicated(records=tuple(record for record in left if record.category != CATEGORIES[0]))
+
+    monkeypatch.setattr(prompts, "fit_records", without)
+    with pytest.raises(OperatorError, match=CATEGORIES[0]):
+        fit_control(fit, fit.work / "bundle", name="tiny", version="1")
+    monkeypatch.setattr(prompts, "fit_records", lambda *_arguments: Deduplicated(records=()))
+    with pytest.raises(OperatorError, match="no prompts"):
+        fit_control(fit, fit.work / "bundle", name="tiny", version="1")
 
 
 def test_the_smallest_dose_that_reaches_the_target_is_taken() -> None:
     """Else the one with the largest effect; effect counts malformed answers against a dose."""
-    rows = [_row(0.5, 0.4), _row(1.0, 0.96), _row(2.0, 1.0)]
-    assert _choose(rows, 0.95)["multiple"] == 1.0
-    assert _choose(rows, 1.1)["multiple"] == 2.0
+    rows = [{"multiple": 0.5, "effect": 0.4}, {"multiple": 1.0, "effect": 0.96}, {"multiple": 2.0, "effect": 1.0}]
+    assert _smallest(rows, 0.95)["multiple"] == 1.0
+    assert _smallest(rows, 1.1)["multiple"] == 2.0
 
 
 def test_the_layer_with_the_best_control_wins_and_ties_go_to_the_gentler_one() -> None:
-    """Effects are compared to two places, then the size of the addition beside the residual."""
-    assert _best_layer([_layer(1, 0.9, 0.5, 3.0), _layer(2, 0.9, 0.9, 9.0)]) == 2
-    assert _best_layer([_layer(1, 0.901, 0.9, 9.0), _layer(2, 0.9, 0.9, 3.0)]) == 2
+    """Effects are compared to two places, then the size of the addition; the last fifth and early layers may be out."""
+
+    def row(layer: int, score: float, gap: float) -> dict[str, Any]:
+        chosen = {sign: {"multiple": 1.0} for sign in ("comply", "refuse")}
+        return {"layer": layer, "gap": gap, "residual_norm": 10.0, "chosen": chosen, "score": score}
+
+    swept = {"layers": [row(0, 1.4, 3.0), row(1, 1.8, 9.0), row(2, 1.801, 3.0), row(3, 1.2, 1.0), row(4, 2.0, 1.0)]}
+    assert best_layer(swept, Settings()) == 2
+    assert best_layer(swept, Settings(), at_least=3) == 3
+    assert best_layer(swept, Settings(layer=0)) == 0
 
 
 def test_answers_that_run_in_circles_or_begin_with_text_are_not_well_formed(tiny: LoadedModel) -> None:
-    """A run of four tokens three times is a circle; the first token must be a decision."""
+    """A run of four tokens three times is a circle; the first token must be a decision where the model has tokens."""
     assert tiny.respond is not None
     good, circle, text = [tiny.respond, 30, 31, 32, 33], [tiny.respond, *[40, 41, 42, 43] * 3], [40, 41]
-    rate = well_formed(tiny, [good, circle, text, []])
+    rate = well_formed(token_openings(tiny), [good, circle, text, []])
     assert (rate.count, rate.n) == (1, 4)
 
 
 def test_prompts_of_common_length_come_first() -> None:
     """They are answered in one batch."""
     assert of_common_length([[1], [1, 2], [3, 4], [1, 2, 3]], 2) == [[1, 2], [3, 4]]
+
+
+def test_the_loss_of_an_answer_is_that_of_its_tokens_after_the_decision(tiny: LoadedModel) -> None:
+    """By hand, unsteered; an edit on all positions from the last prompt token on changes it."""
+    prompt, answer = tiny.prompts(["what is tea"])[0], [12, 40, 41, 42]
+    with torch.no_grad():
+        logits = tiny.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
+    scores = torch.log_softmax(logits, dim=-1)
+    by_hand = -sum(float(scores[len(prompt) - 1 + place, answer[place]]) for place in (1, 2, 3)) / 3
+    assert answer_loss(tiny, [(prompt, answer)]) == pytest.approx(by_hand, rel=1e-5)
+    direction = torch.nn.functional.normalize(torch.arange(1.0, 17.0), dim=0)
+    edit = Edit(name="e", layers=(added_direction(layer=1, direction=direction, coefficient=5.0),))
+    assert answer_loss(tiny, [(prompt, answer)], edit) != pytest.approx(by_hand, rel=1e-3)
 
 
 def test_a_category_s_direction_is_the_unit_difference_of_its_means() -> None:
@@ -119,68 +324,23 @@ def test_a_category_s_direction_is_the_unit_difference_of_its_means() -> None:
     assert gap == pytest.approx(5.0)
 
 
-def test_a_whole_fit_writes_a_bundle_that_loads_and_names_every_edit(fit: Fit, tmp_path: Path) -> None:
-    """From prompts to manifest: both variants, six categories, the control, the fingerprint, a picture, a card."""
-    saved = fit_directions(fit, tmp_path / "bundle", name="tiny", version="1")
-    loaded = load_bundle(tmp_path / "bundle")
-    assert loaded.digest == saved.digest
-    assert len(loaded.edits) == 2 * 2 * len(CATEGORIES) + 1
-    assert loaded.manifest.model == fingerprint_of(fit.loaded.path)
-    assert loaded.manifest.default_profile == PROFILE
-    profiles = {profile.name: profile for profile in loaded.manifest.profiles}
-    assert set(profiles) == {PROFILE, P1_PROFILE, CONTROL_PROFILE}
-    assert profiles[PROFILE].comply[POLITICAL] == edit_name("comply", POLITICAL) == "comply-political"
-    assert profiles[P1_PROFILE].refuse[SAFETY] == "p1-refuse-requests-with-safety-concerns"
-    assert set(profiles[CONTROL_PROFILE].comply.values()) == {"random"}
-    for name, edit in loaded.edits.items():
-        bias = edit.layers[0].bias.item()
-        assert bias < 0 if "comply" in name else bias > 0
-    comply, control_edit = loaded.edits[edit_name("comply", SAFETY)], loaded.edits["random"]
-    assert control_edit.layers[0].bias.item() == pytest.approx(-comply.layers[0].bias.item())
-    assert {category.token_id for category in loaded.manifest.categories} == set(fit.loaded.categories.values())
-    report = json.loads((tmp_path / "bundle" / "report.json").read_text(encoding="utf-8"))
-    card = (tmp_path / "bundle" / "CARD.md").read_text(encoding="utf-8")
-    dose = report["doses"][Variant.HEADER]["categories"][POLITICAL]["comply"]["coefficient"]
-    assert f"| {PROFILE} | {POLITICAL} | {dose:.1f} |" in card
-    assert (tmp_path / "bundle" / "layer_sweep.png").read_bytes().startswith(b"\x89PNG")
+def test_graded_shares_are_those_of_the_gate() -> None:
+    """On either side of the band the reference gate's own share; inside it nothing."""
+    order = GateOrder(profile="p", comply_below=0.3, refuse_above=0.8, is_graded=True)
+    probabilities = np.array([0.01, 0.15, 0.3, 0.5, 0.8, 0.9, 0.99])
+    found = graded_shares(probabilities, 0.3, 0.8)
+    for probability, share in zip(probabilities, found, strict=True):
+        ruling = rule(torch.tensor([float(np.log(probability / (1 - probability))), 0.0]), order, ("c",))
+        assert ruling is not None
+        expected = 0.0 if ruling.decision is Decision.ABSTAIN else ruling.share
+        assert share == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_second_run_keeps_every_stage_and_gives_the_same_bundle(
-    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is computed again for the same weights and settings."""
-    first = fit_directions(fit, tmp_path / "first", name="tiny", version="1")
-
-    def forbidden(*_arguments: object, **_options: object) -> None:
-        raise AssertionError("a kept stage was run again")
-
-    for module, name in (
-        (control, "last_residuals"),
-        (control, "fit_records"),
-        (doses, "last_residuals"),
-        (doses, "decide"),
-        (doses, "greedy"),
-    ):
-        monkeypatch.setattr(module, name, forbidden)
-    assert fit_directions(fit, tmp_path / "second", name="tiny", version="1").digest == first.digest
-
-
-def test_other_settings_do_not_reuse_a_stage(fit: Fit) -> None:
-    """A stage's file says what it was made with."""
-    made = iter(({"value": 1}, {"value": 2}))
-    assert fit.stage("x", lambda: next(made))["value"] == 1
-    assert fit.stage("x", lambda: next(made))["value"] == 1
-    other = Fit(
-        loaded=fit.loaded, directory=fit.directory, work=fit.work, settings=Settings(seed=1), say=lambda _line: None
-    )
-    assert other.stage("x", lambda: next(made))["value"] == 2
-
-
-def test_a_category_without_prompts_stops_the_fit(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rather than giving a direction made of nothing."""
-    monkeypatch.setattr(control, "fit_records", lambda *_arguments: Deduplicated(records=()))
-    with pytest.raises(OperatorError, match="no prompts"):
-        fit_directions(fit, fit.work / "bundle", name="tiny", version="1")
+def test_a_sign_test_is_one_sided_and_silent_without_differences() -> None:
+    """9 of 10: 11/1024; nothing to tell apart: 1."""
+    assert sign_test(9, 1) == pytest.approx(11 / 1024)
+    assert sign_test(1, 9) > 0.99
+    assert sign_test(0, 0) == 1.0
 
 
 @pytest.mark.needs_data
@@ -189,10 +349,9 @@ def test_fit_and_calibration_prompts_of_the_control_fit_are_disjoint_and_none_is
     from steering.fit.datasets import fit_records, held_records, normalised
 
     directory = DataDirectory(path=data_directory)
-    parts = (*control.REFUSED_PARTS, *control.CONTRAST_PARTS, *control.PLAIN_PARTS)
-    fitted = {normalised(record.prompt) for record in fit_records(directory, parts).records}
-    calibrated = {normalised(record.prompt) for record in fit_records(directory, parts, Use.CALIBRATE).records}
-    held = {normalised(record.prompt) for record in held_records(directory)}
-    assert min(len(fitted), len(calibrated), len(held)) > 500
+    fitted = {normalised(record.prompt) for record in fit_records(directory, prompts.PARTS).records}
+    calibrated = {normalised(record.prompt) for record in fit_records(directory, prompts.PARTS, Use.CALIBRATE).records}
+    held_out = {normalised(record.prompt) for record in held_records(directory)}
+    assert min(len(fitted), len(calibrated), len(held_out)) > 500
     assert not fitted & calibrated
-    assert not held & (fitted | calibrated)
+    assert not held_out & (fitted | calibrated)

@@ -1,0 +1,257 @@
+"""Stage `compare`: the improvements over P1 side by side on calibration prompts, and which of them the default keeps.
+
+What is in place stays unless a challenger is better beyond chance. Knows nothing of bundles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from steering.fit.activations import greedy
+from steering.fit.arms import ANSWERED, Codes
+from steering.fit.control import Fit
+from steering.fit.families import BENIGN_REFUSAL, CATEGORY, NULL_SPACE, POOLED, RANDOM_CATEGORY, REPOSITION, Family
+from steering.fit.gating import Readings, evidence_of, family_codes, gated
+from steering.fit.openings import Openings
+from steering.fit.probes import Array
+from steering.fit.prompts import GROUP_KINDS, Kind, Prompts
+from steering.fit.thresholds import Choice, choose, threshold_curve
+from steering.terms import Edit
+
+COMPLY_SOURCES = (CATEGORY, REPOSITION, BENIGN_REFUSAL, POOLED)
+REFUSE_SOURCES = (CATEGORY, NULL_SPACE, POOLED)
+SIGNIFICANT = 0.05
+AGREEMENT_TOKENS = 24
+AGREEMENT_GAIN = 0.05
+"""By how much more of the plain answers must stay word for word for a challenger that over-refuses as little."""
+
+
+class Setup(NamedTuple):
+    """A default profile in the making: whose comply and whose refuse edits, and whether strength is graded."""
+
+    comply: str
+    refuse: str
+    is_graded: bool = False
+
+
+def compare_stage(
+    fit: Fit,
+    openings: Openings,
+    calibrating: Prompts,
+    readings: Readings,
+    families: Mapping[str, Family],
+    edits: Mapping[str, Edit],
+    gates: Mapping[str, Any],
+    after: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Every comparison, and the setup that won them one after the other."""
+
+    def make() -> dict[str, Any]:
+        codes = {key: np.asarray(value.numpy()) for key, value in fit.tensors("gate").items()}
+        trial = _Trial(fit, openings, calibrating, readings, families, edits, codes)
+        best = Setup(CATEGORY, CATEGORY)
+        rounds: list[dict[str, Any]] = []
+        for source in COMPLY_SOURCES[1:]:
+            if source in families and families[source].comply:
+                best = trial.contest(rounds, "comply edits", best, best._replace(comply=source))
+        for source in REFUSE_SOURCES[1:]:
+            if source in families and families[source].refuse:
+                best = trial.contest(rounds, "refuse edits", best, best._replace(refuse=source))
+        best = trial.contest(rounds, "strength", best, best._replace(is_graded=True))
+        final = trial.judge(best)
+        hard = gates["families"][CATEGORY]["hard_sign"]
+        rounds.append(
+            {
+                "what": "neutral band",
+                "kept": "neutral band",
+                "lost": "hard sign at the Youden point",
+                "rates": {"neutral band": final.choice.to_json(), "hard sign at the Youden point": hard},
+            }
+        )
+        wrong = gates["families"].get(RANDOM_CATEGORY)
+        if wrong is not None:
+            rounds.append(
+                {
+                    "what": "category choice",
+                    "kept": "the head's category",
+                    "lost": "another category's edits at the same thresholds",
+                    "rates": {
+                        "the head's category": gates["families"][CATEGORY]["chosen"],
+                        "another category's edits at the same thresholds": wrong["chosen"],
+                    },
+                }
+            )
+        for entry in rounds:
+            fit.say(f"  {entry['what']}: kept {entry['kept']}, not {entry['lost']}")
+        return {
+            "winner": best._asdict(),
+            "chosen": final.choice.to_json(),
+            "plain_answers_unchanged": final.agreement,
+            "rounds": rounds,
+            "rule": f"a challenger must over-refuse less on calibration prompts (paired sign test, p < {SIGNIFICANT}) "
+            f"without changing more plain answers by {AGREEMENT_GAIN:.0%}, or over-refuse no more (same test) while "
+            f"{AGREEMENT_GAIN:.0%} more of the plain answers stay word for word; refusals of prompts to refuse are "
+            "held by the choice of thresholds",
+        }
+
+    return fit.stage("compare", make, of=("safety_margin", "threshold"), after=after)
+
+
+class _Result(NamedTuple):
+    choice: Choice
+    codes: Codes
+    agreement: float
+
+
+class _Trial:
+    """The calibration prompts, with each setup judged once."""
+
+    def __init__(
+        self,
+        fit: Fit,
+        openings: Openings,
+        prompts: Prompts,
+        readings: Readings,
+        families: Mapping[str, Family],
+        edits: Mapping[str, Edit],
+        codes: Mapping[str, Codes],
+    ) -> None:
+        self.fit, self.openings, self.prompts, self.readings = fit, openings, prompts, readings
+        self.families, self.edits, self.codes = families, edits, codes
+        plain = [index for index, prompt in enumerate(prompts.items) if prompt.group == "plain"]
+        self.plain = plain[: 2 * fit.settings.calibration]
+        ids = [prompts.items[index].ids for index in self.plain]
+        self.answers = greedy(fit.loaded, ids, new_tokens=AGREEMENT_TOKENS)
+        self.judged: dict[Setup, _Result] = {}
+
+    def contest(self, rounds: list[dict[str, Any]], what: str, incumbent: Setup, challenger: Setup) -> Setup:
+        """The better of two setups; what is found goes into `rounds`."""
+        one, other = self.judge(incumbent), self.judge(challenger)
+        over = np.isin(self.prompts.groups, [group for group, kind in GROUP_KINDS.items() if kind == Kind.OVER])
+        wins = int(((one.codes != ANSWERED) & (other.codes == ANSWERED) & over).sum())
+        losses = int(((one.codes == ANSWERED) & (other.codes != ANSWERED) & over).sum())
+        less, more = sign_test(wins, losses), sign_test(losses, wins)
+        gain = other.agreement - one.agreement
+        is_better = (less < SIGNIFICANT and gain > -AGREEMENT_GAIN) or (more >= SIGNIFICANT and gain >= AGREEMENT_GAIN)
+        names = [_described(what, setup) for setup in (incumbent, challenger)]
+        kept, lost = reversed(names) if is_better else names
+        rounds.append(
+            {
+                "what": what,
+                "kept": kept,
+                "lost": lost,
+                "rates": {
+                    name: {**result.choice.to_json(), "plain_answers_unchanged": round(result.agreement, 4)}
+                    for name, result in zip(names, (one, other), strict=True)
+                },
+                "over_refusals_only_by": {names[0]: wins, names[1]: losses},
+                "p": {"challenger over-refuses less": less, "challenger over-refuses more": more},
+            }
+        )
+        return challenger if is_better else incumbent
+
+    def judge(self, setup: Setup) -> _Result:
+        """Thresholds of the setup's own, what they give, and the share of plain answers that stay as they were."""
+        if setup not in self.judged:
+            self.judged[setup] = self._graded(setup) if setup.is_graded else self._full(setup)
+        return self.judged[setup]
+
+    def _full(self, setup: Setup) -> _Result:
+        comply, refuse = self.codes[f"{setup.comply}/comply"], self.codes[f"{setup.refuse}/refuse"]
+        choice, codes = self._chosen(self.codes["unsteered"], comply, refuse)
+        shares = np.ones(len(self.prompts.items))
+        return _Result(choice, codes, self._agreement(setup, choice, shares))
+
+    def _chosen(self, unsteered: Codes, comply: Codes, refuse: Codes) -> tuple[Choice, Codes]:
+        probability = self.readings.probability
+        evidence = evidence_of(self.prompts, probability, unsteered, comply, refuse)
+        fixed = self.fit.settings.threshold
+        if fixed is not None:
+            choice = Choice(comply_below=fixed, refuse_above=fixed, rates=evidence.rates(fixed, fixed))
+        else:
+            choice = choose(
+                threshold_curve(evidence), evidence.rates(0.0, 1.0), safety_margin=self.fit.settings.safety_margin
+            )
+        codes = gated(probability, unsteered, comply, refuse, choice.comply_below, choice.refuse_above)
+        return choice, codes
+
+    def _graded(self, setup: Setup) -> _Result:
+        """Graded strength depends on the thresholds, so a few pairs are run: the full-strength one, and wider ones."""
+        full = self.judge(setup._replace(is_graded=False)).choice
+        family = {"graded": self._family(setup)}
+        results: list[tuple[Choice, Codes, Array]] = []
+        unsteered = self.codes["unsteered"]
+        for low in (full.comply_below, 0.5 * (full.comply_below + full.refuse_above), full.refuse_above):
+            shares = graded_shares(self.readings.probability, low, full.refuse_above)
+            strengths = torch.from_numpy(shares).to(torch.float32)
+            codes = family_codes(
+                self.fit, self.openings, self.prompts.ids, self.readings, family, self.edits, strengths
+            )
+            evidence = evidence_of(
+                self.prompts, self.readings.probability, unsteered, codes["graded/comply"], codes["graded/refuse"]
+            )
+            rates = evidence.rates(low, full.refuse_above)
+            choice = Choice(comply_below=low, refuse_above=full.refuse_above, rates=rates)
+            behind = gated(
+                self.readings.probability,
+                unsteered,
+                codes["graded/comply"],
+                codes["graded/refuse"],
+                low,
+                full.refuse_above,
+            )
+            results.append((choice, behind, shares))
+        floor = evidence.rates(0.0, 1.0)["refuse"] - self.fit.settings.safety_margin
+        allowed = [result for result in results if result[0].rates["refuse"] >= floor - 1e-12] or results[:1]
+        choice, behind, shares = min(allowed, key=lambda result: result[0].rates["over"])
+        return _Result(choice, behind, self._agreement(setup, choice, shares))
+
+    def _family(self, setup: Setup) -> Family:
+        return Family(refuse=self.families[setup.refuse].refuse, comply=self.families[setup.comply].comply)
+
+    def _agreement(self, setup: Setup, choice: Choice, shares: Array) -> float:
+        """Share of plain prompts whose greedy answer is the unsteered one, token for token."""
+        family = self._family(setup)
+        each: list[Edit | None] = []
+        for index in self.plain:
+            probability = self.readings.probability[index]
+            name = self.fit.categories[int(self.readings.head[index])]
+            key = None
+            if probability >= choice.refuse_above and choice.refuse_above < 1.0:
+                key = family.refuse.get(name)
+            elif probability <= choice.comply_below:
+                key = family.comply.get(name)
+            each.append(None if key is None else self.edits[key])
+        ids = [self.prompts.items[index].ids for index in self.plain]
+        strengths = torch.from_numpy(shares[self.plain]).to(torch.float32)
+        found = greedy(self.fit.loaded, ids, each, strengths, new_tokens=AGREEMENT_TOKENS)
+        same = sum(one == other for one, other in zip(found, self.answers, strict=True))
+        return same / max(1, len(self.plain))
+
+
+def graded_shares(probability: Array, comply_below: float, refuse_above: float) -> Array:
+    """The share of its strength that a graded gate gives each prompt; see `steering.gate`."""
+    refuse = (probability - refuse_above) / max(1.0 - refuse_above, 1e-12)
+    comply = (comply_below - probability) / max(comply_below, 1e-12)
+    chosen: NDArray[np.float64] = np.where(probability >= refuse_above, refuse, comply)
+    return np.asarray(np.clip(chosen, 0.0, 1.0))
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """One-sided p of at least `wins` of the prompts that differ, were either outcome as likely."""
+    from scipy.stats import binomtest
+
+    if not wins + losses:
+        return 1.0
+    return float(binomtest(wins, wins + losses, alternative="greater").pvalue)
+
+
+def _described(what: str, setup: Setup) -> str:
+    if what == "strength":
+        return "graded strength" if setup.is_graded else "full strength"
+    return setup.comply if what.startswith("comply") else setup.refuse

@@ -1,0 +1,139 @@
+"""The card of a control bundle: what it holds and what it does, for people. Every number is taken from the report."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from steering.bundle import Bundle
+
+
+def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
+    """CARD.md."""
+    probe, head, gate, compared = report["probe"], report["head"], report["gate"], report["compare"]
+    layer = report["layers"]["header"]["layer"]
+    count = report["activations"]["count"]
+    lines = [
+        f"# {bundle.manifest.name} {bundle.manifest.version}",
+        "",
+        *_paragraph(
+            f"Refusal control for one model ({bundle.manifest.model.architecture}, {bundle.manifest.model.layers}",
+            f"layers of width {bundle.manifest.model.hidden_size}): a probe reads the prompt at layer {probe['layer']}",
+            f"and picks the edit at layer {layer} (0-based, block outputs), applied from the last prompt token on.",
+            "Method: From Refusal Tokens to Refusal Control (arXiv 2603.13359) with a neutral band, fitted on",
+            f"{count['fit']} prompts; layers, doses and thresholds were chosen on {count['calibrate']} others; the",
+            "tables below are on prompts that neither saw.",
+        ),
+        "## Profiles",
+        "",
+        "| profile | comply at or below | refuse at or above | what it is |",
+        "|---|---|---|---|",
+        *(
+            f"| `{profile.name}`{' (default)' if profile.name == bundle.manifest.default_profile else ''} "
+            f"| {profile.gate.comply_below:.3f} | {profile.gate.refuse_above:.3f} | {profile.description} |"
+            for profile in bundle.manifest.profiles
+            if profile.gate is not None
+        ),
+        "",
+        *_held(report["held"]),
+        "## The probe",
+        "",
+        *_paragraph(
+            f"Area under the ROC curve on calibration prompts {probe['area']:.3f}; expected calibration error",
+            f"{probe['calibration']['expected_calibration_error']:.3f},",
+            f"Brier score {probe['calibration']['brier']:.3f}.",
+            f"On held prompts, without plain ones, the area is {report['held'].get('probe', {}).get('area', 0.0):.3f}.",
+            f"The category head is right on {100 * head['accuracy']:.1f} % of {head['n']} calibration prompts",
+            f"({100 * head['balanced_accuracy']:.1f} % as a mean over categories)."
+            + (
+                f" It agrees with the model's own refusal token on {100 * gate['category_sources_agree']:.1f} %."
+                if gate["category_sources_agree"] is not None
+                else ""
+            ),
+        ),
+        "| operating point | threshold | true positives | false positives |",
+        "|---|---|---|---|",
+        *(
+            f"| {point['name']} | {point['threshold']:.3f} | {100 * point['true_positive_rate']:.1f} % "
+            f"| {100 * point['false_positive_rate']:.1f} % |"
+            for point in probe["operating_points"]
+        ),
+        "",
+        "## What was compared",
+        "",
+        *_paragraph(f"On calibration prompts: {compared['rule']}."),
+        "| what | kept | not kept |",
+        "|---|---|---|",
+        *(_compared(entry) for entry in compared["rounds"]),
+        "",
+        "## Doses",
+        "",
+        *_paragraph(
+            "At strength 1. Comply edits: refusals of the category's own prompts before and after; refuse edits:",
+            "refusals of plain prompts before and after; both in percent of calibration prompts. `loss`: what the",
+            "dose first chosen adds to the next-token loss of given answers to plain prompts, in nats.",
+        ),
+        "| edit | length | before | after | n | loss | largest strength |",
+        "|---|---|---|---|---|---|---|",
+        *(_dose(key, dose, report["doses"]["unsteered"]["loss"]) for key, dose in report["doses"]["edits"].items()),
+        "",
+    ]
+    if report["left_out"]:
+        lines += [*_paragraph("Left out, because no dose kept the budgets: " + ", ".join(report["left_out"]) + ".")]
+    return "\n".join(lines)
+
+
+def _held(held: Mapping[str, Any]) -> list[str]:
+    pools = held["pools"]
+    arms = [arm for arm in next(iter(pools.values()), {}) if ", " not in arm]
+    lines = [
+        "## On held prompts",
+        "",
+        *_paragraph(
+            "Share of prompts refused, in percent, with 95 % Wilson intervals; pools count every prompt once.",
+            "The judge is the beginning of the greedy answer, through transformers.",
+        ),
+        "| profile | " + " | ".join(pools) + " |",
+        "|---" * (len(pools) + 1) + "|",
+        *(f"| {arm} | " + " | ".join(_percent(pool[arm]) for pool in pools.values()) + " |" for arm in arms),
+        "",
+        "| held set | n | unsteered | refusal-control |",
+        "|---|---|---|---|",
+    ]
+    for name, found in held["sets"].items():
+        rates = found["refused"]
+        if "refusal-control" in rates:
+            cells = f"{_percent(rates['unsteered'])} | {_percent(rates['refusal-control'])}"
+            lines.append(f"| {name} | {found['n']} | {cells} |")
+    return [*lines, ""]
+
+
+def _compared(entry: Mapping[str, Any]) -> str:
+    def cell(name: str) -> str:
+        rates = entry["rates"][name]
+        text = f"{name}: over-refusal {100 * rates['rates']['over']:.1f}, refusal {100 * rates['rates']['refuse']:.1f}"
+        if "plain_answers_unchanged" in rates:
+            text += f", plain answers unchanged {100 * rates['plain_answers_unchanged']:.0f}"
+        return text
+
+    return f"| {entry['what']} | {cell(entry['kept'])} | {cell(entry['lost'])} |"
+
+
+def _dose(key: str, dose: Mapping[str, Any], unsteered: float) -> str:
+    # The row of the curve the dose was chosen from: the largest multiple not above what well-formed answers left of it.
+    rows = dose["curve"]
+    row = next((row for row in rows if row["multiple"] >= dose["multiple"] - 1e-9), rows[-1])
+    return (
+        f"| {key} | {dose['length']:.1f} | {100 * dose['before']['rate']:.0f} | {100 * dose['refused']['rate']:.0f} "
+        f"| {dose['refused']['n']} | {row['loss'] - unsteered:+.2f} | {dose['maximum']:g} |"
+    )
+
+
+def _paragraph(*pieces: str) -> list[str]:
+    """The pieces as one paragraph of wrapped lines, and an empty line."""
+    return [*textwrap.wrap(" ".join(pieces), 118), ""]
+
+
+def _percent(rate: Mapping[str, float]) -> str:
+    return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
