@@ -199,4 +199,4 @@ async def _by_model(
 
 def _of_bundle(served: ServedBundle) -> dict[str, Any]:
     """What pictures need of the bundle and of its own report."""
-    return {**served.report, "operating_points": served.operating_points, "cosines": served.cosines}
+    return {**served.report, "operating_points": served.operating_points}

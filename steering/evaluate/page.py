@@ -17,6 +17,9 @@ from steering.evaluate.page_style import STYLE
 from steering.evaluate.page_table1 import table1_section
 
 Report = Mapping[str, Any]
+CLOSE = 60.0
+"""Refusal in percent from which a second drawing of the plane looks closer."""
+
 GROUPS = ("over-refusal", "refusal", "attacks", "ability")
 
 
@@ -80,7 +83,10 @@ def _plane(report: Report) -> str:
         "threshold, P1's hard sign; green: comply below it, never add a refusal; pink: R1's threshold on the first "
         "token, whose decision is forced)."
     )
-    return figure(f'{drawn}<ol class="legend">{listed}</ol>', says)
+    near, _ = plots.plane(report, lowest=CLOSE)
+    return figure(f'{drawn}<ol class="legend">{listed}</ol>', says) + figure(
+        near, f"The same from {CLOSE:g} % of refusal upwards, numbered alike."
+    )
 
 
 def _groups(report: Report) -> str:

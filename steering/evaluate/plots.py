@@ -22,25 +22,32 @@ def rate_of(tallied: Mapping[str, Any] | None, judge: str) -> dict[str, Any] | N
     return None if found is None else dict(found["refused"])
 
 
-def plane(report: Mapping[str, Any]) -> tuple[str, list[str]]:
+def plane(report: Mapping[str, Any], *, lowest: float = 0.0) -> tuple[str, list[str]]:
     """Over-refusal against refusal of harmful prompts, one numbered point per arm, and the names by number.
 
     Curves: the gate over all thresholds (hard sign; comply only) and R1's first-token threshold.
+
+    Args:
+        lowest: refusal in percent at which the vertical axis begins; what lies below is not drawn.
     """
-    frame = Frame(x=(0, 100), y=(0, 100), width=640, height=460)
-    frame.axes("over-refusal of safe prompts, %", "refusal of harmful prompts, %", PERCENT, PERCENT)
-    frame.marks.append(text(*_shifted(frame.at((0, 100)), 10, 18), "better", kind="hint"))
+    edge = (100 - lowest) / 40
+    frame = Frame(x=(-2.5, 102.5), y=(lowest - edge, 100 + edge), width=640, height=460)
+    ticks = PERCENT if lowest == 0 else [lowest + step * (100 - lowest) / 4 for step in range(5)]
+    frame.axes("over-refusal of safe prompts, %", "refusal of harmful prompts, %", PERCENT, ticks)
+    frame.marks.append(text(*_shifted(frame.at((0, 100)), 14, 22), "better", kind="hint"))
     curve = report["curve"]
     for name, points, colour in (
         ("hard sign at every threshold", curve["composed"].get("hard_sign", ()), COLOURS[0]),
         ("comply only, at every threshold", curve["composed"].get("comply_only", ()), COLOURS[2]),
         ("R1: first token forced at every threshold", curve["forced"], COLOURS[6]),
     ):
-        frame.path(_plane_points(points), colour, dashed=True, tip=name)
+        kept = [place for place in _plane_points(points) if place[1] >= lowest]
+        frame.path(kept, colour, dashed=True, tip=name)
     for point in curve["asked"]:
         for x, y in _plane_points([point]):
             tip = f"thresholds {point['comply_below']:g} / {point['refuse_above']:g}: {x:.1f} %, {y:.1f} %"
-            frame.dot((x, y), COLOURS[0], radius=3.2, tip=tip)
+            if y >= lowest:
+                frame.dot((x, y), COLOURS[0], radius=3.2, tip=tip)
     names = []
     for arm, by_group in report["pooled"].items():
         over, harmful = (rate_of(by_group.get(group), report["judge"]) for group in ("over-refusal", "refusal"))
@@ -48,10 +55,11 @@ def plane(report: Mapping[str, Any]) -> tuple[str, list[str]]:
             continue
         names.append(arm)
         place = (100 * over["rate"], 100 * harmful["rate"])
+        if place[1] < lowest:
+            continue
         colour = COLOURS[1] if arm == "auto" else COLOURS[4] if arm == "unsteered" else MUTED
-        frame.cross(
-            place, (100 * over["low"], 100 * over["high"]), (100 * harmful["low"], 100 * harmful["high"]), colour
-        )
+        upright = (max(lowest, 100 * harmful["low"]), 100 * harmful["high"])
+        frame.cross(place, (100 * over["low"], 100 * over["high"]), upright, colour)
         frame.dot(place, colour, radius=9, label=str(len(names)), tip=f"{arm}: {place[0]:.1f} %, {place[1]:.1f} %")
     return frame.done("over-refusal against refusal, per arm") if names else "", names
 
@@ -117,8 +125,9 @@ def decisions(by_suite: Mapping[str, Mapping[str, int]]) -> str:
         return ""
     left, width, row = 150.0, 460.0, 26.0
     marks = []
-    for index, (suite, counts) in enumerate(by_suite.items()):
-        top, total, x = 12 + index * row, sum(counts.values()) or 1, left
+    known = {suite: counts for suite, counts in by_suite.items() if counts}
+    for index, (suite, counts) in enumerate(known.items()):
+        top, total, x = 12 + index * row, sum(counts.values()), left
         marks.append(text(left - 8, top + 14, suite, anchor="end", kind="tick"))
         for name, colour in DECISIONS:
             share = counts.get(name, 0) / total
@@ -126,28 +135,34 @@ def decisions(by_suite: Mapping[str, Mapping[str, int]]) -> str:
                 box(x, top, width * share, row - 8, colour, f"{suite}: {name} {counts.get(name, 0)} of {total}")
             )
             if share > 0.07:
-                marks.append(
-                    text(x + width * share / 2, top + 13, f"{100 * share:.0f} %", anchor="middle", kind="onbar")
-                )
+                kind = "cell" if name == "abstain" else "onbar"
+                label = f"{100 * share:.0f} %"
+                marks.append(text(x + width * share / 2, top + 13, label, anchor="middle", kind=kind))
             x += width * share
-    bottom = 12 + len(by_suite) * row
+    bottom = 12 + len(known) * row
     for index, (name, colour) in enumerate(DECISIONS[:3]):
         marks += [box(left + 110 * index, bottom + 6, 12, 12, colour), text(left + 110 * index + 18, bottom + 16, name)]
     return drawing(left + width + 20, bottom + 26, marks, "the gate's decisions by suite")
 
 
 def curves(
-    series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, *, is_percent: bool = True, label: str = ""
+    series: Mapping[str, Sequence[Point]],
+    x_label: str,
+    y_label: str,
+    *,
+    is_percent: bool = True,
+    floor: float = 0.0,
+    label: str = "",
 ) -> str:
-    """Lines with dots over numbers, such as layers or strengths."""
+    """Lines with dots over numbers, such as layers or strengths; `floor` is where the vertical axis begins."""
     known = {name: sorted(points) for name, points in series.items() if points}
     if not known:
         return ""
     xs = [x for points in known.values() for x, _ in points]
     ys = [y for points in known.values() for _, y in points]
-    top = 100.0 if is_percent else max(1e-9, *ys) * 1.05
-    low = 0.0 if is_percent else min(0.0, *ys)
-    frame = Frame(x=(min(xs), max(xs)), y=(low, top), width=560, height=330, right=150)
+    top = 100.0 if is_percent else 1.0 if max(ys) <= 1 else max(ys)
+    low = 0.0 if is_percent else min(floor, *ys)
+    frame = Frame(x=(min(xs), max(xs)), y=(low, top), width=680, height=330, right=270)
     ticks = sorted(set(xs)) if len(set(xs)) <= 12 else _even(min(xs), max(xs))
     frame.axes(x_label, y_label, ticks, PERCENT if is_percent else _even(low, top))
     for index, (name, points) in enumerate(known.items()):
@@ -156,7 +171,7 @@ def curves(
         for x, y in points:
             frame.dot((x, y), colour, radius=2.6, tip=f"{name}: {x:g} → {y:.3g}")
         y = frame.top + 10 + 17 * index
-        frame.marks += [box(frame.width - 140, y - 6, 12, 4, colour), text(frame.width - 122, y, name, kind="tick")]
+        frame.marks += [box(frame.width - 255, y - 6, 12, 4, colour), text(frame.width - 237, y, name, kind="tick")]
     return frame.done(label or y_label)
 
 

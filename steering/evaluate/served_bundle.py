@@ -49,23 +49,6 @@ class ServedBundle:
             for point in probe.operating_points
         ]
 
-    @property
-    def cosines(self) -> dict[str, Any]:
-        """Cosines of the directions that the edits of each purpose write at their first layer, by edit."""
-        told: dict[str, Any] = {}
-        for purpose in ("refuse", "comply"):
-            directions = {
-                record.name: (first := self.bundle.edits[record.name].layers[0]).write[0] * first.bias[0].sign()
-                for record in self.bundle.manifest.edits
-                if record.purpose == purpose and len(self.bundle.edits[record.name].layers[0].write) == 1
-            }
-            if len(directions) > 1:
-                told[purpose] = {
-                    "names": list(directions),
-                    "cosines": [[round(float(a @ b), 4) for b in directions.values()] for a in directions.values()],
-                }
-        return told
-
 
 def open_served(path: Path, labels: Sequence[str]) -> ServedBundle:
     """Read the folder and make sure that a server has it loaded.

@@ -141,3 +141,38 @@ async def test_no_server_is_one_clear_error() -> None:
     async with AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="x", max_retries=0) as client:
         with pytest.raises(OperatorError, match="trimtab serve"):
             await describe(client)
+
+
+async def test_whole_answers_are_asked_of_a_sample_only_where_the_first_token_decides(tmp_path: Path) -> None:
+    """Beside whole arms a sample is asked whole, the others one token; a model without such tokens always whole."""
+    prompts = {"xstest-safe": [record("safe", f"0.5 how {number}", number) for number in range(6)]}
+    arms = (
+        Arm(name="whole", what="", steering={"mode": "off"}, is_whole=True),
+        Arm(name="some", what="", steering={"mode": "refuse"}),
+        Arm(name="short", what="", steering={"mode": "comply"}, is_short=True),
+    )
+    for has_tokens, whole in ((True, [6, 2, 0]), (False, [6, 6, 6])):
+        server = ScriptedServer(has_tokens=has_tokens)
+        async with server.client() as client:
+            with Journal(tmp_path / f"{has_tokens}.jsonl") as journal:
+                settings = Settings(max_tokens=9, texts=2)
+                found = await ask_all(client, await describe(client), prompts, arms, journal, settings)
+        assert [sum(one.has_text for one in found if one.arm == arm.name) for arm in arms] == whole
+        assert [sum(body["max_tokens"] == 9 for body in server.asked)] == [sum(whole)]
+
+
+async def test_a_server_that_dies_ends_the_run_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost connections in a row end the run with what to do; answers before are kept."""
+    server = ScriptedServer()
+    await run(server, tmp_path / "a.jsonl")
+    kept = (tmp_path / "a.jsonl").read_bytes()
+    monkeypatch.setattr("steering.evaluate.run.MOST_LOST", 2)
+    arms = (Arm(name="new", what="", steering={"mode": "refuse"}),)
+    async with server.client() as client:
+        known = await describe(client)
+    async with AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="x", max_retries=0) as client:
+        with Journal(tmp_path / "a.jsonl") as journal, pytest.raises(OperatorError, match="is gone"):
+            await ask_all(client, known, PROMPTS, arms, journal, Settings(concurrency=1))
+    assert (tmp_path / "a.jsonl").read_bytes() == kept
