@@ -131,8 +131,8 @@ def _automatic(spec: SteeringSpec, bundle: BundleView, profile: ProfileView, pla
             parameter="steering.scope",
         )
     comply_below, refuse_above = _thresholds(spec, profile.name, gate)
-    allowed = _allowed(spec, bundle, profile, gate)
     source = spec.category_source or gate.category_source
+    allowed = _allowed(spec, bundle, profile, gate, source)
     if source is CategorySource.REFUSAL_TOKENS:
         _check_tokens(bundle, allowed)
     order = GateOrder(
@@ -202,10 +202,15 @@ def _category(spec: SteeringSpec, bundle: BundleView, profile: ProfileView, mode
     return category
 
 
-def _allowed(spec: SteeringSpec, bundle: BundleView, profile: ProfileView, gate: GateView) -> tuple[str, ...]:
-    """The categories a gate may choose among, in the order of its probe."""
+def _allowed(
+    spec: SteeringSpec, bundle: BundleView, profile: ProfileView, gate: GateView, source: CategorySource
+) -> tuple[str, ...]:
+    """The categories a gate may choose among, in the order of its probe; where the model names them by tokens, those
+    that have one, if any does.
+    """
     if spec.category in (None, AUTO_CATEGORY):
-        return gate.probe.categories
+        told = tuple(name for name in gate.probe.categories if bundle.categories[name].token_id is not None)
+        return told if told and source is CategorySource.REFUSAL_TOKENS else gate.probe.categories
     named = (spec.category,) if isinstance(spec.category, str) else spec.category or ()
     for category in named:
         _check_known(category, bundle)

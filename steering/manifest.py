@@ -288,9 +288,11 @@ class Manifest(_Strict):
                     f"layer {probe.layer}, would reach too late"
                 )
         if gate.category_source is CategorySource.REFUSAL_TOKENS:
-            lacking = [category.name for category in self.categories if category.token_id is None]
-            if lacking:
-                raise ValueError(f"profile {profile.name!r} reads refusal tokens, which {lacking} do not have")
+            told = {category.name for category in self.categories if category.token_id is not None}
+            if not told.intersection(probe.categories):
+                raise ValueError(
+                    f"profile {profile.name!r} reads refusal tokens, which none of {list(probe.categories)} has"
+                )
 
     def edit(self, name: str) -> EditRecord:
         """The record of the edit named `name`; KeyError if there is none."""

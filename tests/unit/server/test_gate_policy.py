@@ -177,13 +177,20 @@ def test_a_category_the_probe_or_the_profile_does_not_know_is_refused() -> None:
         resolved(SteeringSpec(category="Political"), dataclasses.replace(gated, profiles={profile.name: profile}))
 
 
-def test_refusal_tokens_need_a_token_for_each_allowed_category() -> None:
-    """Those without are named; categories that have one can still be asked for."""
+def test_refusal_tokens_choose_among_categories_that_have_one() -> None:
+    """A category of the probe without a token is left out; named by the client, or where none has one, it is refused."""
     gated = make_gated_bundle()
-    political = dataclasses.replace(gated.categories["Political"], token=None, token_id=None)
-    bundle = dataclasses.replace(gated, categories={**gated.categories, "Political": political})
+    untold = {
+        name: dataclasses.replace(category, token=None, token_id=None) for name, category in gated.categories.items()
+    }
+    bundle = dataclasses.replace(gated, categories={**gated.categories, "Political": untold["Political"]})
     spec = SteeringSpec(category_source=CategorySource.REFUSAL_TOKENS)
-    with pytest.raises(NotSupported, match=r"\['Political'\] do not have") as caught:
-        resolved(spec, bundle)
-    assert caught.value.parameter == "steering.category_source"
+    assert order_of(resolved(spec, bundle)).categories == ("Safety",)
     assert resolved(dataclasses.replace(spec, category="Safety"), bundle).plan is not None
+    for asked, lacking in (
+        (dataclasses.replace(spec, category=("Safety", "Political")), bundle),
+        (spec, dataclasses.replace(gated, categories=untold)),
+    ):
+        with pytest.raises(NotSupported, match=r"'Political'\] do not have") as caught:
+            resolved(asked, lacking)
+        assert caught.value.parameter == "steering.category_source"
