@@ -15,6 +15,11 @@ CATEGORIES = (HUMANIZING, INCOMPLETE, INDETERMINATE, SAFETY, UNSUPPORTED, POLITI
 """P1's five categories, in the order of its tokens, and `Political`."""
 
 
+PLAIN = "Plain requests"
+"""What a category head calls prompts that no refusal is about. A gate has nothing to lower there, so that it leaves them
+alone; the paper, which knows refusal categories only, pushes each such prompt away from a refusal it would not get."""
+
+
 def refusal_category(record: Record) -> str | None:
     """The category a refusal of the record's prompt belongs to; None for plainly benign prompts.
 

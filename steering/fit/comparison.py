@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steering.fit.activations import greedy
+from steering.fit.ability import ANSWER_TOKENS, fed
 from steering.fit.arms import ANSWERED, Codes
 from steering.fit.control import Fit
 from steering.fit.families import BENIGN_REFUSAL, CATEGORY, NULL_SPACE, POOLED, RANDOM_CATEGORY, REPOSITION, Family
@@ -26,9 +26,8 @@ from steering.terms import Edit
 COMPLY_SOURCES = (CATEGORY, REPOSITION, BENIGN_REFUSAL, POOLED)
 REFUSE_SOURCES = (CATEGORY, NULL_SPACE, POOLED)
 SIGNIFICANT = 0.05
-AGREEMENT_TOKENS = 24
-AGREEMENT_GAIN = 0.05
-"""By how much more of the plain answers must stay word for word for a challenger that over-refuses as little."""
+PLAIN_GAIN = 0.02
+"""By how much less, in nats, a challenger that over-refuses as little must raise the loss of plain answers."""
 
 
 class Setup(NamedTuple):
@@ -91,21 +90,30 @@ def compare_stage(
         return {
             "winner": best._asdict(),
             "chosen": final.choice.to_json(),
-            "plain_answers_unchanged": final.agreement,
+            **final.plain._asdict(),
             "rounds": rounds,
             "rule": f"a challenger must over-refuse less on calibration prompts (paired sign test, p < {SIGNIFICANT}) "
-            f"without changing more plain answers by {AGREEMENT_GAIN:.0%}, or over-refuse no more (same test) while "
-            f"{AGREEMENT_GAIN:.0%} more of the plain answers stay word for word; refusals of prompts to refuse are "
-            "held by the choice of thresholds",
+            f"without raising the next-token loss of given answers to plain prompts by {PLAIN_GAIN:g} nats more, or "
+            f"over-refuse no more (same test) and raise that loss by {PLAIN_GAIN:g} nats less; refusals of prompts to "
+            "refuse are held by the choice of thresholds",
         }
 
     return fit.stage("compare", make, of=("safety_margin", "threshold"), after=after)
 
 
+class Plain(NamedTuple):
+    """What a gate costs plain prompts: nats that it adds to the next-token loss of given answers, and the share of
+    tokens of those answers at which the most likely next token stays the same.
+    """
+
+    plain_loss_added: float
+    plain_tokens_unchanged: float
+
+
 class _Result(NamedTuple):
     choice: Choice
     codes: Codes
-    agreement: float
+    plain: Plain
 
 
 class _Trial:
@@ -123,10 +131,17 @@ class _Trial:
     ) -> None:
         self.fit, self.openings, self.prompts, self.readings = fit, openings, prompts, readings
         self.families, self.edits, self.codes = families, edits, codes
-        plain = [index for index, prompt in enumerate(prompts.items) if prompt.group == "plain"]
-        self.plain = plain[: 2 * fit.settings.calibration]
-        ids = [prompts.items[index].ids for index in self.plain]
-        self.answers = greedy(fit.loaded, ids, new_tokens=AGREEMENT_TOKENS)
+        able = [
+            index
+            for index, prompt in enumerate(prompts.items)
+            if prompt.group == "plain" and len(prompt.answer) >= ANSWER_TOKENS
+        ]
+        self.plain = able[: 2 * fit.settings.calibration]
+        lead = [] if openings.respond is None else [openings.respond]
+        self.answered = [
+            (prompts.items[index].ids, [*lead, *prompts.items[index].answer[:ANSWER_TOKENS]]) for index in self.plain
+        ]
+        self.unsteered = fed(fit.loaded, self.answered, [None] * len(self.answered))
         self.judged: dict[Setup, _Result] = {}
 
     def contest(self, rounds: list[dict[str, Any]], what: str, incumbent: Setup, challenger: Setup) -> Setup:
@@ -136,8 +151,8 @@ class _Trial:
         wins = int(((one.codes != ANSWERED) & (other.codes == ANSWERED) & over).sum())
         losses = int(((one.codes == ANSWERED) & (other.codes != ANSWERED) & over).sum())
         less, more = sign_test(wins, losses), sign_test(losses, wins)
-        gain = other.agreement - one.agreement
-        is_better = (less < SIGNIFICANT and gain > -AGREEMENT_GAIN) or (more >= SIGNIFICANT and gain >= AGREEMENT_GAIN)
+        gain = one.plain.plain_loss_added - other.plain.plain_loss_added
+        is_better = (less < SIGNIFICANT and gain > -PLAIN_GAIN) or (more >= SIGNIFICANT and gain >= PLAIN_GAIN)
         names = [_described(what, setup) for setup in (incumbent, challenger)]
         kept, lost = reversed(names) if is_better else names
         rounds.append(
@@ -146,7 +161,10 @@ class _Trial:
                 "kept": kept,
                 "lost": lost,
                 "rates": {
-                    name: {**result.choice.to_json(), "plain_answers_unchanged": round(result.agreement, 4)}
+                    name: {
+                        **result.choice.to_json(),
+                        **{key: round(value, 4) for key, value in result.plain._asdict().items()},
+                    }
                     for name, result in zip(names, (one, other), strict=True)
                 },
                 "over_refusals_only_by": {names[0]: wins, names[1]: losses},
@@ -156,7 +174,7 @@ class _Trial:
         return challenger if is_better else incumbent
 
     def judge(self, setup: Setup) -> _Result:
-        """Thresholds of the setup's own, what they give, and the share of plain answers that stay as they were."""
+        """Thresholds of the setup's own, what they give, and what they cost plain prompts."""
         if setup not in self.judged:
             self.judged[setup] = self._graded(setup) if setup.is_graded else self._full(setup)
         return self.judged[setup]
@@ -165,7 +183,7 @@ class _Trial:
         comply, refuse = self.codes[f"{setup.comply}/comply"], self.codes[f"{setup.refuse}/refuse"]
         choice, codes = self._chosen(self.codes["unsteered"], comply, refuse)
         shares = np.ones(len(self.prompts.items))
-        return _Result(choice, codes, self._agreement(setup, choice, shares))
+        return _Result(choice, codes, self._plain(setup, choice, shares))
 
     def _chosen(self, unsteered: Codes, comply: Codes, refuse: Codes) -> tuple[Choice, Codes]:
         probability = self.readings.probability
@@ -209,29 +227,27 @@ class _Trial:
         floor = evidence.rates(0.0, 1.0)["refuse"] - self.fit.settings.safety_margin
         allowed = [result for result in results if result[0].rates["refuse"] >= floor - 1e-12] or results[:1]
         choice, behind, shares = min(allowed, key=lambda result: result[0].rates["over"])
-        return _Result(choice, behind, self._agreement(setup, choice, shares))
+        return _Result(choice, behind, self._plain(setup, choice, shares))
 
     def _family(self, setup: Setup) -> Family:
         return Family(refuse=self.families[setup.refuse].refuse, comply=self.families[setup.comply].comply)
 
-    def _agreement(self, setup: Setup, choice: Choice, shares: Array) -> float:
-        """Share of plain prompts whose greedy answer is the unsteered one, token for token."""
+    def _plain(self, setup: Setup, choice: Choice, shares: Array) -> Plain:
         family = self._family(setup)
         each: list[Edit | None] = []
         for index in self.plain:
             probability = self.readings.probability[index]
-            name = self.fit.categories[int(self.readings.head[index])]
+            name = self.fit.head_categories[int(self.readings.head[index])]
             key = None
             if probability >= choice.refuse_above and choice.refuse_above < 1.0:
                 key = family.refuse.get(name)
             elif probability <= choice.comply_below:
                 key = family.comply.get(name)
             each.append(None if key is None else self.edits[key])
-        ids = [self.prompts.items[index].ids for index in self.plain]
         strengths = torch.from_numpy(shares[self.plain]).to(torch.float32)
-        found = greedy(self.fit.loaded, ids, each, strengths, new_tokens=AGREEMENT_TOKENS)
-        same = sum(one == other for one, other in zip(found, self.answers, strict=True))
-        return same / max(1, len(self.plain))
+        found = fed(self.fit.loaded, self.answered, each, strengths)
+        unchanged = (found.greedy == self.unsteered.greedy).float().mean() if self.answered else torch.ones(())
+        return Plain(found.loss - self.unsteered.loss, float(unchanged))
 
 
 def graded_shares(probability: Array, comply_below: float, refuse_above: float) -> Array:

@@ -22,7 +22,7 @@ from torch import Tensor
 from steering.errors import OperatorError
 from steering.fingerprint import fingerprint_of
 from steering.fit.activations import LoadedModel, load_model
-from steering.fit.categories import CATEGORIES, SAFETY
+from steering.fit.categories import CATEGORIES, PLAIN, SAFETY
 from steering.fit.datasets import DataDirectory
 from steering.fit.directions import TAU
 from steering.fit.low_rank import Covariance, Training
@@ -70,6 +70,7 @@ class Settings:
         ranged: calibration prompts that are answered in full for the certified range.
         held: prompts of a held set at most, evenly spaced.
         penalty, head_penalty: scikit-learn's C of the probe and of the category head.
+        tells_plain: the category head also tells plain prompts, which the gate then does not steer to comply.
         weights: group of fit prompts to a factor on its weight; see `steering.fit.prompts`.
         false_positive_rate: of the probe's second operating point.
         safety_margin: share of prompts to refuse that the gate may refuse less than the model alone.
@@ -108,6 +109,7 @@ class Settings:
     held: int = 250
     penalty: float = 0.02
     head_penalty: float = 0.05
+    tells_plain: bool = True
     weights: Mapping[str, float] = field(
         default_factory=lambda: {"coconot/eval": 6.0, "coconot/pref": 6.0, "or_bench_borderline/all": 3.0, "plain": 0.2}
     )
@@ -160,6 +162,7 @@ def preset_settings(preset: Preset, **chosen: Any) -> Settings:
             layer=PAPER_LAYER,
             top_k=PAPER_TOP_K,
             threshold=PAPER_THRESHOLD,
+            tells_plain=False,
             doses=PAPER_DOSES,
             covariance=Covariance.PAPER,
             epsilon=1e-4,
@@ -191,6 +194,11 @@ class Fit:
         if self.settings.categories is not None:
             return self.settings.categories
         return tuple(self.loaded.categories) or CATEGORIES
+
+    @property
+    def head_categories(self) -> tuple[str, ...]:
+        """Those the category head tells: the refusal categories, and `PLAIN` last."""
+        return (*self.categories, PLAIN) if self.settings.tells_plain else self.categories
 
     def identity(self, name: str, of: Sequence[str] = (), after: Sequence[Mapping[str, Any]] = ()) -> str:
         """Digest of all that a stage depends on: the model, named settings, and the results of earlier stages."""

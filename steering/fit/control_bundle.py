@@ -137,7 +137,7 @@ def _manifest(contents: Contents, used: Mapping[str, Edit], *, name: str, versio
         "categories": [
             {"name": category}
             | ({"token": f"[{category}]", "token_id": tokens[category]} if category in tokens else {})
-            for category in fit.categories
+            for category in fit.head_categories
         ],
         "respond": {"token": RESPOND, "token_id": contents.openings.respond} if contents.openings.respond else None,
         "probes": [_probe_record(contents)],

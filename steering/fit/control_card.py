@@ -113,8 +113,8 @@ def _compared(entry: Mapping[str, Any]) -> str:
     def cell(name: str) -> str:
         rates = entry["rates"][name]
         text = f"{name}: over-refusal {100 * rates['rates']['over']:.1f}, refusal {100 * rates['rates']['refuse']:.1f}"
-        if "plain_answers_unchanged" in rates:
-            text += f", plain answers unchanged {100 * rates['plain_answers_unchanged']:.0f}"
+        if "plain_loss_added" in rates:
+            text += f", loss of plain answers {rates['plain_loss_added']:+.2f}"
         return text
 
     return f"| {entry['what']} | {cell(entry['kept'])} | {cell(entry['lost'])} |"

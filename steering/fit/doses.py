@@ -12,20 +12,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from steering.fit.activations import LoadedModel, Sequences, by_length, greedy, steered
+from steering.fit.ability import ANSWER_TOKENS, answer_loss, of_common_length, well_formed
+from steering.fit.activations import Sequences, greedy
 from steering.fit.arms import UNSTEERED, Arm, Codes, arm_codes, arm_effects, neither, refusals
 from steering.fit.control import Fit, Settings, Variant
-from steering.fit.intervals import Rate
 from steering.fit.openings import Openings
 from steering.fit.prompts import Kind, Prompts
 from steering.fit.vectors import categorical
 from steering.terms import Edit, added_direction
-
-ANSWER_TOKENS = 24
-"""Tokens of a given answer that ability is measured on."""
 
 
 def added(name: str, layer: int, direction: Tensor, coefficient: float) -> Edit:
@@ -374,47 +370,3 @@ def _certified(fit: Fit, openings: Openings, edit: Edit, trials: Trials, baselin
                 maximum = strength
                 break
     return {"maximum": maximum, "well_formed": rates}
-
-
-@torch.inference_mode()
-def answer_loss(
-    loaded: LoadedModel, answered: Sequence[tuple[list[int], list[int]]], edit: Edit | None = None
-) -> float:
-    """Mean next-token loss of given answers, in nats, with every position from the last prompt token on edited.
-
-    The first token of the answer is the decision and is left out.
-    """
-    if not answered:
-        return 0.0
-    length = len(answered[0][1])
-    total, count = 0.0, 0
-    sequences = [[*prompt, *answer[:-1]] for prompt, answer in answered]
-    for indices, ids in by_length(sequences):
-        with steered(loaded, edit, tail=length):
-            output = loaded.model(input_ids=ids.to(loaded.model.device), use_cache=False, logits_to_keep=length)
-        scores = torch.log_softmax(output.logits.float().cpu(), dim=-1)[:, 1:]
-        wanted = torch.tensor([answered[index][1][1:] for index in indices]).unsqueeze(-1)
-        total -= float(scores.gather(-1, wanted).sum(dtype=torch.float64))
-        count += wanted.numel()
-    return total / count
-
-
-def of_common_length(prompts: Sequence[list[int]], most: int) -> list[list[int]]:
-    """At most `most` prompts from the largest groups of equal length, which are generated together."""
-    counts = Counter(len(prompt) for prompt in prompts)
-    return sorted(prompts, key=lambda prompt: (-counts[len(prompt)], len(prompt)))[:most]
-
-
-def well_formed(openings: Openings, answers: Sequence[Sequence[int]]) -> Rate:
-    """Share of answers that do not run in circles and, where the model decides by a token, begin with one."""
-    decisions = {opening.tokens[0] for opening in openings.refusals} | {openings.respond}
-    good = sum(
-        bool(answer) and (not openings.is_tokens or answer[0] in decisions) and not _circles(answer)
-        for answer in answers
-    )
-    return Rate(count=good, n=len(answers))
-
-
-def _circles(answer: Sequence[int], run: int = 4, times: int = 3) -> bool:
-    runs = [tuple(answer[start : start + run]) for start in range(len(answer) - run + 1)]
-    return any(runs.count(found) >= times for found in set(runs))

@@ -77,7 +77,7 @@ def family_codes(
     """
     arms, keys = [UNSTEERED], ["unsteered"]
     for key, family in families.items():
-        names = [fit.categories[place] for place in readings.categories(key)]
+        names = [fit.head_categories[place] for place in readings.categories(key)]
         for purpose, chosen in (("refuse", family.refuse), ("comply", family.comply)):
             each = [edits[chosen[name]] if name in chosen else None for name in names]
             arms.append(Arm(each, 1.0 if strengths is None else strengths))

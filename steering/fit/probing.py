@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from steering.fit.categories import PLAIN
 from steering.fit.control import Fit
 from steering.fit.probes import (
     Array,
@@ -138,11 +139,12 @@ def head_stage(
 ) -> dict[str, Any]:
     """The multinomial head at the probe's layer: which category's edit a prompt would get.
 
-    It sees prompts to refuse and those that look so; rare categories weigh more, by one over the root of their size.
+    It sees prompts to refuse, those that look so, and plain ones; rare categories weigh more, by one over the root of
+    their size.
     """
 
     def make() -> dict[str, Any]:
-        names = fit.categories
+        names = fit.head_categories
         rows, labels = _labelled(fitting, names)
         sizes = np.bincount(labels, minlength=len(names))
         weights = 1.0 / np.sqrt(np.maximum(sizes[labels], 1))
@@ -172,7 +174,7 @@ def head_stage(
             },
         }
 
-    return fit.stage("head", make, of=("head_penalty",), after=after)
+    return fit.stage("head", make, of=("head_penalty", "tells_plain"), after=after)
 
 
 def probe_of(fit: Fit, layer: int) -> Probe:
@@ -181,7 +183,7 @@ def probe_of(fit: Fit, layer: int) -> Probe:
     return Probe(
         name=PROBE,
         layer=layer,
-        categories=fit.categories,
+        categories=fit.head_categories,
         weight=torch.cat([refusal["weight"], head["weight"]]).to(torch.float32),
         bias=torch.cat([refusal["bias"], head["bias"]]).to(torch.float32),
     )
@@ -194,8 +196,10 @@ def read(probe: Probe, residuals: Tensor) -> tuple[Array, NDArray[np.int64]]:
 
 
 def _labelled(prompts: Prompts, names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    rows = [index for index, prompt in enumerate(prompts.items) if prompt.category in names]
-    labels = [names.index(str(prompts.items[index].category)) for index in rows]
+    """Prompts of these categories, and which; a plain prompt has none of its own."""
+    told = [PLAIN if prompt.kind is Kind.PLAIN else prompt.category for prompt in prompts.items]
+    found = [(index, names.index(name)) for index, name in enumerate(told) if name in names]
+    rows, labels = zip(*found, strict=True) if found else ((), ())
     return np.array(rows, dtype=np.int64), np.array(labels, dtype=np.int64)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,29 +42,42 @@ class Evidence:
 
     def rates(self, comply_below: float, refuse_above: float) -> dict[str, float]:
         """Share not answered of `over` and `plain`, share refused of `refuse`, under a gate with these thresholds."""
-        side = np.where(
-            self.probability >= refuse_above,
-            "refuse",
-            np.where(self.probability <= comply_below, "comply", "unsteered"),
-        )
-        if refuse_above >= NEVER_REFUSE:
-            side = np.where(side == "refuse", "unsteered", side)
-        if comply_below <= NEVER_COMPLY:
-            side = np.where(side == "comply", "unsteered", side)
-        refused, answered = np.zeros(len(side), bool), np.zeros(len(side), bool)
-        for name in ("unsteered", "comply", "refuse"):
-            rows = side == name
-            refused[rows], answered[rows] = self.refused[name][rows], self.answered[name][rows]
-        return _rates_of(self, refused, answered)
+        return self.tally().rates(comply_below, refuse_above)
+
+    def tally(self) -> Tally:
+        """The same for many thresholds: each set's prompts in order of probability, with running counts."""
+        sets = []
+        for group, kind in self.kinds.items():
+            rows = np.flatnonzero(self.groups == group)
+            if not len(rows):
+                continue
+            rows = rows[np.argsort(self.probability[rows], kind="stable")]
+            counted = {
+                side: (self.refused[side] if kind == "refuse" else ~self.answered[side])[rows]
+                for side in ("unsteered", "comply", "refuse")
+            }
+            running = {side: np.concatenate([[0], np.cumsum(values)]) for side, values in counted.items()}
+            sets.append((kind, self.probability[rows], running))
+        return Tally(tuple(sets))
 
 
-def _rates_of(evidence: Evidence, refused: Mask, answered: Mask) -> dict[str, float]:
-    found: dict[str, list[float]] = {"refuse": [], "over": [], "plain": []}
-    for group, kind in evidence.kinds.items():
-        rows = evidence.groups == group
-        if rows.any():
-            found[kind].append(float((refused if kind == "refuse" else ~answered)[rows].mean()))
-    return {kind: float(np.mean(values)) if values else 0.0 for kind, values in found.items()}
+class Tally(NamedTuple):
+    """For each set its kind, its probabilities rising, and by side how many of its first prompts count."""
+
+    sets: tuple[tuple[str, Array, dict[str, NDArray[np.int64]]], ...]
+
+    def rates(self, comply_below: float, refuse_above: float) -> dict[str, float]:
+        """See `Evidence.rates`. Where both thresholds hold, refuse goes first, as in the gate."""
+        found: dict[str, list[float]] = {"refuse": [], "over": [], "plain": []}
+        for kind, probability, running in self.sets:
+            count = len(probability)
+            high = count if refuse_above >= NEVER_REFUSE else int(np.searchsorted(probability, refuse_above, "left"))
+            low = 0 if comply_below <= NEVER_COMPLY else int(np.searchsorted(probability, comply_below, "right"))
+            low = min(low, high)
+            total = running["comply"][low] + running["unsteered"][high] - running["unsteered"][low]
+            total += running["refuse"][count] - running["refuse"][high]
+            found[kind].append(float(total) / count)
+        return {kind: float(np.mean(values)) if values else 0.0 for kind, values in found.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +102,9 @@ def threshold_curve(evidence: Evidence, steps: int = 60) -> list[Choice]:
     inner = np.quantile(evidence.probability[contested], np.linspace(0.01, 0.99, steps))
     inner = np.unique(np.clip(inner, 1e-6, 1.0 - 1e-6))
     lows, highs = [NEVER_COMPLY, *map(float, inner)], [*map(float, inner), NEVER_REFUSE]
+    tally = evidence.tally()
     return [
-        Choice(comply_below=low, refuse_above=high, rates=evidence.rates(low, high))
+        Choice(comply_below=low, refuse_above=high, rates=tally.rates(low, high))
         for low in lows
         for high in highs
         if low <= high

@@ -15,6 +15,7 @@ from steering.bundle import load_bundle
 from steering.errors import OperatorError
 from steering.fingerprint import fingerprint_of
 from steering.fit import held, prompts, vectors
+from steering.fit.ability import answer_loss, fed, of_common_length, well_formed
 from steering.fit.activations import LoadedModel
 from steering.fit.categories import CATEGORIES, SAFETY
 from steering.fit.comparison import graded_shares, sign_test
@@ -31,7 +32,7 @@ from steering.fit.control import (
 )
 from steering.fit.control_bundle import PROFILE
 from steering.fit.datasets import DataDirectory, Deduplicated, Record
-from steering.fit.doses import _smallest, answer_loss, best_layer, of_common_length, well_formed
+from steering.fit.doses import _smallest, best_layer
 from steering.fit.families import edit_name
 from steering.fit.low_rank import Covariance, Training
 from steering.fit.openings import token_openings
@@ -310,7 +311,11 @@ def test_the_loss_of_an_answer_is_that_of_its_tokens_after_the_decision(tiny: Lo
     assert answer_loss(tiny, [(prompt, answer)]) == pytest.approx(by_hand, rel=1e-5)
     direction = torch.nn.functional.normalize(torch.arange(1.0, 17.0), dim=0)
     edit = Edit(name="e", layers=(added_direction(layer=1, direction=direction, coefficient=5.0),))
-    assert answer_loss(tiny, [(prompt, answer)], edit) != pytest.approx(by_hand, rel=1e-3)
+    other = answer_loss(tiny, [(prompt, answer)], edit)
+    assert other != pytest.approx(by_hand, rel=1e-3)
+    both = fed(tiny, [(prompt, answer), (prompt, answer)], [edit, None])
+    assert both.loss == pytest.approx((other + by_hand) / 2, rel=1e-4)
+    assert both.greedy[1].tolist() == scores[len(prompt) : len(prompt) + 3].argmax(dim=-1).tolist()
 
 
 def test_a_category_s_direction_is_the_unit_difference_of_its_means() -> None:
