@@ -16,8 +16,8 @@ CATEGORIES = (HUMANIZING, INCOMPLETE, INDETERMINATE, SAFETY, UNSUPPORTED, POLITI
 
 
 PLAIN = "Plain requests"
-"""What a category head calls prompts that no refusal is about. A gate has nothing to lower there, so that it leaves them
-alone; the paper, which knows refusal categories only, pushes each such prompt away from a refusal it would not get."""
+"""What a category head calls prompts that no refusal is about. A gate has nothing to lower there and leaves them alone;
+the paper, which knows refusal categories only, pushes each such prompt away from a refusal it would not get."""
 
 
 def refusal_category(record: Record) -> str | None:

@@ -47,8 +47,15 @@ def compare_stage(
     edits: Mapping[str, Edit],
     gates: Mapping[str, Any],
     after: Sequence[Mapping[str, Any]],
+    *,
+    unspared: Readings | None = None,
 ) -> dict[str, Any]:
-    """Every comparison, and the setup that won them one after the other."""
+    """Every comparison, and the setup that won them one after the other.
+
+    Args:
+        unspared: readings whose head names a refusal category for every prompt, plain ones too; None where `readings`
+            do that already.
+    """
 
     def make() -> dict[str, Any]:
         codes = {key: np.asarray(value.numpy()) for key, value in fit.tensors("gate").items()}
@@ -72,6 +79,23 @@ def compare_stage(
                 "rates": {"neutral band": final.choice.to_json(), "hard sign at the Youden point": hard},
             }
         )
+        if unspared is not None:
+            members = {key: families[key] for key in {best.comply, best.refuse}}
+            other = family_codes(fit, openings, calibrating.ids, unspared, members, edits)
+            rival = _Trial(fit, openings, calibrating, unspared, families, edits, other).judge(
+                best._replace(is_graded=False)
+            )
+            rounds.append(
+                {
+                    "what": "plain prompts",
+                    "kept": "told by the head and not steered to comply",
+                    "lost": "steered like all others, as in P1",
+                    "rates": {
+                        "told by the head and not steered to comply": _rates(trial.judge(best)),
+                        "steered like all others, as in P1": _rates(rival),
+                    },
+                }
+            )
         wrong = gates["families"].get(RANDOM_CATEGORY)
         if wrong is not None:
             rounds.append(
@@ -114,6 +138,10 @@ class _Result(NamedTuple):
     choice: Choice
     codes: Codes
     plain: Plain
+
+
+def _rates(result: _Result) -> dict[str, Any]:
+    return {**result.choice.to_json(), **{key: round(value, 4) for key, value in result.plain._asdict().items()}}
 
 
 class _Trial:
@@ -160,13 +188,7 @@ class _Trial:
                 "what": what,
                 "kept": kept,
                 "lost": lost,
-                "rates": {
-                    name: {
-                        **result.choice.to_json(),
-                        **{key: round(value, 4) for key, value in result.plain._asdict().items()},
-                    }
-                    for name, result in zip(names, (one, other), strict=True)
-                },
+                "rates": {name: _rates(result) for name, result in zip(names, (one, other), strict=True)},
                 "over_refusals_only_by": {names[0]: wins, names[1]: losses},
                 "p": {"challenger over-refuses less": less, "challenger over-refuses more": more},
             }

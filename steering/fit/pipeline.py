@@ -7,7 +7,7 @@ settings and earlier results is not run again. Layers, doses and thresholds are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
 
     trained = low_rank_stage(fit, openings, means, fitting, residuals.fitting, layer, [vector_facts, swept["header"]])
     run.done(Stage.LOW_RANK, lambda path: pictures.training(trained, path), trained)
-    mapped = null_space_stage(fit, means, fitting, residuals.fitting, layer, [vector_facts, swept["header"]])
+    mapped = null_space_stage(fit, openings, means, fitting, residuals.fitting, layer, [vector_facts, swept["header"]])
     run.done(Stage.NULL_SPACE, lambda path: pictures.additions(mapped, path), mapped)
 
     recipes = recipes_of(fit, means, layer, p1_layer, {LOW_RANK: trained})
@@ -140,7 +140,9 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
     youden = next(point["threshold"] for point in probed["operating_points"] if point["name"] == "youden")
     gates = gate_stage(fit, openings, calibrating, readings, families, edits, youden, [probed, headed, doses, ranges])
     run.done(Stage.GATE, lambda path: pictures.gates(gates, path), gates)
-    compared = compare_stage(fit, openings, calibrating, readings, families, edits, gates, [gates])
+    _, forced = read(probe, residuals.calibrating.layer(probe.layer), len(fit.categories))
+    unspared = replace(readings, head=forced) if fit.settings.tells_plain else None
+    compared = compare_stage(fit, openings, calibrating, readings, families, edits, gates, [gates], unspared=unspared)
     run.done(Stage.COMPARE, lambda path: pictures.comparison(compared, path), compared)
 
     plans = profile_plans(families, gates, compared)

@@ -189,10 +189,15 @@ def probe_of(fit: Fit, layer: int) -> Probe:
     )
 
 
-def read(probe: Probe, residuals: Tensor) -> tuple[Array, NDArray[np.int64]]:
-    """Refusal probability [N] and category index [N] of residuals [N, D] at the probe's layer."""
+def read(probe: Probe, residuals: Tensor, first: int | None = None) -> tuple[Array, NDArray[np.int64]]:
+    """Refusal probability [N] and category index [N] of residuals [N, D] at the probe's layer.
+
+    Args:
+        first: the category is chosen among the first so many; all where not given.
+    """
     logits = probe.logits(residuals).to(torch.float64)
-    return np.asarray(torch.sigmoid(logits[:, 0]).numpy()), np.asarray(logits[:, 1:].argmax(dim=-1).numpy())
+    head = logits[:, 1 : None if first is None else 1 + first]
+    return np.asarray(torch.sigmoid(logits[:, 0]).numpy()), np.asarray(head.argmax(dim=-1).numpy())
 
 
 def _labelled(prompts: Prompts, names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

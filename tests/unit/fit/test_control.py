@@ -17,7 +17,7 @@ from steering.fingerprint import fingerprint_of
 from steering.fit import held, prompts, vectors
 from steering.fit.ability import answer_loss, fed, of_common_length, well_formed
 from steering.fit.activations import LoadedModel
-from steering.fit.categories import CATEGORIES, SAFETY
+from steering.fit.categories import CATEGORIES, PLAIN, SAFETY
 from steering.fit.comparison import graded_shares, sign_test
 from steering.fit.control import (
     PAPER_LAYER,
@@ -53,7 +53,7 @@ SMALL = replace(
     # A random model's answers run in circles whatever is done to them, and its first tokens are anything.
     most_spoiled=1.0,
     divergence_budget=1e9,
-    loss_budget=1e9,
+    loss_budgets=(1e9, 1e9),
 )
 
 
@@ -133,12 +133,16 @@ def test_a_whole_fit_writes_a_bundle_that_loads_with_probe_gates_and_report(fit:
     turned = profiles["random-category"].refuse
     assert all(edit_name("refuse", name) != key for name, key in turned.items())
     probe = loaded.probes["refusal"]
-    assert probe.categories == CATEGORIES
+    assert probe.categories == (*CATEGORIES, PLAIN)
+    default = profiles[PROFILE]
+    assert PLAIN not in default.comply, "plain prompts are left alone"
+    assert default.refuse.get(PLAIN) == default.refuse.get(SAFETY)
     record = loaded.manifest.probes[0]
     assert [point.name for point in record.operating_points] == ["youden", "fpr-5"]
     assert "weigh" in record.provenance["imbalance"]["how"]
     assert record.calibration["bins"]
-    assert {category.token_id for category in loaded.manifest.categories} == set(fit.loaded.categories.values())
+    told = {category.name: category.token_id for category in loaded.manifest.categories}
+    assert told == {**fit.loaded.categories, PLAIN: None}
     report = json.loads((tmp_path / "bundle" / "report.json").read_text(encoding="utf-8"))
     assert report["probe"]["roc"]
     assert report["probe"]["histograms"]["harmful"]["n"] == 6
@@ -194,7 +198,7 @@ def test_the_paper_s_preset_is_used_as_it_is_where_the_layer_is_given(fit: Fit, 
         trained=3,
         most_spoiled=1.0,
         divergence_budget=1e9,
-        loss_budget=1e9,
+        loss_budgets=(1e9, 1e9),
     )
     paper = Fit(
         loaded=fit.loaded, directory=fit.directory, work=tmp_path / "paper", settings=settings, say=lambda _line: None

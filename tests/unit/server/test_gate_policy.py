@@ -178,7 +178,7 @@ def test_a_category_the_probe_or_the_profile_does_not_know_is_refused() -> None:
 
 
 def test_refusal_tokens_choose_among_categories_that_have_one() -> None:
-    """A category of the probe without a token is left out; named by the client, or where none has one, it is refused."""
+    """A category without a token is left out; named by the client, or where none has one, it is refused."""
     gated = make_gated_bundle()
     untold = {
         name: dataclasses.replace(category, token=None, token_id=None) for name, category in gated.categories.items()
