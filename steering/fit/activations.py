@@ -168,6 +168,20 @@ def last_residuals_and_tokens(
     return residuals, tokens
 
 
+@torch.inference_mode()
+def tail_residuals(loaded: LoadedModel, sequences: Sequences, layer: int, tail: int) -> Iterator[Tensor]:
+    """Residuals [n, D] float32 at the last `tail` positions of sequences, at one block's output, batch by batch."""
+    for _, ids in by_length(sequences):
+        kept: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any, kept: list[Tensor] = kept) -> None:
+            kept.append(_hidden(output)[:, -tail:])
+
+        with _removed_after(loaded.blocks[layer].register_forward_hook(keep)):
+            loaded.model.get_decoder()(input_ids=ids.to(loaded.model.device), use_cache=False)
+        yield kept[0].reshape(-1, loaded.width).float().cpu()
+
+
 @contextmanager
 def steered(loaded: LoadedModel, edit: Edit | None, strength: float | Tensor = 1.0, *, tail: int = 1) -> Iterator[None]:
     """While inside, every forward pass edits the last positions of its input (scope `generated`); None edits nothing.

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from steering import __version__
 from steering.errors import OperatorError
 from steering.fingerprint import fingerprint_of
 from steering.fit.activations import LoadedModel, load_model
@@ -62,13 +63,14 @@ class Settings:
         tau: P1's threshold on coordinates of class means.
         top_k: coordinates a direction keeps; None keeps P1's 200, which is all of a narrower residual.
         most: prompts per class of the vectors at most.
-        most_per_set, most_plain: prompts of one part of a data set at most, for the probe and the covariance; fewer
-            of plain ones, of which there are enough.
+        most_per_set, most_plain, most_templates: prompts of one part of a data set at most, for the probe and the
+            covariance; fewer of plain ones and of a family of templates, which differ less.
         has_templates: the project's own template prompts are fitted on as well.
         calibration: calibration prompts of each kind for doses at most.
         gated: calibration prompts of each kind for the gate at most.
         ranged: calibration prompts that are answered in full for the certified range.
-        held: prompts of a held set at most, evenly spaced.
+        held: prompts of a held plain, political or attack set at most, evenly spaced.
+        held_contested: the same for sets of prompts that look harmful or are.
         penalty, head_penalty: scikit-learn's C of the probe and of the category head.
         tells_plain: the category head also tells plain prompts, which the gate then does not steer to comply.
         weights: group of fit prompts to a factor on its weight; see `steering.fit.prompts`.
@@ -83,7 +85,8 @@ class Settings:
         headroom: a dose is lowered until this strength is still certified.
         most_spoiled: share of answers that a certified strength may spoil, against no steering.
         divergence_budget: mean KL(p_base ‖ p_steer) of the first token on plain prompts that a comply edit may have.
-        loss_budget: by how much an edit may raise the next-token loss of given answers to plain prompts, in nats.
+        loss_budgets: by how much a refuse and a comply edit may raise the next-token loss of given answers to plain
+            prompts, in nats; comply edits meet plain prompts, refuse edits hardly ever do.
         covariance, epsilon: of the whitening of the low-rank basis.
         training: of the low-rank vector.
         is_scaled: the vector is trained at the length of the class difference instead of P1's strength 1.
@@ -100,13 +103,15 @@ class Settings:
     tau: float = TAU
     top_k: int | None = None
     most: int = 800
-    most_per_set: int = 8000
-    most_plain: int = 1200
+    most_per_set: int = 4000
+    most_plain: int = 1000
+    most_templates: int = 1000
     has_templates: bool = True
     calibration: int = 60
     gated: int = 600
     ranged: int = 24
-    held: int = 250
+    held: int = 200
+    held_contested: int = 2000
     penalty: float = 0.02
     head_penalty: float = 0.05
     tells_plain: bool = True
@@ -124,7 +129,7 @@ class Settings:
     headroom: float = 1.25
     most_spoiled: float = 0.15
     divergence_budget: float = 1.0
-    loss_budget: float = 1.0
+    loss_budgets: tuple[float, float] = (1.0, 0.5)
     covariance: Covariance = Covariance.PAPER
     epsilon: float = 1e-4
     training: Training = field(default_factory=lambda: Training(rate=1e-2, epochs=3, batch=16))
@@ -145,6 +150,7 @@ QUICK: Mapping[str, Any] = {
     "gated": 40,
     "ranged": 6,
     "held": 10,
+    "held_contested": 10,
     "trained": 16,
     "multiples": (0.5, 1.0),
     "strengths": (1.0,),
@@ -205,6 +211,7 @@ class Fit:
         fields = asdict(self.settings)
         facts = {
             "stage": name,
+            "code": __version__,
             "model": self.fingerprint,
             "dtype": str(self.loaded.model.dtype),
             "categories": self.categories,

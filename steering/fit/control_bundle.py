@@ -112,7 +112,7 @@ def _manifest(contents: Contents, used: Mapping[str, Edit], *, name: str, versio
                     "purpose": dose["purpose"],
                     "category": dose["category"],
                     "dose": f"{dose['multiple']:.4g} times {dose['unit']}",
-                    "strength": _strength(fit, dose["maximum"], results),
+                    "strength": _strength(fit, dose["purpose"], dose["maximum"], results),
                     "provenance": _provenance(contents, key),
                 }
             )
@@ -125,7 +125,7 @@ def _manifest(contents: Contents, used: Mapping[str, Edit], *, name: str, versio
                     "category": None,
                     "dose": f"coefficient {coefficient:.4g} along a random unit direction: the length of the default "
                     "category's edit",
-                    "strength": _strength(fit, results["controls"]["edits"][key]["maximum"], results),
+                    "strength": _strength(fit, "control", results["controls"]["edits"][key]["maximum"], results),
                     "provenance": {"method": "random direction", "seed": fit.settings.seed, "code": __version__},
                 }
             )
@@ -183,18 +183,21 @@ def _probe_record(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _strength(fit: Fit, maximum: float, results: Mapping[str, Any]) -> dict[str, Any]:
-    budgets = (
-        f"; the dose itself raises the next-token loss of given answers to plain prompts by at most "
-        f"{fit.settings.loss_budget:g} nats and, towards answers, moves their first token by at most "
-        f"{fit.settings.divergence_budget:g} nats (KL)"
+def _strength(fit: Fit, purpose: str, maximum: float, results: Mapping[str, Any]) -> dict[str, Any]:
+    settings = fit.settings
+    measured = (
+        f"largest strength tried that spoiled at most {settings.most_spoiled:.0%} of "
+        f"{results['doses']['prompts']['ranged']} greedy answers to calibration prompts"
     )
-    return {
-        "minimum": 0.0,
-        "maximum": maximum,
-        "measured": f"largest strength tried that spoiled at most {fit.settings.most_spoiled:.0%} of "
-        f"{results['doses']['prompts']['ranged']} greedy answers to calibration prompts{budgets}",
-    }
+    if purpose != "control":
+        refuse, comply = settings.loss_budgets
+        budget = refuse if purpose == "refuse" else comply
+        measured += (
+            f"; strength 1 raises the next-token loss of given answers to plain prompts by at most {budget:g} nats"
+        )
+    if purpose == "comply":
+        measured += f" and moves their first token by at most {settings.divergence_budget:g} nats (KL)"
+    return {"minimum": 0.0, "maximum": maximum, "measured": measured}
 
 
 def _provenance(contents: Contents, key: str) -> dict[str, Any]:

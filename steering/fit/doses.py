@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steering.fit.ability import ANSWER_TOKENS, answer_loss, of_common_length, well_formed
 from steering.fit.activations import Sequences, greedy
-from steering.fit.arms import UNSTEERED, Arm, Codes, arm_codes, arm_effects, neither, refusals
+from steering.fit.arms import ANSWERED, UNSTEERED, Arm, Codes, arm_codes, arm_effects, neither, refusals
 from steering.fit.control import Fit, Settings, Variant
 from steering.fit.openings import Openings
 from steering.fit.prompts import Kind, Prompts
@@ -39,6 +39,8 @@ class Recipe(NamedTuple):
         unit: what multiple 1 is, in words.
         length: of what multiple 1 adds; 0 for a map, whose addition depends on the residual.
         natural: length of what P1's coefficient 1 adds: 1 for unit directions, that of s for the trained vector.
+        spares_plain: made to leave plain prompts alone, so that its dose is found on prompts to refuse that the model
+            answers.
     """
 
     purpose: str
@@ -47,6 +49,7 @@ class Recipe(NamedTuple):
     unit: str
     length: float
     natural: float = 1.0
+    spares_plain: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,6 +59,7 @@ class Trials:
     Attributes:
         own: per category the prompts whose refusals a comply edit is to remove: its prompts that are not harmful, and
             borderline ones for the default category.
+        missed: prompts to refuse that the model answers.
         plain: prompts that are mostly answered.
         plain_codes: what the model does with them unsteered.
         answered: (prompt, answer) tokens of plain prompts, the answers all of one length.
@@ -63,6 +67,7 @@ class Trials:
     """
 
     own: dict[str, list[list[int]]]
+    missed: list[list[int]]
     plain: list[list[int]]
     plain_codes: Codes
     answered: list[tuple[list[int], list[int]]]
@@ -87,9 +92,12 @@ def trials_of(fit: Fit, openings: Openings, prompts: Prompts) -> Trials:
     ]
     # Of lengths that are common, so that few passes are small; doses differ far more than lengths do.
     ids = of_common_length([prompt.ids for prompt in plain], most)
+    wanted = [prompts.items[index].ids for index in prompts.where(Kind.REFUSE)]
+    refused = arm_codes(fit.loaded, openings, fit.categories, wanted, [UNSTEERED])[0]
     shared = Counter(len(prompt) for prompt, _ in answered)
     return Trials(
         own={name: own[name] or borderline for name in fit.categories},
+        missed=[wanted[index] for index in np.flatnonzero(refused == ANSWERED)][:most],
         plain=ids,
         plain_codes=arm_codes(fit.loaded, openings, fit.categories, ids, [UNSTEERED])[0],
         answered=sorted(answered, key=lambda pair: -shared[len(pair[0])])[: fit.settings.ranged],
@@ -197,7 +205,7 @@ def dose_curves(
             "headroom",
             "most_spoiled",
             "divergence_budget",
-            "loss_budget",
+            "loss_budgets",
             "calibration",
             "ranged",
             "default_category",
@@ -227,22 +235,24 @@ def certified_ranges(
 def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, baseline: Mapping[str, Any]) -> dict[str, Any]:
     settings = fit.settings
     is_comply = recipe.purpose == "comply"
-    concerned = trials.own[recipe.category or settings.default_category] if is_comply else trials.plain
-    before = (
-        arm_codes(fit.loaded, openings, fit.categories, concerned, [UNSTEERED])[0] if is_comply else trials.plain_codes
-    )
+    concerned, known = trials.plain, not is_comply
+    if is_comply:
+        concerned = trials.own[recipe.category or settings.default_category]
+    elif recipe.spares_plain and trials.missed:
+        concerned, known = trials.missed, False
+    before = trials.plain_codes if known else arm_codes(fit.loaded, openings, fit.categories, concerned, [UNSTEERED])[0]
     multiples: Sequence[float] = settings.multiples
     if settings.doses is not None and recipe.length:
         wanted = settings.doses[1] if is_comply else settings.doses[0]
         multiples = (abs(wanted) * recipe.natural / recipe.length,)
     edits = [(multiple, recipe.make(multiple)) for multiple in multiples]
     plain = arm_effects(fit.loaded, openings, fit.categories, trials.plain, [Arm(edit) for _, edit in edits])
-    rows = _effects(fit, openings, edits, concerned, before, recipe.purpose, None if is_comply else plain.codes)
+    rows = _effects(fit, openings, edits, concerned, before, recipe.purpose, plain.codes if known else None)
     for row, divergence, (_, edit) in zip(rows, plain.divergences, edits, strict=True):
         row["divergence"] = divergence
         row["loss"] = answer_loss(fit.loaded, trials.answered, edit)
         # What a refuse edit does to the first token of a plain prompt is its effect, not damage.
-        row["is_within_budget"] = row["loss"] - baseline["loss"] <= settings.loss_budget and (
+        row["is_within_budget"] = row["loss"] - baseline["loss"] <= settings.loss_budgets[is_comply] and (
             not is_comply or divergence <= settings.divergence_budget
         )
     within = [row for row in rows if row["is_within_budget"]]

@@ -88,6 +88,7 @@ def recipes_of(
         make=lambda multiple: null_space_edit(fit, layer, multiple),
         unit="the null-space map towards the class difference of the prompt's category",
         length=0.0,
+        spares_plain=True,
     )
     return recipes
 

@@ -117,7 +117,7 @@ def held_stage(
             result["probe"] = {"area": area, "roc": [list(point) for point in points[::step]]}
         return {**result, "left_out": {f"longer than {LONGEST} tokens": len(chosen) - len(kept)}}
 
-    return fit.stage("held", make, of=("held",), after=after)
+    return fit.stage("held", make, of=("held", "held_contested"), after=after)
 
 
 def _codes(
@@ -158,6 +158,6 @@ def _records(fit: Fit) -> list[tuple[int, Record]]:
     found: list[tuple[int, Record]] = []
     for place, chosen in enumerate(HELD_SETS):
         records = [record for record in held if (record.dataset, record.part) == (chosen.dataset, chosen.part)]
-        most = fit.settings.held if chosen.kind != "attack" else max(1, fit.settings.held // 2)
+        most = fit.settings.held_contested if chosen.kind in ("over", "refuse") else fit.settings.held
         found += [(place, record) for record in thinned(records, most)]
     return found

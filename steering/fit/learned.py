@@ -5,6 +5,7 @@ Knows nothing of doses; `doses.py` finds them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.fit.ability import ANSWER_TOKENS
+from steering.fit.activations import tail_residuals
 from steering.fit.arms import ANSWERED
 from steering.fit.control import Fit, Preset, Variant
 from steering.fit.datasets import thinned
@@ -120,6 +123,7 @@ def _telling(
 
 def null_space_stage(
     fit: Fit,
+    openings: Openings,
     means: Mapping[str, Tensor],
     fitting: Prompts,
     shards: Shards,
@@ -133,8 +137,23 @@ def null_space_stage(
         benign = torch.zeros(shards.count, dtype=torch.bool)
         benign[fitting.where(Kind.PLAIN)] = True
         benign[fitting.where(Kind.OVER)] = True
+        # Every token of an answer is edited too, so that what must stay includes the answers to plain prompts.
+        answered = thinned(
+            [
+                [*prompt.ids, *([] if openings.respond is None else [openings.respond]), *prompt.answer[:ANSWER_TOKENS]]
+                for prompt in fitting.items
+                if prompt.kind is Kind.PLAIN and len(prompt.answer) >= ANSWER_TOKENS
+            ],
+            settings.trained,
+        )
         basis = near_null_basis(
-            gram(batch[benign[index]] for index, batch in shards.batches(layer)), settings.null_share
+            gram(
+                itertools.chain(
+                    (batch[benign[index]] for index, batch in shards.batches(layer)),
+                    tail_residuals(fit.loaded, answered, layer, ANSWER_TOKENS),
+                )
+            ),
+            settings.null_share,
         )
         harmful = thinned(
             [
@@ -163,7 +182,7 @@ def null_space_stage(
             "rank": rank,
             "null_directions": int(basis.shape[1]),
             "ridge": settings.ridge,
-            "prompts": {"benign": int(benign.sum()), "harmful": len(harmful)},
+            "prompts": {"benign": int(benign.sum()), "answers": len(answered), "harmful": len(harmful)},
             "mean_addition": {
                 "harmful": float(moved[harmful].mean()),
                 "borderline": float(moved[fitting.where(Kind.OVER)].mean()),
@@ -172,7 +191,7 @@ def null_space_stage(
             "tensors": {"read": terms.read, "write": terms.write, "gain": terms.gain},
         }
 
-    return fit.stage("null_space", make, of=("null_share", "ridge", "tau", "top_k"), after=after)
+    return fit.stage("null_space", make, of=("null_share", "ridge", "tau", "top_k", "trained"), after=after)
 
 
 def null_space_edit(fit: Fit, layer: int, multiple: float) -> Edit:

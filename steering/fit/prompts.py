@@ -226,7 +226,7 @@ def _templates(fit: Fit, taken: set[str]) -> list[Prompt]:
             answer=[],
         )
         by_source.setdefault(entry.source, []).append(prompt)
-    most = fit.settings.most_per_set
+    most = fit.settings.most_templates
     return [
         members[index * len(members) // most] if len(members) > most else members[index]
         for members in by_source.values()

@@ -72,7 +72,10 @@ def activations(fit: Fit, fitting: Prompts, calibrating: Prompts) -> Activations
         }
 
     facts = fit.stage(
-        "activations", make, of=("most_per_set", "most_plain", "has_templates", "gated"), after=[{"identity": identity}]
+        "activations",
+        make,
+        of=("most_per_set", "most_plain", "most_templates", "has_templates", "gated"),
+        after=[{"identity": identity}],
     )
     return Activations(fitting=written["fit"], calibrating=written["calibrate"], facts=facts)
 
