@@ -34,7 +34,7 @@ def run(
     data: Annotated[
         Path | None, typer.Option("--data", help="Data directory; else $TRIMTAB_DATA, else a cache.")
     ] = None,
-    most: Annotated[int, typer.Option(help="Prompts of a suite at most, evenly spaced.", min=1)] = 250,
+    most: Annotated[int, typer.Option(help="Prompts of a suite at most, evenly spaced.", min=1)] = 150,
     all_prompts: Annotated[bool, typer.Option("--all-prompts", help="Every prompt of every suite.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 24,
     texts: Annotated[
@@ -44,7 +44,7 @@ def run(
             "first token. For models with refusal tokens; all with --all-prompts.",
             min=0,
         ),
-    ] = 30,
+    ] = 10,
     concurrency: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 48,
     bundle: Annotated[
         Path | None, typer.Option(help="Folder of the served bundle: token ids, provenance, pictures of the fit.")

@@ -15,6 +15,7 @@ from steering.evaluate.fit_pictures import fit_section
 from steering.evaluate.markup import cell, details, figure, list_of, paragraph, signed, table
 from steering.evaluate.page_style import STYLE
 from steering.evaluate.page_table1 import table1_section
+from steering.evaluate.report import loss_statements
 
 Report = Mapping[str, Any]
 CLOSE = 60.0
@@ -69,7 +70,8 @@ def _claims(report: Report) -> str:
             ]
         )
     heads = ["", "auto against unsteered, same prompts", "unsteered", "auto", "difference in points", "intervals"]
-    return table(heads, rows) + paragraph("Differences are paired by prompt (Newcombe's method 10, McNemar's exact p).")
+    told = table(heads, rows) + list_of(loss_statements(report))
+    return told + paragraph("Differences are paired by prompt (Newcombe's method 10, McNemar's exact p).")
 
 
 def _plane(report: Report) -> str:

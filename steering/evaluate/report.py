@@ -187,9 +187,24 @@ def summary(report: Mapping[str, Any]) -> str:
         f"{'shown' if claim['is_shown'] else 'NOT shown'}: {claim['text']} ({_points(claim)})"
         for claim in report["claims"]
     ]
+    lines += loss_statements(report)
     lines += [f"skipped: {name}: {why}" for name, why in report["skipped"].items()]
     lines += [f"no prompts: {name}: {why}" for name, why in report["left_out"].items()]
     return "\n".join(lines)
+
+
+def loss_statements(report: Mapping[str, Any]) -> list[str]:
+    """For each set of reference answers, whether auto changes their loss beyond noise."""
+    told = []
+    for name, found in (report.get("reference_loss") or {}).items():
+        change = found["change"]
+        low, high = change["low"], change["high"]
+        what = "within noise" if low <= 0 <= high else "worse" if low > 0 else "better"
+        told.append(
+            f"loss of reference answers of {name} under auto: {what}, {found['unsteered']['mean']:.3f} "
+            f"{change['mean']:+.3f} [{low:+.3f}, {high:+.3f}] nats a token, n={change['n']}"
+        )
+    return told
 
 
 def _points(claim: Mapping[str, Any]) -> str:

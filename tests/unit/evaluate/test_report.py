@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from steering.evaluate.arms import AUTO, UNSTEERED, Arm, arm_from_option, build_arms
+from steering.evaluate.cli import app
 from steering.evaluate.evaluation import Order, evaluate
 from steering.evaluate.journal import Answer
 from steering.evaluate.judge_error import EXACT
 from steering.evaluate.page import page
-from steering.evaluate.report import Setting, build_report, summary
+from steering.evaluate.report import Setting, build_report, loss_statements, summary
 from steering.evaluate.run import Asked, Settings
 from steering.evaluate.server import Server
 from steering.evaluate.suites import SUITES, Group
@@ -186,7 +188,7 @@ def test_a_report_without_gate_or_text_still_makes_a_page() -> None:
     report = told_of([answered("xstest-safe", 0, "<b>", refused=True)], arms)
     drawn = page(report)
     Page(drawn)
-    assert "<b>&lt;b&gt;" not in drawn.replace('<b title="a &amp; b">', "<b>") or "&lt;b&gt;" in drawn
+    assert '<b title="a &amp; b">&lt;b&gt;</b>' in drawn
     assert report["claims"] == []
 
 
@@ -219,3 +221,22 @@ def test_arms_of_the_command_line_are_checked() -> None:
         tokens={"[a]": "a"},
     )
     assert build_arms(server, respond_id=3, cast="x", extra=[arm]).arms[-1] is arm
+
+
+def test_loss_of_reference_answers_is_called_what_its_interval_says() -> None:
+    """An interval around zero is noise, one beside it is worse or better."""
+    facts = {"unsteered": {"mean": 4.0}}
+    losses = {
+        name: {**facts, "change": {"mean": (low + high) / 2, "low": low, "high": high, "n": 9}}
+        for name, low, high in (("a", -0.1, 0.1), ("b", 0.1, 0.2), ("c", -0.2, -0.1))
+    }
+    said = loss_statements({"reference_loss": losses})
+    assert [line.split(": ")[1].partition(",")[0] for line in said] == ["within noise", "worse", "better"]
+    assert loss_statements({}) == []
+
+
+def test_options_that_do_not_go_together_end_with_one_line() -> None:
+    """A judge's address without its model is a mistake of the command line, told without a traceback."""
+    found = CliRunner().invoke(app, ["run", "--judge-url", "http://127.0.0.1:9"])
+    assert found.exit_code == 1
+    assert found.stderr.strip() == "trimtab eval run: --judge-url and --judge-model go together"
