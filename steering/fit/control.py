@@ -216,7 +216,7 @@ class Fit:
             "dtype": str(self.loaded.model.dtype),
             "categories": self.categories,
             "settings": {key: fields[key] for key in ("seed", *of)},
-            "after": [result["identity"] for result in after],
+            "after": [result["digest"] for result in after],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -234,7 +234,8 @@ class Fit:
             name: of its files, `<name>.json` and, where `make` gives `tensors`, `<name>.safetensors`.
             make: gives JSON, and optionally `tensors`: a dict of tensors by name.
             of: names of the settings it depends on.
-            after: results of the stages it depends on.
+            after: results of the stages it depends on, by their content: one that was made again and came out the same
+                keeps what follows.
         """
         path, tensors_path = self.work / f"{name}.json", self.work / f"{name}.safetensors"
         identity = self.identity(name, of, after)
@@ -249,11 +250,13 @@ class Fit:
         path.unlink(missing_ok=True)
         found = dict(make())
         tensors: dict[str, Tensor] | None = found.pop("tensors", None)
+        digest = hashlib.sha256(json.dumps([identity, found], sort_keys=True).encode())
         if tensors is not None:
             fresh = tensors_path.with_suffix(".part")
             save_file({key: value.contiguous() for key, value in tensors.items()}, fresh)
+            digest.update(fresh.read_bytes())
             fresh.replace(tensors_path)
-        made = {"identity": identity, "has_tensors": tensors is not None, **found}
+        made = {"identity": identity, "digest": digest.hexdigest(), "has_tensors": tensors is not None, **found}
         self.say(f"{name}: took {time.monotonic() - started:.1f} s")
         fresh = path.with_suffix(".part")
         fresh.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -76,7 +76,7 @@ def write_bundle(path: Path, contents: Contents, *, name: str, version: str, has
     fit.stage(
         "bundle",
         lambda: {"digest": saved.digest, "path": path.name, "edits": sorted(used)},
-        after=[{"identity": saved.digest}],
+        after=[{"digest": saved.digest}],
     )
     if not has_report:
         return saved
@@ -267,7 +267,7 @@ def code_version() -> str:
 def _plain(value: Any) -> Any:
     """Without what only resuming needs."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items() if key not in ("identity", "has_tensors")}
+        return {key: _plain(inner) for key, inner in value.items() if key not in ("identity", "digest", "has_tensors")}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     return value

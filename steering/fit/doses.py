@@ -23,6 +23,10 @@ from steering.fit.prompts import Kind, Prompts
 from steering.fit.vectors import categorical
 from steering.terms import Edit, added_direction
 
+NEAR_BEST = 0.1
+"""Layers whose effects sum to this much less than the best one's count as controlling as well: about what 60 prompts
+of either kind can tell apart."""
+
 
 def added(name: str, layer: int, direction: Tensor, coefficient: float) -> Edit:
     """An edit that adds `coefficient · direction` at one layer."""
@@ -122,6 +126,7 @@ def layer_sweep(
     def make() -> dict[str, Any]:
         concerned = trials.own[fit.settings.default_category]
         before = arm_codes(fit.loaded, openings, fit.categories, concerned, [UNSTEERED])[0]
+        unsteered = answer_loss(fit.loaded, trials.answered)
         layers = []
         for layer in range(len(fit.loaded.blocks)):
             direction, gap = categorical(means, variant, fit.settings.default_category, layer, fit.settings)
@@ -132,6 +137,13 @@ def layer_sweep(
                 "refuse": _smallest(refuse, fit.settings.refuse_target),
             }
             score = chosen["comply"]["effect"] + chosen["refuse"]["effect"]
+            signed = {"comply": -gap, "refuse": gap}
+            loss = sum(
+                answer_loss(
+                    fit.loaded, trials.answered, added("dose", layer, direction, row["multiple"] * signed[purpose])
+                )
+                for purpose, row in chosen.items()
+            )
             layers.append(
                 {
                     "layer": layer,
@@ -141,6 +153,7 @@ def layer_sweep(
                     "refuse": refuse,
                     "chosen": chosen,
                     "score": score,
+                    "loss_added": loss - 2.0 * unsteered,
                 }
             )
         best = best_layer({"layers": layers}, fit.settings)
@@ -336,20 +349,18 @@ def _smallest(rows: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
 
 
 def best_layer(swept: Mapping[str, Any], settings: Settings, *, at_least: int = 0) -> int:
-    """The layer with the best sum of both effects, to two places; among equals the one with the smaller addition.
+    """Of the layers that control about as well as the best one, the one whose doses spoil plain answers least.
 
-    As in Arditi et al., the last fifth of the blocks is left out: it is too close to the output to count as control.
+    As well as: the sum of both effects lies within `NEAR_BEST` of the largest. As in Arditi et al., the last fifth of
+    the blocks is left out: it is too close to the output to count as control.
     """
     if settings.layer is not None:
         return settings.layer
     rows = swept["layers"]
     candidates = [row for row in rows if at_least <= row["layer"] < max(at_least + 1.0, 0.8 * len(rows))]
-
-    def rank(row: dict[str, Any]) -> tuple[float, float]:
-        largest = max(abs(row["chosen"][sign]["multiple"] * row["gap"]) for sign in ("comply", "refuse"))
-        return round(row["score"], 2), -largest / row["residual_norm"]
-
-    return int(max(candidates, key=rank)["layer"])
+    best = max(row["score"] for row in candidates)
+    near = [row for row in candidates if row["score"] >= best - NEAR_BEST]
+    return int(min(near, key=lambda row: row["loss_added"])["layer"])
 
 
 def _certified(fit: Fit, openings: Openings, edit: Edit, trials: Trials, baseline: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class _Run:
     def done(self, stage: Stage, draw: Callable[[Path], None], *results: Mapping[str, Any]) -> None:
         """Draw the stage's picture where its files are newer; raises `_Finished` after the last stage wanted."""
         path = self.fit.work / f"{stage}.png"
-        identity = ",".join(str(result.get("identity", "")) for result in results)
+        identity = ",".join(str(result.get("digest", "")) for result in results)
         stamp = path.with_suffix(".drawn")
         if not path.is_file() or not stamp.is_file() or stamp.read_text("utf-8") != identity:
             draw(path)

@@ -75,7 +75,7 @@ def activations(fit: Fit, fitting: Prompts, calibrating: Prompts) -> Activations
         "activations",
         make,
         of=("most_per_set", "most_plain", "most_templates", "has_templates", "gated"),
-        after=[{"identity": identity}],
+        after=[{"digest": identity}],
     )
     return Activations(fitting=written["fit"], calibrating=written["calibrate"], facts=facts)
 

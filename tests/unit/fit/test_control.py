@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,33 +93,45 @@ class Chosen:
         return Deduplicated(records=tuple(record for record in records if (record.dataset, record.part) in wanted))
 
 
-@pytest.fixture
-def fit(tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    """A fit of the tiny random model on made-up prompts."""
+def _held_prompts(_directory: object) -> list[Record]:
+    names = [("xstest", "safe"), ("xstest", "unsafe"), ("gsm8k", "test"), ("alphasteer_attacks", "aim")]
+    return [_record(*name, number, Label.BORDERLINE) for name in names for number in range(3)]
 
-    def held_prompts(_directory: object) -> list[Record]:
-        names = [("xstest", "safe"), ("xstest", "unsafe"), ("gsm8k", "test"), ("alphasteer_attacks", "aim")]
-        return [_record(*name, number, Label.BORDERLINE) for name in names for number in range(3)]
 
+def _on_made_up_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "fit_records", Chosen())
-    monkeypatch.setattr(held, "held_records", held_prompts)
+    monkeypatch.setattr(held, "held_records", _held_prompts)
     # A random model has refusal tokens and never says them.
     monkeypatch.setattr(vectors, "find_openings", lambda loaded, _harmful, _plain: token_openings(loaded))
-    return Fit(
-        loaded=tiny,
-        directory=DataDirectory(path=tmp_path),
-        work=tmp_path / "work",
-        settings=SMALL,
-        say=lambda _line: None,
-    )
 
 
-def test_a_whole_fit_writes_a_bundle_that_loads_with_probe_gates_and_report(fit: Fit, tmp_path: Path) -> None:
+def _fit(loaded: LoadedModel, folder: Path, settings: Settings, lines: list[str] | None = None) -> Fit:
+    say = (lambda _line: None) if lines is None else lines.append
+    directory = DataDirectory(path=folder)
+    return Fit(loaded=loaded, directory=directory, work=folder / "work", settings=settings, say=say)
+
+
+@pytest.fixture
+def fit(tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """A fit of the tiny random model on made-up prompts, nothing run yet."""
+    _on_made_up_prompts(monkeypatch)
+    return _fit(tiny, tmp_path, SMALL)
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    """One that was run to the end; its bundle is in `bundle` beside its work folder."""
+    found = _fit(tiny, tmp_path_factory.mktemp("fitted"), SMALL)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _on_made_up_prompts(monkeypatch)
+        assert fit_control(found, found.work.parent / "bundle", name="tiny", version="1") is not None
+    return found
+
+
+def test_a_whole_fit_writes_a_bundle_that_loads_with_probe_gates_and_report(fitted: Fit) -> None:
     """From prompts to manifest: probe, profiles with gates, the fingerprint, pictures, a report and a card."""
-    saved = fit_control(fit, tmp_path / "bundle", name="tiny", version="1")
-    assert saved is not None
-    loaded = load_bundle(tmp_path / "bundle")
-    assert loaded.digest == saved.digest
+    fit, bundle = fitted, fitted.work.parent / "bundle"
+    loaded = load_bundle(bundle)
     assert loaded.manifest.model == fingerprint_of(fit.loaded.path)
     assert loaded.manifest.default_profile == PROFILE
     profiles = {profile.name: profile for profile in loaded.manifest.profiles}
@@ -143,42 +156,37 @@ def test_a_whole_fit_writes_a_bundle_that_loads_with_probe_gates_and_report(fit:
     assert record.calibration["bins"]
     told = {category.name: category.token_id for category in loaded.manifest.categories}
     assert told == {**fit.loaded.categories, PLAIN: None}
-    report = json.loads((tmp_path / "bundle" / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
     assert report["probe"]["roc"]
     assert report["probe"]["histograms"]["harmful"]["n"] == 6
     assert report["gate"]["families"]["category"]["frontier"]
     assert report["head"]["confusion"]
     assert len(report["cosines"]["cosines"]) == len(report["cosines"]["names"])
     assert "identity" not in json.dumps(report)
-    card = (tmp_path / "bundle" / "CARD.md").read_text(encoding="utf-8")
+    card = (bundle / "CARD.md").read_text(encoding="utf-8")
     assert f"| `{PROFILE}` (default) |" in card
     assert all((fit.work / f"{stage}.png").is_file() for stage in Stage if stage not in ("bundle", "report"))
-    assert (tmp_path / "bundle" / "gate.png").read_bytes().startswith(b"\x89PNG")
+    assert (bundle / "gate.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_second_run_keeps_every_stage_and_gives_the_same_bundle(
-    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is computed again for the same model and settings; other thresholds run the late stages only."""
-    first = fit_control(fit, tmp_path / "first", name="tiny", version="1")
+    _on_made_up_prompts(monkeypatch)
+    folder = fitted.work.parent
+    first = load_bundle(folder / "bundle")
     lines: list[str] = []
-    again = Fit(loaded=fit.loaded, directory=fit.directory, work=fit.work, settings=SMALL, say=lines.append)
-    second = fit_control(again, tmp_path / "second", name="tiny", version="1")
-    assert first is not None
+    second = fit_control(_fit(fitted.loaded, folder, SMALL, lines), tmp_path / "second", name="tiny", version="1")
     assert second is not None
     assert first.digest == second.digest
     assert not [line for line in lines if line.endswith("running")]
     lines.clear()
-    other = replace(SMALL, safety_margin=0.5)
-    fit_control(
-        Fit(loaded=fit.loaded, directory=fit.directory, work=fit.work, settings=other, say=lines.append),
-        tmp_path / "third",
-        name="tiny",
-        version="1",
-    )
+    shutil.copytree(folder, tmp_path / "copy")
+    other = _fit(fitted.loaded, tmp_path / "copy", replace(SMALL, safety_margin=0.5), lines)
+    assert fit_control(other, tmp_path / "third", name="tiny", version="1", until=Stage.GATE) is None
     ran = {line.removesuffix(": running") for line in lines if line.endswith("running")}
-    assert "gate" in ran
-    assert not ran & {"activations", "vectors", "sweep-header", "probe", "head", "low_rank", "null_space", "doses"}
+    assert ran == {"gate"}
 
 
 def test_a_run_stops_after_the_stage_it_is_told_and_goes_on_later(fit: Fit, tmp_path: Path) -> None:
@@ -200,14 +208,12 @@ def test_the_paper_s_preset_is_used_as_it_is_where_the_layer_is_given(fit: Fit, 
         divergence_budget=1e9,
         loss_budgets=(1e9, 1e9),
     )
-    paper = Fit(
-        loaded=fit.loaded, directory=fit.directory, work=tmp_path / "paper", settings=settings, say=lambda _line: None
-    )
+    paper = _fit(fit.loaded, tmp_path / "paper", settings)
     saved = fit_control(paper, tmp_path / "bundle", name="paper", version="1")
     assert saved is not None
     assert saved.probes["refusal"].layer == 1
     assert saved.edits["p1-refuse-political"].layers[0].bias.item() == pytest.approx(4.0, rel=1e-5)
-    trained = json.loads((tmp_path / "paper" / "low_rank.json").read_text("utf-8"))
+    trained = json.loads((paper.work / "low_rank.json").read_text("utf-8"))
     low_rank = saved.edits["refuse-low-rank"].layers[0].bias.item()
     assert low_rank == pytest.approx(4.0 * trained["length"], rel=1e-4)
     assert saved.edits["p1-comply-political"].layers[0].bias.item() == pytest.approx(-6.0, rel=1e-5)
@@ -253,7 +259,7 @@ def test_a_stage_depends_on_its_own_settings_and_on_earlier_results(fit: Fit) ->
 
     assert with_settings(replace(SMALL, held=9)).stage("x", lambda: next(made), of=("most",))["value"] == 1
     assert with_settings(replace(SMALL, most=9)).stage("x", lambda: next(made), of=("most",))["value"] == 2
-    earlier = {"identity": "another"}
+    earlier = {"digest": "another"}
     assert fit.stage("x", lambda: next(made), of=("most",), after=[earlier])["value"] == 3
 
 
@@ -279,14 +285,13 @@ def test_the_smallest_dose_that_reaches_the_target_is_taken() -> None:
     assert _smallest(rows, 1.1)["multiple"] == 2.0
 
 
-def test_the_layer_with_the_best_control_wins_and_ties_go_to_the_gentler_one() -> None:
-    """Effects are compared to two places, then the size of the addition; the last fifth and early layers may be out."""
+def test_of_layers_that_control_as_well_the_one_that_spoils_least_is_taken() -> None:
+    """Not the gentlest of all, nor the very best of equals; the last fifth and early layers may be out."""
 
-    def row(layer: int, score: float, gap: float) -> dict[str, Any]:
-        chosen = {sign: {"multiple": 1.0} for sign in ("comply", "refuse")}
-        return {"layer": layer, "gap": gap, "residual_norm": 10.0, "chosen": chosen, "score": score}
+    def row(layer: int, score: float, loss: float) -> dict[str, Any]:
+        return {"layer": layer, "score": score, "loss_added": loss}
 
-    swept = {"layers": [row(0, 1.4, 3.0), row(1, 1.8, 9.0), row(2, 1.801, 3.0), row(3, 1.2, 1.0), row(4, 2.0, 1.0)]}
+    swept = {"layers": [row(0, 1.4, 0.1), row(1, 1.85, 0.9), row(2, 1.8, 0.4), row(3, 1.2, 0.0), row(4, 2.0, 0.0)]}
     assert best_layer(swept, Settings()) == 2
     assert best_layer(swept, Settings(), at_least=3) == 3
     assert best_layer(swept, Settings(layer=0)) == 0
