@@ -119,7 +119,8 @@ def _against(report: Report) -> str:
     told = ""
     for group in GROUPS[:3]:
         entries = [(arm, found[group]) for arm, found in report["against_unsteered"].items() if group in found]
-        told += figure(plots.differences(entries), f"{group}: refusals minus those of unsteered, same prompts")
+        drawn = plots.differences(entries, is_more_better=group != "over-refusal")
+        told += figure(drawn, f"{group}: refusals minus those of unsteered, same prompts; green is for the better")
     return told
 
 

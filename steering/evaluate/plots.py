@@ -49,18 +49,21 @@ def plane(report: Mapping[str, Any], *, lowest: float = 0.0) -> tuple[str, list[
             if y >= lowest:
                 frame.dot((x, y), COLOURS[0], radius=3.2, tip=tip)
     names = []
+    points = []
     for arm, by_group in report["pooled"].items():
         over, harmful = (rate_of(by_group.get(group), report["judge"]) for group in ("over-refusal", "refusal"))
         if over is None or harmful is None:
             continue
         names.append(arm)
-        place = (100 * over["rate"], 100 * harmful["rate"])
-        if place[1] < lowest:
-            continue
+        if 100 * harmful["rate"] >= lowest:
+            points.append((arm, len(names), over, harmful))
+    # The two that matter most lie on top of the others.
+    for arm, number, over, harmful in sorted(points, key=lambda point: ("auto", "unsteered").count(point[0])):
         colour = COLOURS[1] if arm == "auto" else COLOURS[4] if arm == "unsteered" else MUTED
+        place = (100 * over["rate"], 100 * harmful["rate"])
         upright = (max(lowest, 100 * harmful["low"]), 100 * harmful["high"])
         frame.cross(place, (100 * over["low"], 100 * over["high"]), upright, colour)
-        frame.dot(place, colour, radius=9, label=str(len(names)), tip=f"{arm}: {place[0]:.1f} %, {place[1]:.1f} %")
+        frame.dot(place, colour, radius=9, label=str(number), tip=f"{arm}: {place[0]:.1f} %, {place[1]:.1f} %")
     return frame.done("over-refusal against refusal, per arm") if names else "", names
 
 
@@ -202,8 +205,10 @@ def heatmap(
     return drawing(left + len(columns) * cell + 70, top + len(rows) * high + 6, marks, "table of counts or cosines")
 
 
-def differences(entries: Sequence[tuple[str, Mapping[str, Any]]], unit: str = "points") -> str:
-    """Differences with their intervals around zero, one row each."""
+def differences(
+    entries: Sequence[tuple[str, Mapping[str, Any]]], unit: str = "points", *, is_more_better: bool = False
+) -> str:
+    """Differences with their intervals around zero, one row each; coloured by whether they are for the better."""
     if not entries:
         return ""
     ends = [abs(100 * facts[name]) for _, facts in entries for name in ("low", "high")]
@@ -214,7 +219,7 @@ def differences(entries: Sequence[tuple[str, Mapping[str, Any]]], unit: str = "p
     for index, (name, facts) in enumerate(entries):
         y = len(entries) - index - 0.5
         low, high, middle = (100 * facts[key] for key in ("low", "high", "difference"))
-        colour = MUTED if low <= 0 <= high else COLOURS[1] if middle > 0 else COLOURS[2]
+        colour = MUTED if low <= 0 <= high else COLOURS[2] if (middle > 0) == is_more_better else COLOURS[1]
         frame.path([(low, y), (high, y)], colour)
         tip = f"{name}: {middle:+.1f} [{low:+.1f}, {high:+.1f}], n={facts['n']}"
         frame.dot((middle, y), colour, tip=tip)
