@@ -18,7 +18,7 @@ from steering.fingerprint import fingerprint_of
 from steering.fit import held, prompts, vectors
 from steering.fit.ability import answer_loss, fed, of_common_length, well_formed
 from steering.fit.activations import LoadedModel
-from steering.fit.categories import CATEGORIES, PLAIN, SAFETY
+from steering.fit.categories import CATEGORIES, PLAIN, POLITICAL, SAFETY
 from steering.fit.comparison import graded_shares, sign_test
 from steering.fit.control import (
     PAPER_LAYER,
@@ -203,6 +203,7 @@ def test_the_paper_s_preset_is_used_as_it_is_where_the_layer_is_given(fit: Fit, 
     settings = replace(
         preset_settings(Preset.PAPER, layer=1),
         **{key: value for key, value in QUICK.items() if key not in ("trained", "multiples")},
+        categories=(SAFETY, POLITICAL),
         trained=3,
         most_spoiled=1.0,
         divergence_budget=1e9,
