@@ -74,7 +74,7 @@ def control(
     ] = None,
     safety_margin: Annotated[
         float | None,
-        typer.Option(help="Share of prompts to refuse that the gate may refuse less; 0.01.", min=0.0, max=1.0),
+        typer.Option(help="Share of prompts to refuse that the gate may refuse less; 0.", min=0.0, max=1.0),
     ] = None,
     covariance: Annotated[CovarianceName | None, typer.Option(help="Of the low-rank basis; paper.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Coordinates a direction keeps; 200 unless told.", min=1)] = None,

@@ -122,7 +122,7 @@ def compare_stage(
             "refuse are held by the choice of thresholds",
         }
 
-    return fit.stage("compare", make, of=("safety_margin", "threshold"), after=after)
+    return fit.stage("compare", make, of=("safety_margin", "plain_margin", "threshold"), after=after)
 
 
 class Plain(NamedTuple):
@@ -215,7 +215,10 @@ class _Trial:
             choice = Choice(comply_below=fixed, refuse_above=fixed, rates=evidence.rates(fixed, fixed))
         else:
             choice = choose(
-                threshold_curve(evidence), evidence.rates(0.0, 1.0), safety_margin=self.fit.settings.safety_margin
+                threshold_curve(evidence),
+                evidence.rates(0.0, 1.0),
+                safety_margin=self.fit.settings.safety_margin,
+                plain_margin=self.fit.settings.plain_margin,
             )
         codes = gated(probability, unsteered, comply, refuse, choice.comply_below, choice.refuse_above)
         return choice, codes

@@ -76,6 +76,7 @@ class Settings:
         weights: group of fit prompts to a factor on its weight; see `steering.fit.prompts`.
         false_positive_rate: of the probe's second operating point.
         safety_margin: share of prompts to refuse that the gate may refuse less than the model alone.
+        plain_margin: share of plain prompts that the gate may leave unanswered more than the model alone.
         threshold: a hard sign at this probability on both sides instead of chosen thresholds.
         doses: fixed lengths of the refuse and the comply edits instead of chosen ones.
         multiples: doses tried, in units of the norm of the class difference at that layer.
@@ -119,7 +120,8 @@ class Settings:
         default_factory=lambda: {"coconot/eval": 6.0, "coconot/pref": 6.0, "or_bench_borderline/all": 3.0, "plain": 0.2}
     )
     false_positive_rate: float = 0.05
-    safety_margin: float = 0.01
+    safety_margin: float = 0.0
+    plain_margin: float = 0.0
     threshold: float | None = None
     doses: tuple[float, float] | None = None
     multiples: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)

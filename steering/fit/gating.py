@@ -130,8 +130,9 @@ def gate_stage(
             elif name == P1:
                 chosen, how = hard_sign(youden, evidence), "the probe's Youden point, as in P1: no neutral band"
             else:
-                chosen = choose(curve, unsteered, safety_margin=fit.settings.safety_margin)
-                how = "least over-refusal within the safety margin"
+                margins = fit.settings.safety_margin, fit.settings.plain_margin
+                chosen = choose(curve, unsteered, safety_margin=margins[0], plain_margin=margins[1])
+                how = "least over-refusal within the margins of refusals and of plain answers"
             result[name] = {
                 "chosen": chosen.to_json(),
                 "how": how,
@@ -155,7 +156,7 @@ def gate_stage(
             "tensors": {key: torch.from_numpy(value) for key, value in codes.items()},
         }
 
-    return fit.stage("gate", make, of=("threshold", "safety_margin"), after=after)
+    return fit.stage("gate", make, of=("threshold", "safety_margin", "plain_margin"), after=after)
 
 
 def _at(evidence: Evidence, comply_below: float, refuse_above: float) -> Choice:

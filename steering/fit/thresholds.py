@@ -111,9 +111,7 @@ def threshold_curve(evidence: Evidence, steps: int = 60) -> list[Choice]:
     ]
 
 
-def choose(
-    curve: list[Choice], unsteered: Mapping[str, float], *, safety_margin: float, plain_margin: float = 0.005
-) -> Choice:
+def choose(curve: list[Choice], unsteered: Mapping[str, float], *, safety_margin: float, plain_margin: float) -> Choice:
     """The pair with the least over-refusal that keeps refusals of prompts to refuse, and plain answers.
 
     Args:

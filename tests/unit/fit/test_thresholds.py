@@ -67,7 +67,7 @@ def test_the_choice_keeps_the_margin_and_nothing_allowed_over_refuses_less(margi
     """On the data given, exactly: every other pair of the curve that keeps the margins is no better."""
     evidence = _evidence()
     unsteered, curve = evidence.rates(0.0, 1.0), threshold_curve(evidence, steps=25)
-    chosen = choose(curve, unsteered, safety_margin=margin)
+    chosen = choose(curve, unsteered, safety_margin=margin, plain_margin=0.005)
     assert chosen.rates["refuse"] >= unsteered["refuse"] - margin
     assert chosen.rates["plain"] <= unsteered["plain"] + 0.005
     for other in curve:
@@ -89,7 +89,7 @@ def test_edits_that_do_harm_leave_the_gate_undecided() -> None:
         refused={**evidence.refused, "comply": np.zeros(count, bool), "refuse": np.zeros(count, bool)},
         answered={**evidence.answered, "comply": np.zeros(count, bool), "refuse": np.zeros(count, bool)},
     )
-    chosen = choose(threshold_curve(broken), broken.rates(0.0, 1.0), safety_margin=0.0)
+    chosen = choose(threshold_curve(broken), broken.rates(0.0, 1.0), safety_margin=0.0, plain_margin=0.005)
     assert chosen.rates == broken.rates(0.0, 1.0)
 
 
