@@ -12,7 +12,7 @@ from steering.demo.card import losses_of, write_card
 from steering.demo.measure import HELD_SETS, PROBE_SETS, held_records
 from steering.fingerprint import fingerprint_of
 from steering.fit.catalog import CATALOG
-from steering.fit.categories import CATEGORIES
+from steering.fit.categories import CATEGORIES, PLAIN
 from steering.fit.control_bundle import PROFILE
 from steering.fit.datasets import DataDirectory, Record, thinned
 from steering.fit.sources import Label, Use
@@ -49,7 +49,8 @@ def test_the_bundle_is_bound_to_the_demo_and_offers_every_category_both_ways() -
     assert bundle.manifest.model == fingerprint_of(DEMO / "model")
     profile = next(profile for profile in bundle.manifest.profiles if profile.name == PROFILE)
     assert bundle.manifest.default_profile == PROFILE
-    assert set(profile.refuse) == set(profile.comply) == set(CATEGORIES)
+    assert set(profile.comply) == set(CATEGORIES), "plain prompts are left alone"
+    assert set(profile.refuse) == {*CATEGORIES, PLAIN}
     for edits in (profile.refuse, profile.comply):
         assert all(bundle.manifest.edit(name).strength.maximum >= profile.strength for name in edits.values())
 
