@@ -207,7 +207,10 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
 def profile_plans(
     families: Mapping[str, Family], gates: Mapping[str, Any], compared: Mapping[str, Any]
 ) -> list[ProfilePlan]:
-    """The bundle's profiles: the default is what won the comparison, the others are one method each."""
+    """The bundle's profiles: the default is what won the comparison, the others are one method each.
+
+    These have the default's thresholds, so that they differ from it in their edits alone; P1 as printed has its own.
+    """
     winner = Setup(**compared["winner"])
     default = Family(refuse=families[winner.refuse].refuse, comply=families[winner.comply].comply)
     plans = [
@@ -240,7 +243,7 @@ def profile_plans(
     }
     for key, (name, description) in described.items():
         if key in families:
-            chosen = gates["families"][key]["chosen"]
+            chosen = gates["families"][key]["chosen"] if key == P1 else compared["chosen"]
             plans.append(
                 ProfilePlan(
                     name=name,
