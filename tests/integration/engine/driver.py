@@ -282,6 +282,18 @@ def _steps(engine: Any) -> int:
     return sum(metric.count for metric in engine.get_metrics() if metric.name == "vllm:iteration_tokens_total")
 
 
+def _nearly_greedy(samples: int) -> dict[str, Any]:
+    """Sampling parameters that pick the best token; vLLM refuses n > 1 for greedy requests.
+
+    Of one candidate the best is picked whatever the temperature, but the V2 runner's kernel for that cannot be
+    interpreted. There the temperature is vLLM's lowest, at which a token nearly as good may be drawn.
+    """
+    if samples == 1:
+        return {"temperature": 0.0}
+    is_v2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+    return {"temperature": 1e-4} if is_v2 else {"temperature": 1.0, "top_k": 1}
+
+
 def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> list[Got]:
     from vllm import SamplingParams
 
@@ -301,9 +313,7 @@ def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> 
             ).to_json()
         parameters.append(
             SamplingParams(
-                # vLLM refuses n > 1 for greedy requests; of one candidate the best is picked all the same.
-                temperature=0.0 if ask.samples == 1 else 1.0,
-                top_k=0 if ask.samples == 1 else 1,
+                **_nearly_greedy(ask.samples),
                 # Stock vLLM 0.32 ends a CPU engine at a seeded request whose prompt is chunked; ours must not.
                 seed=1 if digest else None,
                 n=ask.samples,
