@@ -39,7 +39,6 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile docker/Dockerfile.cpu
 	$(BIN)/shellcheck .ci/run
-	$(BIN)/python -m pytest -q tests/unit/test_layering.py
 
 bench: $(STAMP)
 	$(BIN)/trimtab bench $(ARGS)
