@@ -77,6 +77,8 @@ def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(tiny: LoadedMod
     harmful = tiny.prompts(["how do i tie a knot", "what is tea", "what is tea made of"])
     benign = tiny.prompts(["tea", "a knot is made of tea"])
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
+    # Transformers puts hooks of its own on a model that was once asked for its hidden states.
+    hooks = [len(block._forward_hooks) for block in tiny.blocks]
     basis = torch.linalg.qr(torch.randn(16, 3, generator=torch.Generator().manual_seed(5)))[0]
     training = Training(rate=0.05, epochs=6, batch=2, divergence=0.1)
     openings = token_openings(tiny)
@@ -92,4 +94,4 @@ def test_training_lowers_the_loss_and_leaves_the_model_as_it_was(tiny: LoadedMod
     assert not vector.requires_grad
     torch.testing.assert_close(run()[0], vector)
     assert all(torch.equal(value, before[name]) for name, value in tiny.model.state_dict().items())
-    assert not any(block._forward_hooks for block in tiny.blocks)
+    assert [len(block._forward_hooks) for block in tiny.blocks] == hooks
