@@ -15,6 +15,11 @@
     │   │   ├── DatasetMissing        a set is not on this machine; the message says how to get it
     │   │   ├── DatasetCorrupt        a file differs from the digest the registry names
     │   │   └── DatasetMisuse         a set may not be used for what was asked (fit on a test set)
+    │   ├── FitError                  what a fit was given cannot be fitted on
+    │   │   ├── PromptFileError       a file of prompts cannot be read; names file and line
+    │   │   ├── TooFewPrompts         a class of prompts is empty, one-sided or too small
+    │   │   ├── ActivationsNotFinite  residuals hold NaN or infinity; names layer and prompts
+    │   │   └── UnknownPreset         a preset has no constants for this model; says for which it has
     │   ├── UnsupportedArchitecture   the model class is not in the plugin's table
     │   ├── UnsupportedConfiguration  a vLLM option that steering is not proved to work with
     │   └── PluginNotArmed            a worker does not report what the server needs
@@ -139,6 +144,36 @@ class DatasetMisuse(DatasetError):
     """A data set was asked for a use it is not allowed for, such as fitting on a test set."""
 
     code = "dataset_misuse"
+
+
+class FitError(OperatorError):
+    """What a fit was given cannot be fitted on."""
+
+    code = "fit_error"
+
+
+class PromptFileError(FitError):
+    """A file of prompts cannot be read."""
+
+    code = "prompt_file"
+
+
+class TooFewPrompts(FitError):
+    """A class of prompts is empty, one-sided or too small."""
+
+    code = "too_few_prompts"
+
+
+class ActivationsNotFinite(FitError):
+    """Residuals hold NaN or infinity, so that no direction can be made of them."""
+
+    code = "activations_not_finite"
+
+
+class UnknownPreset(FitError):
+    """A preset has no constants for this model."""
+
+    code = "unknown_preset"
 
 
 class UnsupportedArchitecture(OperatorError):
