@@ -25,6 +25,7 @@ MOUNTED = {
     "demo": ("steering.demo.cli", "Make the demo model."),
     "eval": ("steering.evaluate.cli", "Measure refusal through a served API."),
     "fit": ("steering.fit.cli", "Make a bundle for a model."),
+    "judge": ("steering.evaluate.cli_judge", "Measure judges of refusal against human labels."),
 }
 """Commands of other packages: module that holds a Typer `app`, and what the overview says of it."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from steering.evaluate.arms import UNSTEERED
 from steering.evaluate.paired import Paired
 from steering.evaluate.suites import Group
-from steering.evaluate.tally import Judged, Rows, paired
+from steering.evaluate.tally import Row, Rows, paired
 from steering.fit.intervals import Z95, Rate
 
 
@@ -59,7 +59,7 @@ def kept_ability(by_arm: Mapping[str, Rows], arm: str, judge: str) -> dict[str, 
     }
 
 
-def _compared(pairs: list[tuple[Judged, Judged]], judge: str) -> dict[str, Any]:
+def _compared(pairs: list[tuple[Row, Row]], judge: str) -> dict[str, Any]:
     texts = [(before.asked.answer.text, after.asked.answer.text) for before, after in pairs]
     losses = [
         after.asked.answer.loss - before.asked.answer.loss

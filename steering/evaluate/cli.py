@@ -57,6 +57,7 @@ def run(
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="Root of an OpenAI-compatible API of a model judge.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="Its model.")] = None,
+    judge_concurrency: Annotated[int, typer.Option(help="Requests to it at once.", min=1)] = 16,
 ) -> None:
     """Ask every suite under every arm, judge, and write a report; goes on where an earlier run stopped.
 
@@ -68,9 +69,11 @@ def run(
     from openai import AsyncOpenAI
     from tqdm import tqdm
 
-    from steering.errors import OperatorError, TrimtabError
+    from steering.errors import TrimtabError
     from steering.evaluate.arms import SWEEP, arm_from_option, pair_from_option
-    from steering.evaluate.evaluation import Judge, Order, evaluate
+    from steering.evaluate.cli_judge import llm_settings
+    from steering.evaluate.evaluation import Order, evaluate
+    from steering.evaluate.llm_judge import LlmJudge
     from steering.evaluate.report import summary
     from steering.evaluate.run import Settings
     from steering.evaluate.suites import SUITES, find_suite
@@ -89,12 +92,10 @@ def run(
             return await evaluate(client, order, progress, typer.echo)
 
     try:
-        if (judge_url is None) != (judge_model is None):
-            raise OperatorError("--judge-url and --judge-model go together")
         judge = None
-        if judge_url is not None and judge_model is not None:
-            key = os.environ.get("TRIMTAB_JUDGE_API_KEY", "unused")
-            judge = Judge(client=AsyncOpenAI(base_url=judge_url, api_key=key, max_retries=5), model=judge_model)
+        if judge_url is not None or judge_model is not None:
+            kept = out / "judgements.jsonl"
+            judge = LlmJudge(llm_settings(judge_url, judge_model, kept, concurrency=judge_concurrency), say=typer.echo)
         order = Order(
             data=DataDirectory.resolve(data),
             suites=[find_suite(name) for name in suite or SUITES],

@@ -12,7 +12,7 @@ from typing import Any
 from steering.evaluate.arms import UNSTEERED, Arm
 from steering.evaluate.judge import Verdict
 from steering.evaluate.suites import Group
-from steering.evaluate.tally import Judged, Rows
+from steering.evaluate.tally import Row, Rows
 from steering.fit.intervals import Rate
 
 STEPS = tuple(step / 40 for step in range(41))
@@ -92,7 +92,7 @@ def _verdicts(rows: Rows, judge: str) -> dict[str, Verdict]:
     return {row.asked.record.key: row.verdicts[judge] for row in rows if judge in row.verdicts}
 
 
-def _rates(rows: Sequence[Judged], judge: str) -> dict[str, Any]:
+def _rates(rows: Sequence[Row], judge: str) -> dict[str, Any]:
     return _rates_of([(row.asked.suite.group, row.verdicts[judge]) for row in rows if judge in row.verdicts])
 
 

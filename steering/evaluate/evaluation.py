@@ -15,29 +15,26 @@ from openai import AsyncOpenAI
 
 from steering.errors import OperatorError
 from steering.evaluate.arms import AUTO, CAST, SWEEP, Arm, build_arms
+from steering.evaluate.calibration import EXACT, as_label, calibration, keyword_calibration, labelled_completions
 from steering.evaluate.journal import Journal
 from steering.evaluate.judge import Verdict
-from steering.evaluate.judge_error import EXACT, judge_error, keyword_error, labelled_completions
-from steering.evaluate.llm_judge import judge_all
+from steering.evaluate.llm_judge import LlmJudge
 from steering.evaluate.page import write_page
 from steering.evaluate.report import Setting, build_report
 from steering.evaluate.run import Settings, ask_all, count
 from steering.evaluate.served_bundle import ServedBundle, open_served
 from steering.evaluate.server import Server, describe
 from steering.evaluate.suites import Suite, gather
-from steering.evaluate.tally import KEYWORD, MODEL, TOKEN, Judged, judged
+from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, Row, judged
 from steering.fit.datasets import DataDirectory, Record
 
 CHECKED = 300
 """Labelled completions a model judge is measured on."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judge:
-    """A model judge: client of its endpoint, and its name there."""
-
-    client: AsyncOpenAI
-    model: str
+PROBE_ERROR = (
+    "a linear probe of the served bundle on the first generated tokens; its error on held answers is in the bundle's "
+    "report"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +51,7 @@ class Order:
         extra: arms of the command line.
         only: names of arms to ask; None for all.
         sweep: thresholds of the curve.
+        judge: a model judge beside those that cost nothing.
     """
 
     data: DataDirectory
@@ -66,7 +64,7 @@ class Order:
     extra: Sequence[Arm] = ()
     only: Sequence[str] | None = None
     sweep: Sequence[tuple[float, float]] = SWEEP
-    judge: Judge | None = None
+    judge: LlmJudge | None = None
 
 
 Progress = Callable[[str, int], Callable[[int], object]]
@@ -97,9 +95,11 @@ async def evaluate(
         step = progress("answers", count(gathered.prompts, arms))
         answers = await ask_all(client, server, gathered.prompts, arms, journal, order.settings, on_progress=step)
     rows = judged(answers, has_decision_tokens=server.has_decision_tokens)
-    judges: dict[str, Any] = {KEYWORD: keyword_error(order.data)}
+    judges: dict[str, Any] = {KEYWORD: keyword_calibration(order.data)}
     if server.has_decision_tokens:
         judges[TOKEN] = {"error": EXACT}
+    if any(PROBE in row.verdicts for row in rows):
+        judges[PROBE] = {"error": PROBE_ERROR}
     if order.judge is not None:
         verdicts, judges[MODEL] = await _by_model(order.judge, order, rows, progress)
         rows = judged(answers, has_decision_tokens=server.has_decision_tokens, model=verdicts)
@@ -168,7 +168,7 @@ def _cast(
 
 
 def _reference_loss(
-    loaded: Any, served: ServedBundle, rows: Sequence[Judged], server: Server, order: Order
+    loaded: Any, served: ServedBundle, rows: Sequence[Row], server: Server, order: Order
 ) -> dict[str, Any]:
     from steering.evaluate.reference_loss import loss_change, reference_rows
 
@@ -182,7 +182,7 @@ def _reference_loss(
 
 
 async def _by_model(
-    judge: Judge, order: Order, rows: Sequence[Judged], progress: Progress
+    judge: LlmJudge, order: Order, rows: Sequence[Row], progress: Progress
 ) -> tuple[dict[tuple[str, str], Verdict], dict[str, Any]]:
     """A model judge's verdicts by prompt and text, and its error on labelled completions."""
     wanted = list(
@@ -190,11 +190,10 @@ async def _by_model(
     )
     known = labelled_completions(order.data, CHECKED)
     labelled = [(record.prompt, record.answer or "") for record in known]
-    with Journal(order.out / "judgements.jsonl") as journal:
-        step = progress("judgements", len(wanted) + len(labelled))
-        checked = await judge_all(judge.client, judge.model, labelled, journal, on_progress=step)
-        found = await judge_all(judge.client, judge.model, wanted, journal, on_progress=step)
-    return dict(zip(wanted, found, strict=True)), {"model": judge.model, **judge_error(known, checked)}
+    step = progress("judgements", len(wanted) + len(labelled))
+    checked = [as_label(one.verdict) for one in await judge.judging(labelled, step)]
+    found = [one.verdict for one in await judge.judging(wanted, step)]
+    return dict(zip(wanted, found, strict=True)), {**judge.facts(), **calibration(known, checked)}
 
 
 def _of_bundle(served: ServedBundle) -> dict[str, Any]:

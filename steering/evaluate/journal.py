@@ -26,6 +26,7 @@ class Answer:
         error: code of the error that answered it; empty where an answer came. Text and all else is empty then.
         text: without the decision token, which the server keeps out.
         refused, verdict_category: the server's verdict; None where it could not tell.
+        detector: who gave that verdict, by the server's own name.
         decision: what the server says it decided: `refuse`, `comply`, `abstain` or `off`.
         category: whose edit that decision is about.
         edit, strength: as applied.
@@ -40,6 +41,7 @@ class Answer:
     text: str = ""
     refused: bool | None = None
     verdict_category: str | None = None
+    detector: str = ""
     decision: str = ""
     category: str | None = None
     edit: str | None = None

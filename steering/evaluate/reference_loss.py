@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from steering.evaluate.ability import mean_interval
-from steering.evaluate.tally import Judged, Rows
+from steering.evaluate.tally import Row, Rows
 from steering.fit.activations import LoadedModel
 from steering.terms import Edit, LayerTerms, apply_terms
 
@@ -49,9 +49,7 @@ def loss_change(
 
 
 @torch.inference_mode()
-def _losses(
-    loaded: LoadedModel, edits: Mapping[str, Edit], row: Judged, longest: int
-) -> tuple[float, float, bool] | None:
+def _losses(loaded: LoadedModel, edits: Mapping[str, Edit], row: Row, longest: int) -> tuple[float, float, bool] | None:
     """Loss without and with the edit; None where nothing of the answer fits."""
     answer, record = row.asked.answer, row.asked.record
     prompt = loaded.prompt(record.prompt)
@@ -95,6 +93,6 @@ def _editor(terms: LayerTerms, strength: float, position: int) -> Any:
     return change
 
 
-def reference_rows(rows: Sequence[Judged], arm: str, suite: str) -> list[Judged]:
+def reference_rows(rows: Sequence[Row], arm: str, suite: str) -> list[Row]:
     """Answers of one arm to one suite."""
     return [row for row in rows if row.asked.arm == arm and row.asked.suite.name == suite]

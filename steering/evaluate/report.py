@@ -22,7 +22,7 @@ from steering.evaluate.scores import calibration, histogram, roc
 from steering.evaluate.server import Server
 from steering.evaluate.suites import SUITES, Group
 from steering.evaluate.table1 import table1
-from steering.evaluate.tally import KEYWORD, MODEL, TOKEN, Judged, Rows, paired, tally
+from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, Row, Rows, paired, tally
 from steering.fit.intervals import Rate
 
 FORMAT = 1
@@ -56,10 +56,10 @@ class Setting:
 
 def build_report(rows: Rows, setting: Setting) -> dict[str, Any]:
     """Everything a reader may want to know, as JSON values."""
-    by_arm: dict[str, list[Judged]] = defaultdict(list)
+    by_arm: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_arm[row.asked.arm].append(row)
-    judges = [judge for judge in (TOKEN, MODEL, KEYWORD) if any(judge in row.verdicts for row in rows)]
+    judges = [judge for judge in (TOKEN, MODEL, PROBE, KEYWORD) if any(judge in row.verdicts for row in rows)]
     judge = judges[0] if judges else KEYWORD
     shown = [arm for arm in setting.arms if arm.is_shown]
     results = {
@@ -276,9 +276,9 @@ def _suites(rows: Rows) -> dict[str, Any]:
     }
 
 
-def _split(rows: Rows, name_of: Any) -> list[tuple[str, list[Judged]]]:
+def _split(rows: Rows, name_of: Any) -> list[tuple[str, list[Row]]]:
     """Rows by a name, in the order in which names come."""
-    found: dict[str, list[Judged]] = {}
+    found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(name_of(row), []).append(row)
     return list(found.items())

@@ -216,6 +216,7 @@ def _read(completion: Any, server: Server) -> Answer:
         text=choice.message.content or "",
         refused=verdict.get("refused"),
         verdict_category=verdict.get("category"),
+        detector=str(verdict.get("detector") or ""),
         decision=str(told.get("decision", "")),
         category=told.get("category"),
         edit=told.get("edit"),

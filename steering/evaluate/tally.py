@@ -10,23 +10,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steering.evaluate.judge import Verdict, is_broken, keyword_verdict, token_verdict
+from steering.evaluate.judge import Verdict, is_broken, keyword_verdict, told_verdict
 from steering.evaluate.paired import Paired
 from steering.evaluate.run import TOO_LONG, Asked
 from steering.fit.intervals import Rate
 
-TOKEN, KEYWORD, MODEL = "refusal_token", "keyword", "llm"
+TOKEN, PROBE, KEYWORD, MODEL = "refusal_token", "response_probe", "keyword", "llm"
+"""Names of judges; the first two are the server's detectors, by its own names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class Row:
     """One answer and what each judge that applies makes of it; none applies to a request that failed."""
 
     asked: Asked
     verdicts: Mapping[str, Verdict]
 
 
-Rows = Sequence[Judged]
+Rows = Sequence[Row]
 
 
 def judged(
@@ -34,7 +35,7 @@ def judged(
     *,
     has_decision_tokens: bool,
     model: Mapping[tuple[str, str], Verdict] | None = None,
-) -> list[Judged]:
+) -> list[Row]:
     """Each answer with its verdicts.
 
     Args:
@@ -44,15 +45,16 @@ def judged(
     for asked in answers:
         verdicts: dict[str, Verdict] = {}
         if not asked.answer.error:
-            by_token = token_verdict(refused=asked.answer.refused, has_decision_tokens=has_decision_tokens)
-            if by_token is not None:
-                verdicts[TOKEN] = by_token
+            is_probe = asked.answer.detector == PROBE
+            told = told_verdict(refused=asked.answer.refused, is_always_told=has_decision_tokens and not is_probe)
+            if told is not None:
+                verdicts[PROBE if is_probe else TOKEN] = told
             if asked.has_text:
                 verdicts[KEYWORD] = keyword_verdict(asked.answer.text)
                 by_model = (model or {}).get((asked.record.prompt, asked.answer.text))
                 if by_model is not None:
                     verdicts[MODEL] = by_model
-        found.append(Judged(asked=asked, verdicts=verdicts))
+        found.append(Row(asked=asked, verdicts=verdicts))
     return found
 
 

@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from steering.evaluate.arms import AUTO, UNSTEERED, Arm, arm_from_option, build_arms
+from steering.evaluate.calibration import EXACT
 from steering.evaluate.cli import app
 from steering.evaluate.evaluation import Order, evaluate
 from steering.evaluate.journal import Answer
-from steering.evaluate.judge_error import EXACT
 from steering.evaluate.page import page
 from steering.evaluate.report import Setting, build_report, loss_statements, summary
 from steering.evaluate.run import Asked, Settings
@@ -239,4 +239,4 @@ def test_options_that_do_not_go_together_end_with_one_line() -> None:
     """A judge's address without its model is a mistake of the command line, told without a traceback."""
     found = CliRunner().invoke(app, ["run", "--judge-url", "http://127.0.0.1:9"])
     assert found.exit_code == 1
-    assert found.stderr.strip() == "trimtab eval run: --judge-url and --judge-model go together"
+    assert found.stderr.strip().endswith("--judge-url and --judge-model go together")

@@ -10,7 +10,7 @@ from steering.evaluate.journal import Answer
 from steering.evaluate.reference_loss import loss_change
 from steering.evaluate.run import Asked
 from steering.evaluate.suites import SUITES
-from steering.evaluate.tally import Judged
+from steering.evaluate.tally import Row
 from steering.fit.activations import LoadedModel, steered
 from steering.fit.datasets import Record
 from steering.fit.sources import Label
@@ -32,11 +32,11 @@ def adding(layer: int, size: float) -> Edit:
     return Edit(name="push", layers=(terms,))
 
 
-def row(prompt: str, answer: str, edit: str | None) -> Judged:
+def row(prompt: str, answer: str, edit: str | None) -> Row:
     """A served answer under auto to a prompt with a reference answer."""
     served = Answer(text="x", decision="comply" if edit else "abstain", edit=edit, strength=1.0 if edit else None)
     asked = Asked(suite=SUITES["gsm8k"], arm="auto", record=record(prompt, answer), answer=served)
-    return Judged(asked=asked, verdicts={})
+    return Row(asked=asked, verdicts={})
 
 
 def test_mean_residuals_are_means_over_all_tokens(tiny: LoadedModel) -> None:
