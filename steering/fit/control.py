@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steering import __version__
@@ -27,6 +25,7 @@ from steering.fit.categories import CATEGORIES, PLAIN, SAFETY
 from steering.fit.datasets import DataDirectory
 from steering.fit.directions import TAU
 from steering.fit.low_rank import Covariance, Training
+from steering.fit.stages import run_stage, stage_tensors
 
 PAPER_LAYER = 18
 PAPER_THRESHOLD = 0.535
@@ -239,37 +238,11 @@ class Fit:
             after: results of the stages it depends on, by their content: one that was made again and came out the same
                 keeps what follows.
         """
-        path, tensors_path = self.work / f"{name}.json", self.work / f"{name}.safetensors"
-        identity = self.identity(name, of, after)
-        if path.is_file():
-            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if kept.get("identity") == identity and (not kept.get("has_tensors") or tensors_path.is_file()):
-                self.say(f"{name}: kept from {path}")
-                return kept
-        self.say(f"{name}: running")
-        started = time.monotonic()
-        self.work.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        found = dict(make())
-        tensors: dict[str, Tensor] | None = found.pop("tensors", None)
-        digest = hashlib.sha256(json.dumps([identity, found], sort_keys=True).encode())
-        if tensors is not None:
-            fresh = tensors_path.with_suffix(".part")
-            save_file({key: value.contiguous() for key, value in tensors.items()}, fresh)
-            digest.update(fresh.read_bytes())
-            fresh.replace(tensors_path)
-        made = {"identity": identity, "digest": digest.hexdigest(), "has_tensors": tensors is not None, **found}
-        self.say(f"{name}: took {time.monotonic() - started:.1f} s")
-        fresh = path.with_suffix(".part")
-        fresh.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        fresh.replace(path)
-        # What a later stage reads must be what a resumed run would read: floats and keys as JSON has them.
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return result
+        return run_stage(self.work, name, self.identity(name, of, after), make, self.say)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors a stage left."""
-        return load_file(self.work / f"{name}.safetensors")
+        return stage_tensors(self.work, name)
 
 
 def open_fit(

@@ -21,6 +21,7 @@ from steering.fit.control import Fit
 from steering.fit.control_card import card
 from steering.fit.families import Family
 from steering.fit.openings import Openings
+from steering.fit.stages import plain
 from steering.fit.vectors import RESPOND
 from steering.gate import Probe
 from steering.plan import CategorySource
@@ -81,13 +82,13 @@ def write_bundle(path: Path, contents: Contents, *, name: str, version: str, has
     if not has_report:
         return saved
     report = {
-        "settings": _plain(asdict(fit.settings)),
+        "settings": plain(asdict(fit.settings)),
         "categories": list(fit.categories),
         "profiles": [{**asdict(plan), "family": asdict(plan.family)} for plan in contents.plans],
         "judge": "beginnings of greedy answers, through transformers: "
         + ("a refusal token is a refusal" if contents.openings.is_tokens else "a refusal opening is a refusal"),
         "left_out": sorted(key for key, found in contents.results["doses"]["edits"].items() if found["maximum"] < 1.0),
-        **{stage: _plain(found) for stage, found in contents.results.items()},
+        **{stage: plain(found) for stage, found in contents.results.items()},
     }
     (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     pictures.matrix(contents.results["cosines"], fit.work / "cosines.png", "cosines of the directions")
@@ -262,12 +263,3 @@ def code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return __version__
     return f"{__version__}+{commit}"
-
-
-def _plain(value: Any) -> Any:
-    """Without what only resuming needs."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items() if key not in ("identity", "digest", "has_tensors")}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value

@@ -36,6 +36,7 @@ from steering.fit.held import Gated, held_stage
 from steering.fit.learned import low_rank_stage, null_space_stage
 from steering.fit.probing import head_stage, probe_of, probe_stage, read
 from steering.fit.prompts import calibration_prompts, fitting_prompts, require_classes
+from steering.fit.stages import draw_stage
 from steering.fit.vectors import activations, categorical, class_means, cosines, pooled, refusal_openings
 from steering.fit.vectors import benign_refusal as benign_refusal_direction
 from steering.terms import Edit
@@ -68,12 +69,7 @@ class _Run:
 
     def done(self, stage: Stage, draw: Callable[[Path], None], *results: Mapping[str, Any]) -> None:
         """Draw the stage's picture where its files are newer; raises `_Finished` after the last stage wanted."""
-        path = self.fit.work / f"{stage}.png"
-        identity = ",".join(str(result.get("digest", "")) for result in results)
-        stamp = path.with_suffix(".drawn")
-        if not path.is_file() or not stamp.is_file() or stamp.read_text("utf-8") != identity:
-            draw(path)
-            stamp.write_text(identity, "utf-8")
+        draw_stage(self.fit.work / f"{stage}.png", draw, *results)
         if self.until is stage:
             raise _Finished
 
