@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -20,7 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from server.engine import ChatCall, Chunk, Completion, ServedModel, WorkerReport
-from steering.engine.outcomes import OutcomeListener
+from steering.engine.outcomes import OutcomeListener, sample_of
 from steering.engine.plugin import engine_arguments
 from steering.errors import (
     EngineDied,
@@ -132,7 +131,7 @@ class VllmEngine:
         end, count = clock() + wait, len(samples)
         while True:
             reported = await self._listener.wait(plan_id, count, max(0.0, end - clock()))
-            by_sample = {_sample_of(outcome.request_id): outcome for outcome in reported}
+            by_sample = {sample_of(outcome.request_id): outcome for outcome in reported}
             if by_sample.keys() >= set(samples):
                 return by_sample
             count = len(reported) + 1  # others came first
@@ -336,12 +335,6 @@ def _chunk(body: dict[str, Any]) -> Chunk:
     tokens = choice.pop("token_ids", None) or ()
     choice.pop("stop_reason", None)
     return Chunk(body=body, tokens=tokens)
-
-
-def _sample_of(request_id: str) -> int:
-    """Position in `choices`: vLLM's `ParentRequest` puts it before the ids of samples where n > 1."""
-    found = re.match(r"(\d+)_", request_id)
-    return int(found.group(1)) if found else 0
 
 
 def _report(facts: Mapping[str, Any]) -> WorkerReport:

@@ -20,6 +20,7 @@
     │   │   ├── TooFewPrompts         a class of prompts is empty, one-sided or too small
     │   │   ├── ActivationsNotFinite  residuals hold NaN or infinity; names layer and prompts
     │   │   └── UnknownPreset         a preset has no constants for this model; says for which it has
+    │   ├── CaptureError              captured residuals are missing, not finite, or those of other prompts
     │   ├── UnsupportedArchitecture   the model class is not in the plugin's table
     │   ├── UnsupportedConfiguration  a vLLM option that steering is not proved to work with
     │   └── PluginNotArmed            a worker does not report what the server needs
@@ -174,6 +175,12 @@ class UnknownPreset(FitError):
     """A preset has no constants for this model."""
 
     code = "unknown_preset"
+
+
+class CaptureError(OperatorError):
+    """Captured residuals are missing, not finite, or those of other prompts."""
+
+    code = "capture_error"
 
 
 class UnsupportedArchitecture(OperatorError):

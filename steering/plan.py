@@ -16,7 +16,7 @@ from steering.errors import InvalidSpec
 PLAN_KEY = "trimtab"
 """Key of the plan in `SamplingParams.extra_args` and in the `vllm_xargs` field of vLLM's own server."""
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 SMALLEST_STRENGTH, LARGEST_STRENGTH = 2.0**-126, 2.0**127
 """Absolute values that float32 holds as normal numbers; what a bundle certifies is far narrower."""
@@ -92,15 +92,19 @@ class GateOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the engine is to do for one request, complete and allowed: one edit, or a gate that decides.
+    """What the engine is to do for one request, complete and allowed: one edit, a gate that decides, or only a look.
 
     Attributes:
         id: unguessable key under which the engine reports the outcome; n > 1 samples share it.
         bundle: digest of the bundle (`sha256:` and 64 hexadecimal digits), as the worker reports it.
-        edit: name of an edit in that bundle; None where a gate decides.
-        gate: what the gate may decide; None where the edit is given.
+        edit: name of an edit in that bundle; None where a gate decides or nothing is edited.
+        gate: what the gate may decide; None where the edit is given or nothing is edited.
         strength: multiplier of the edit's calibrated dose; finite and not 0 in float32, in which the engine keeps it.
         scope: which positions are edited; a gate decides at the last prompt token, so it can edit `generated` only.
+        response: the bundle's response probe reads the first generated tokens and says whether they refuse.
+        prompt_length: where the prompt ends that an edit of scope `generated`, a gate and a probe go by; None where all
+            tokens of the request are prompt. Less than them for an answer that is given with its prompt, to be scored
+            as if it had been generated.
     """
 
     id: str
@@ -109,6 +113,8 @@ class Plan:
     gate: GateOrder | None = None
     strength: float
     scope: Scope = Scope.GENERATED
+    response: bool = False
+    prompt_length: int | None = None
 
     def __post_init__(self) -> None:
         # Too large for float32 is an edit of infinities, too small is none that says it was applied.
@@ -120,14 +126,35 @@ class Plan:
             )
         if not self.id or len(self.id) > 128:
             raise InvalidSpec(f"plan id must have 1 to 128 characters, got {len(self.id)}")
-        if (self.edit is None) == (self.gate is None):
+        if self.edit is not None and self.gate is not None:
             raise InvalidSpec("a plan names an edit or a gate, and not both")
+        if not (self.is_steering or self.response):
+            raise InvalidSpec("a plan names an edit or a gate, or has the response observed")
+        if self.prompt_length is not None and self.prompt_length < 1:
+            raise InvalidSpec(f"a plan's prompt has at least one token, got {self.prompt_length}")
         if self.gate is not None and self.scope is not Scope.GENERATED:
             raise InvalidSpec(
                 "a gate decides at the last prompt token, when the prompt has been read already: scope must be "
                 f"'generated', got {self.scope.value!r}",
                 parameter="steering.scope",
             )
+
+    @property
+    def is_steering(self) -> bool:
+        """Whether anything may be edited or decided; else the plan only observes."""
+        return self.edit is not None or self.gate is not None
+
+    def end_of_prompt(self, length: int) -> int:
+        """Tokens of the prompt in a request that begins with `length` tokens.
+
+        Raises:
+            InvalidSpec: the plan says there are more.
+        """
+        if self.prompt_length is None:
+            return length
+        if self.prompt_length > length:
+            raise InvalidSpec(f"the plan's prompt has {self.prompt_length} tokens, the request {length}")
+        return self.prompt_length
 
     def to_json(self) -> str:
         """One line of JSON, keys sorted."""
@@ -146,13 +173,19 @@ class Plan:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InvalidSpec(f"plan is not JSON: {error}") from error
-        _check_keys("plan", fields, {"version", "id", "bundle", "edit", "gate", "strength", "scope"})
+        names = {"version", "id", "bundle", "edit", "gate", "strength", "scope", "response", "prompt_length"}
+        _check_keys("plan", fields, names)
         if fields.pop("version") != PLAN_VERSION:
             raise InvalidSpec(f"plan version must be {PLAN_VERSION}")
         for name in ("id", "bundle"):
             _check_type("plan", name, fields[name], str)
         if fields["edit"] is not None:
             _check_type("plan", "edit", fields["edit"], str)
+        _check_type("plan", "response", fields["response"], bool)
+        if fields["prompt_length"] is not None:
+            # bool is an int
+            _check_type("plan", "prompt_length", fields["prompt_length"], int)
+            _number("plan", "prompt_length", fields["prompt_length"])
         if fields["scope"] not in [*Scope]:
             raise InvalidSpec(f"plan field 'scope' must be one of {[*Scope]}, got {fields['scope']!r}")
         return cls(
@@ -162,6 +195,8 @@ class Plan:
             gate=None if fields["gate"] is None else _gate_order(fields["gate"]),
             strength=_number("plan", "strength", fields["strength"]),
             scope=Scope(fields["scope"]),
+            response=fields["response"],
+            prompt_length=fields["prompt_length"],
         )
 
 

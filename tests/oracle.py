@@ -73,15 +73,35 @@ class Oracle:
 
     def residual(self, prompt: Sequence[int], layer: int) -> torch.Tensor:
         """[D] the unedited residual at the output of a decoder block, at the last token of `prompt`."""
+        return self.residuals(prompt, prompt, layer)[0]
+
+    def residuals(
+        self,
+        prompt: Sequence[int],
+        text: Sequence[int],
+        layer: int,
+        *,
+        edit: str | None = None,
+        strength: float = 1.0,
+        scope: str = "generated",
+    ) -> torch.Tensor:
+        """[n, D] residuals at the output of a decoder block, before its own edit, from the last token of `prompt` on.
+
+        Args:
+            prompt: the beginning of `text`.
+            text: whose residuals are wanted; edits below the layer have their effect on them.
+        """
+        first = len(prompt) - 1
         kept: list[torch.Tensor] = []
 
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            kept.append((output[0] if isinstance(output, tuple) else output)[0, -1])
+            kept.append((output[0] if isinstance(output, tuple) else output)[0, first:].clone())
 
+        # Before the hooks that edit: hooks run in the order they were put in.
         hook = self._model.model.layers[layer].register_forward_hook(keep)
         try:
-            with torch.inference_mode():
-                self._model(torch.tensor([[*prompt]]), use_cache=False)
+            with self._edited(edit, strength, 0 if scope == Scope.ALL else first), torch.inference_mode():
+                self._model(torch.tensor([[*text]]), use_cache=False)
         finally:
             hook.remove()
         return kept[0].clone()

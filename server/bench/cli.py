@@ -23,6 +23,7 @@ class Part(StrEnum):
     ENGINE = "engine"
     GATEWAY = "gateway"
     HOST = "host"
+    CAPTURE = "capture"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -48,8 +49,10 @@ def bench(
     ] = '{"max_model_len": 512}',
     results: Annotated[Path, typer.Option(help="Folder for the JSON file.")] = Path("tests/bench/results"),
 ) -> None:
-    """Measure throughput against stock vLLM: idle, steered, all distinct; and the gateway against vLLM's server."""
-    from server.bench import engine, gateway, host, report
+    """Measure throughput against stock vLLM: idle, steered, all distinct; the gateway against vLLM's server; and
+    capturing residuals against transformers.
+    """
+    from server.bench import capture, engine, gateway, host, report
     from server.bench.subject import subject_of
 
     parts = set(only or Part)
@@ -78,6 +81,11 @@ def bench(
                 tokens=answer,
                 options=given,
                 say=_say,
+            )
+            ratios += measured
+        if Part.CAPTURE in parts:
+            found["capture"], measured = capture.measure(
+                subject, pairs=pairs, batch=batch, tokens=tokens, options=given, say=_say
             )
             ratios += measured
         found["load_after"] = report.load()

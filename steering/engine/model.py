@@ -1,4 +1,4 @@
-"""Steered model classes: vLLM's own, with an op after each decoder block that some edit touches or some gate reads.
+"""Steered model classes: vLLM's own, with an op after each decoder block that is edited, read by a gate or captured.
 
 `Steered<Architecture>` is made on first use, by a factory, from vLLM's class of that name: weight names do not change,
 torch.compile traces through it, there are no forward hooks and nothing is patched.
@@ -15,24 +15,28 @@ from torch import Tensor, nn
 
 import steering.engine.kernels  # noqa: F401 - defines torch.ops.trimtab.edit
 from steering.engine.bank import Bank
+from steering.engine.capture import Capture, capture_of
 from steering.engine.compat import ARCHITECTURES, check_configuration, class_location
 from steering.engine.options import SteeringOptions, enter_compile_key, options_from
 from steering.engine.outcomes import OutcomeSender
+from steering.engine.prefix_cache import plan_of
 from steering.engine.rows import Rows, Steered
 from steering.engine.uploads import RowDownload
 from steering.errors import UnsupportedConfiguration
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm.config import VllmConfig
 
 PREFIX = "Steered"
 
 
 class Steering:
-    """All state of the plugin in one worker: bank, rows, and outcomes on their way out.
+    """All state of the plugin in one worker: bank, rows, outcomes on their way out, and what is captured.
 
     Args:
-        options: bundles and capacity.
+        options: bundles, capacity, and what to capture.
         width: residual width, D.
         config: vLLM's configuration; gives the most requests and tokens of a step.
         device: where the model lives.
@@ -49,16 +53,51 @@ class Steering:
             tokens=config.scheduler_config.max_num_batched_tokens,
             device=device,
         )
+        self.capture = None if options.capture is None else _capture(options, width, config, device)
         self._download = RowDownload(self.rows.rows)
         self._sender = OutcomeSender()
         self._due: list[Steered] = []
 
-    def before_forward(self, due: list[Steered]) -> None:
-        """Hold the requests whose outcomes are true once the step's forward pass has run."""
-        self._due.extend(due)
+    @property
+    def live(self) -> int:
+        """Requests that something is known of."""
+        return self.rows.live + (self.capture.live if self.capture is not None else 0)
+
+    def start(self, request: Any, prompt_length: int) -> None:
+        """A request starts, or comes back as a new one after a preemption.
+
+        Args:
+            request: vLLM's `NewRequestData`.
+            prompt_length: number of its tokens, without those generated before a preemption.
+        """
+        plan = plan_of(request)
+        if plan is not None:
+            self.rows.add(request.req_id, plan, plan.end_of_prompt(prompt_length))
+        order = None if self.capture is None else capture_of(request)
+        if self.capture is not None and order is not None:
+            self.capture.add(request.req_id, order, prompt_length)
+
+    def end(self, request_id: str) -> None:
+        """A request finished."""
+        self.rows.remove(request_id)
+        if self.capture is not None:
+            self.capture.remove(request_id)
+
+    def before_forward(
+        self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
+    ) -> None:
+        """Write the maps of the next step, and hold the requests whose outcomes its pass makes true.
+
+        Arguments are those of `Rows.write_step`.
+        """
+        self._due.extend(self.rows.write_step(request_ids, tokens, computed))
+        if self.capture is not None:
+            self.capture.write_step(request_ids, tokens, computed)
 
     def after_forward(self) -> None:
         """Send what became true; called once the forward pass has been launched without an error."""
+        if self.capture is not None:
+            self.capture.after_forward()
         if not self._due:
             return
         # By number: a request may have given its row back by the time the table has been read.
@@ -92,8 +131,21 @@ class SteeredLayer(nn.Module):
         return hidden, residual
 
 
+class CapturingLayer(nn.Module):
+    """Mixed into a decoder block's class: runs the block, then copies wanted residuals at its output, not edited."""
+
+    capture_slots: Tensor
+    capture_kept: Tensor
+
+    def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Arguments and result are those of the block."""
+        hidden, residual = super().forward(*arguments, **named)
+        torch.ops.trimtab.capture(hidden, residual, self.capture_slots, self.capture_kept)
+        return hidden, residual
+
+
 class SteeredModel(nn.Module):
-    """Mixed into a vLLM model class. Without bundles the model is vLLM's own in every respect."""
+    """Mixed into a vLLM model class. Without bundles or capture the model is vLLM's own in every respect."""
 
     steering: Steering | None
 
@@ -110,13 +162,22 @@ class SteeredModel(nn.Module):
     def _arm(self, config: VllmConfig, options: SteeringOptions) -> None:
         width = config.model_config.get_hidden_size()
         blocks = cast("nn.ModuleList", self.get_submodule(ARCHITECTURES[type(self).__name__.removeprefix(PREFIX)]))
-        outside = [layer for layer in options.layers if layer >= len(blocks)]
+        captured = (options.capture.layers or ()) if options.capture is not None else ()
+        outside = [layer for layer in (*options.layers, *captured) if layer >= len(blocks)]
         if outside:
-            raise UnsupportedConfiguration(f"bundles edit layers {outside}, the model has {len(blocks)}")
+            raise UnsupportedConfiguration(
+                f"layers {outside} are to be edited or captured, the model has {len(blocks)}"
+            )
         steering = Steering(options=options, width=width, config=config, device=next(self.parameters()).device)
+        if steering.capture is not None:
+            for layer in steering.capture.layers:
+                # Before the steering op is put on top, so that what is captured has not been edited.
+                blocks[layer].__class__ = _mixed(CapturingLayer, type(blocks[layer]))
+                blocks[layer].register_buffer("capture_slots", steering.capture.slots, persistent=False)
+                blocks[layer].register_buffer("capture_kept", steering.capture.kept(layer), persistent=False)
         for layer in options.layers:
             block = blocks[layer]
-            block.__class__ = _steered_layer_class(type(block))
+            block.__class__ = _mixed(SteeredLayer, type(block))
             # Buffers, so that the compiler takes them as inputs at fixed addresses and not as constants.
             block.register_buffer("steering_token_rows", steering.rows.token_rows, persistent=False)
             block.register_buffer("steering_rows", steering.rows.rows, persistent=False)
@@ -137,10 +198,27 @@ class SteeredModel(nn.Module):
         return state_class(self)
 
 
-def _steered_layer_class(block_class: type[nn.Module]) -> type[nn.Module]:
-    if issubclass(block_class, SteeredLayer):
+def _capture(options: SteeringOptions, width: int, config: VllmConfig, device: torch.device) -> Capture:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    assert options.capture is not None
+    every = range(config.model_config.get_total_num_hidden_layers())
+    return Capture(
+        options.capture,
+        layers=options.capture.layers if options.capture.layers is not None else tuple(every),
+        width=width,
+        requests=config.scheduler_config.max_num_seqs,
+        tokens=config.scheduler_config.max_num_batched_tokens,
+        device=device,
+        is_writing=get_tensor_model_parallel_rank() == 0,
+    )
+
+
+def _mixed(mixin: type[nn.Module], block_class: type[nn.Module]) -> type[nn.Module]:
+    if issubclass(block_class, mixin):
         return block_class
-    return type(f"Steered{block_class.__name__}", (SteeredLayer, block_class), {})
+    prefix = mixin.__name__.removesuffix("Layer")
+    return type(f"{prefix}{block_class.__name__}", (mixin, block_class), {})
 
 
 def __getattr__(name: str) -> type[nn.Module]:

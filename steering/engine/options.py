@@ -1,4 +1,4 @@
-"""Options of the plugin: which bundles, how many terms, how many rows.
+"""Options of the plugin: which bundles, how many terms, how many rows, what is captured.
 
 They travel to every engine process in `VllmConfig.additional_config["trimtab"]`, which also puts them into vLLM's
 compile-cache key. Knows nothing of tensors or requests.
@@ -6,7 +6,8 @@ compile-cache key. Knows nothing of tensors or requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,39 @@ DEFAULT_TERMS_PER_LAYER = 128
 4096. Bundles that need more get more."""
 
 
+CAPTURE_FOLDER_VARIABLE = "TRIMTAB_CAPTURE_FOLDER"
+"""Environment variable that names the folder of captured residuals. Set by whoever starts the engine, as an engine
+option would change vLLM's compile-cache key with every folder."""
+
+SHARD_BYTES = 96 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureSettings:
+    """What an engine captures of requests that ask for it.
+
+    Attributes:
+        folder: for the shards; one that holds some is gone on with.
+        layers: decoder blocks whose outputs are kept, before their own edits; None for all.
+        generated: first generated tokens kept beside the last prompt token, at most. A token's residual comes into
+            being when the token is fed back, so an answer of n tokens has n - 1 of them.
+        shard_bytes: most bytes of residuals in one shard; making one takes about twice that.
+    """
+
+    folder: Path
+    layers: tuple[int, ...] | None = None
+    generated: int = 0
+    shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise UnsupportedConfiguration(f"capture needs different layers in ascending order, got {self.layers}")
+        if self.generated < 0 or self.shard_bytes < 1:
+            raise UnsupportedConfiguration(
+                f"capture needs generated >= 0 and shard_bytes >= 1, got {self.generated} and {self.shard_bytes}"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SteeringOptions:
     """What one engine process needs to know before the model is built.
@@ -35,10 +69,12 @@ class SteeringOptions:
     Attributes:
         bundles: checked bundles, in the order given.
         terms_per_layer: capacity of each steered layer's table.
+        capture: what is captured; None where nothing can be.
     """
 
     bundles: tuple[Bundle, ...]
     terms_per_layer: int
+    capture: CaptureSettings | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -48,13 +84,16 @@ class SteeringOptions:
         return tuple(sorted({*edited, *read}))
 
 
-def engine_arguments(bundles: Sequence[Path], *, terms_per_layer: int | None = None) -> dict[str, Any]:
+def engine_arguments(
+    bundles: Sequence[Path], *, terms_per_layer: int | None = None, capture: CaptureSettings | None = None
+) -> dict[str, Any]:
     """Values for vLLM's `AsyncEngineArgs` that make an engine steer with these bundles.
 
     Args:
-        bundles: folders.
+        bundles: folders; there may be none in an engine that captures.
         terms_per_layer: capacity of each steered layer's table; by default what the bundles need, and the default of
             this module at least.
+        capture: what is captured; whoever starts the engine names the folder in the environment as well.
 
     Raises:
         BundleError: a bundle does not pass its checks.
@@ -63,17 +102,21 @@ def engine_arguments(bundles: Sequence[Path], *, terms_per_layer: int | None = N
     described = [
         {"path": str(path.resolve()), "digest": bundle.digest} for path, bundle in zip(bundles, loaded, strict=True)
     ]
+    options: dict[str, Any] = {"bundles": described}
+    if terms_per_layer:
+        options["terms_per_layer"] = terms_per_layer
+    if capture is not None:
+        layers = None if capture.layers is None else list(capture.layers)
+        options["capture"] = {"layers": layers, "generated": capture.generated, "shard_bytes": capture.shard_bytes}
     return {
         "worker_cls": WORKER_CLASS,
         "scheduler_cls": SCHEDULER_CLASS,
-        "additional_config": {
-            CONFIG_KEY: {"bundles": described, **({"terms_per_layer": terms_per_layer} if terms_per_layer else {})}
-        },
+        "additional_config": {CONFIG_KEY: options},
     }
 
 
 def options_from(config: VllmConfig) -> SteeringOptions | None:
-    """Read the options of this engine; None when it serves no bundle and is plain vLLM.
+    """Read the options of this engine; None when it serves no bundle, captures nothing and is plain vLLM.
 
     Raises:
         UnsupportedConfiguration: unknown keys, or vLLM was not given the worker and scheduler that steering needs.
@@ -83,7 +126,7 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
     given = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
     if not given:
         return None
-    unknown = set(given) - {"bundles", "terms_per_layer", "version", "layers"}
+    unknown = set(given) - {"bundles", "terms_per_layer", "capture", "version", "layers"}
     if unknown:
         raise UnsupportedConfiguration(f"unknown keys {sorted(unknown)} in additional_config[{CONFIG_KEY!r}]")
     for option, value, needed in (
@@ -92,8 +135,9 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
     ):
         if value != needed:
             raise UnsupportedConfiguration(f"steering needs {option}={needed!r}, this engine has {value!r}")
-    entries = given.get("bundles")
-    if not isinstance(entries, list) or not entries:
+    capture = None if given.get("capture") is None else _capture_from(given["capture"])
+    entries = given.get("bundles", [] if capture else None)
+    if not isinstance(entries, list) or not (entries or capture):
         raise UnsupportedConfiguration(f"additional_config[{CONFIG_KEY!r}] needs a list of bundles, got {entries!r}")
     bundles = []
     for entry in entries:
@@ -103,7 +147,25 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
             raise BundleDigestError(f"bundle {path} has digest {bundle.digest}, the engine was started with {digest}")
         bundles.append(bundle)
     terms = given.get("terms_per_layer") or max(DEFAULT_TERMS_PER_LAYER, terms_needed(bundles))
-    return SteeringOptions(bundles=tuple(bundles), terms_per_layer=int(terms))
+    return SteeringOptions(bundles=tuple(bundles), terms_per_layer=int(terms), capture=capture)
+
+
+def _capture_from(given: object) -> CaptureSettings:
+    where = f"additional_config[{CONFIG_KEY!r}]['capture']"
+    known = {"layers", "generated", "shard_bytes"}
+    if not isinstance(given, Mapping) or set(given) - known:
+        raise UnsupportedConfiguration(f"{where} is an object with the keys {sorted(known)}, got {given!r}")
+    numbers = {name: given[name] for name in ("generated", "shard_bytes") if name in given}
+    layers = given.get("layers")
+    flat = [*numbers.values(), *(layers if isinstance(layers, list) else [])]
+    if not all(type(number) is int for number in flat) or not (layers is None or isinstance(layers, list)):
+        raise UnsupportedConfiguration(f"{where} needs whole numbers, and a list of layers or null, got {given!r}")
+    folder = os.environ.get(CAPTURE_FOLDER_VARIABLE)
+    if not folder:
+        raise UnsupportedConfiguration(
+            f"capture needs a folder: set the environment variable {CAPTURE_FOLDER_VARIABLE} where the engine starts"
+        )
+    return CaptureSettings(folder=Path(folder), layers=None if layers is None else tuple(layers), **numbers)
 
 
 def enter_compile_key(config: VllmConfig, options: SteeringOptions) -> None:
@@ -113,4 +175,5 @@ def enter_compile_key(config: VllmConfig, options: SteeringOptions) -> None:
     without it, unsteered and without an error.
     """
     assert isinstance(config.additional_config, dict)
+    # What is captured stands there as it was given.
     config.additional_config[CONFIG_KEY] |= {"version": __version__, "layers": list(options.layers)}

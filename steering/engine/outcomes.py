@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
+from typing import Self
 
 import zmq
 import zmq.asyncio
@@ -126,3 +128,44 @@ class OutcomeListener:
             if kept is not None:
                 kept[outcome.request_id] = outcome
                 self._arrived[outcome.plan_id].set()
+
+
+class OutcomeInbox:
+    """The other end without an event loop, for an engine in this process; a context manager.
+
+    Make it before the engine starts.
+    """
+
+    def __enter__(self) -> Self:
+        """Bind the socket and name it in the environment."""
+        self._directory = tempfile.TemporaryDirectory(prefix="trimtab-")
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        address = f"ipc://{Path(self._directory.name) / 'outcomes'}"
+        self._socket.bind(address)
+        self._before = os.environ.get(ADDRESS_VARIABLE)
+        os.environ[ADDRESS_VARIABLE] = address
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Remove the socket."""
+        self._socket.close(linger=0)
+        self._context.term()
+        self._directory.cleanup()
+        if self._before is None:
+            os.environ.pop(ADDRESS_VARIABLE, None)
+        else:
+            os.environ[ADDRESS_VARIABLE] = self._before
+
+    def drain_into(self, outcomes: dict[str, dict[str, Outcome]]) -> None:
+        """Take every message there is, without waiting, into `outcomes` by plan and the engine's id of the sample."""
+        while self._socket.poll(0):
+            outcome = Outcome.from_json(self._socket.recv())
+            outcomes.setdefault(outcome.plan_id, {})[outcome.request_id] = outcome
+
+
+def sample_of(request_id: str) -> int:
+    """Which sample of its request this is: vLLM's `ParentRequest` puts that before the ids where n > 1."""
+    found = re.match(r"(\d+)_", request_id)
+    return int(found.group(1)) if found else 0

@@ -15,7 +15,8 @@ import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from steering.errors import NotSupported, TrimtabError, UnknownName
+from steering.engine.capture import capture_of
+from steering.errors import InvalidSpec, NotSupported, TrimtabError, UnknownName
 from steering.plan import PLAN_KEY, Plan, Scope
 
 if TYPE_CHECKING:
@@ -79,8 +80,10 @@ class SteeringScheduler:
     Attributes:
         edits: names of the edits this engine has, by bundle digest.
         gates: categories of the gates this engine has, by bundle digest and profile.
+        is_capturing: requests may ask for their residuals.
     """
 
+    is_capturing: bool = False
     edits: dict[str, frozenset[str]]
     gates: dict[tuple[str, str], frozenset[str]]
     hash_block_size: int
@@ -96,19 +99,24 @@ class SteeringScheduler:
         """
         try:
             plan = self._checked_plan(request)
+            self._check_capture(request)
         except TrimtabError as error:
             from vllm.logger import init_logger
 
             init_logger(__name__).error("request %s rejected: %s", request.request_id, error)
             self._rejected.append(request)
             return
+        if plan is not None and plan.prompt_length is not None:
+            # Of a prompt found in the cache only the last token is computed here, and this one's real end lies before.
+            request.skip_reading_prefix_cache = True
         hasher = request._block_hasher  # noqa: SLF001
-        if plan is not None and hasher is not None:
+        # A plan that only observes changes no key or value.
+        if plan is not None and plan.is_steering and hasher is not None:
             request._block_hasher = isolated(  # noqa: SLF001
                 hasher,
                 plan=plan,
                 request_id=request.request_id,
-                prompt_length=request.num_prompt_tokens,
+                prompt_length=plan.end_of_prompt(request.num_prompt_tokens),
                 block_size=self.hash_block_size,
             )
             request.block_hashes.clear()
@@ -136,6 +144,7 @@ class SteeringScheduler:
         plan = plan_of(request)
         if plan is None:
             return None
+        plan.end_of_prompt(request.num_prompt_tokens)
         if plan.gate is None:
             if plan.edit not in self.edits.get(plan.bundle, ()):
                 raise UnknownName(f"no edit {plan.edit!r} of bundle {plan.bundle}; loaded: {sorted(self.edits)}")
@@ -153,6 +162,20 @@ class SteeringScheduler:
         if request.resumable:
             raise NotSupported("a streaming-input session cannot be steered")
         return plan
+
+    def _check_capture(self, request: Request) -> None:
+        order = capture_of(request)
+        if order is None:
+            return
+        if not self.is_capturing:
+            raise NotSupported("this engine was started without capture; its operator names layers and a folder")
+        if order.prompt_length is not None:
+            if order.prompt_length > request.num_prompt_tokens:
+                raise InvalidSpec(
+                    f"capture: the prompt has {order.prompt_length} tokens, the request {request.num_prompt_tokens}"
+                )
+            # As for a plan: all tokens from the real end on have to be computed here.
+            request.skip_reading_prefix_cache = True
 
 
 def make_scheduler(*, vllm_config: VllmConfig, **arguments: Any) -> Any:
@@ -176,6 +199,7 @@ def make_scheduler(*, vllm_config: VllmConfig, **arguments: Any) -> Any:
         for profile in bundle.manifest.profiles
         if profile.gate is not None
     }
-    made = {"edits": edits, "gates": gates}
+    is_capturing = options is not None and options.capture is not None
+    made = {"edits": edits, "gates": gates, "is_capturing": is_capturing}
     scheduler_class = type(f"Steering{base.__name__}", (SteeringScheduler, base), made)
     return scheduler_class(vllm_config=vllm_config, **arguments)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steering.engine.model import Steering
-from steering.engine.prefix_cache import plan_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,10 +58,9 @@ class SteeredRunner:
         steering = self._steering()
         if steering is not None:
             batch = self.input_batch
-            due = steering.rows.write_step(
+            steering.before_forward(
                 batch.req_ids, num_scheduled_tokens, batch.num_computed_tokens_cpu[: batch.num_reqs]
             )
-            steering.before_forward(due)
         return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
 
     def _make_generators_rewindable(self, scheduler_output: Any) -> None:
@@ -78,17 +76,15 @@ class SteeredRunner:
 def _follow(steering: Steering, scheduler_output: Any) -> None:
     """Give and take rows as requests start, end, are preempted and come back."""
     rows = steering.rows
-    if rows.live:
+    if steering.live:
         for request_id in scheduler_output.finished_req_ids:
-            rows.remove(request_id)
+            steering.end(request_id)
         for request_id in scheduler_output.preempted_req_ids or ():
             rows.preempt(request_id)
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             rows.resume(request_id)
     for new in scheduler_output.scheduled_new_reqs:
-        plan = plan_of(new)
-        if plan is not None:
-            rows.add(new.req_id, plan, len(new.prompt_token_ids))
+        steering.start(new, len(new.prompt_token_ids))
 
 
 def steer(runner: Any) -> None:

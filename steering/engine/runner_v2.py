@@ -9,8 +9,6 @@ from __future__ import annotations
 import types
 from typing import Any
 
-from steering.engine.prefix_cache import plan_of
-
 
 class SteeredState:
     """Mixed into the state class vLLM would have chosen for the model."""
@@ -20,10 +18,8 @@ class SteeredState:
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """A request starts, or comes back after a preemption."""
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
-        plan = plan_of(new_req_data)
-        if plan is not None:
-            # `prompt_len`, not the length of `prefill_token_ids`, which counts tokens generated before a preemption.
-            self.model.steering.rows.add(new_req_data.req_id, plan, new_req_data.prompt_len)
+        # `prompt_len`, not the length of `prefill_token_ids`, which counts tokens generated before a preemption.
+        self.model.steering.start(new_req_data, new_req_data.prompt_len)
 
     def remove_request(self, req_id: str) -> None:
         """A request ended or was preempted: the runner does not say which, and `SteeringWorker` forgets the former."""
@@ -33,13 +29,11 @@ class SteeredState:
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """Write the row map of the step; dummy batches have unknown request ids and so get row 0 throughout."""
         count = input_batch.num_reqs
-        steering = self.model.steering
-        due = steering.rows.write_step(
+        self.model.steering.before_forward(
             input_batch.req_ids[:count],
             input_batch.num_scheduled_tokens[:count],
             input_batch.num_computed_tokens_np[:count],
         )
-        steering.before_forward(due)
         result: dict[str, Any] = super().prepare_inputs(input_batch, req_states)  # type: ignore[misc]
         return result
 

@@ -136,3 +136,46 @@ def launch(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, t
         BLOCK=block,
         num_warps=min(MAX_WARPS, max(1, block // FLOATS_PER_WARP)),
     )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def capture_kernel(  # type: ignore[no-untyped-def]
+    hidden,
+    residual,
+    slots,
+    kept,
+    hidden_stride,
+    residual_stride,
+    kept_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per token; same contract as `capture_op.capture_reference`."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot != 0:
+        columns = tl.arange(0, BLOCK)
+        inside = columns < WIDTH
+        x = tl.load(hidden + token * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(residual + token * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(kept + slot * kept_stride + columns, x, mask=inside)
+
+
+def launch_capture(hidden: Tensor, residual: Tensor, slots: Tensor, kept: Tensor) -> None:
+    """Launch one program per token of the step; shapes as in `capture_op`."""
+    tokens, width = hidden.shape
+    if tokens == 0:
+        return
+    block = triton.next_power_of_2(width)
+    capture_kernel[(tokens,)](
+        hidden,
+        residual,
+        slots,
+        kept,
+        hidden.stride(0),
+        residual.stride(0),
+        kept.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=min(MAX_WARPS, max(1, block // FLOATS_PER_WARP)),
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -115,3 +116,47 @@ class RowDownload:
         event.synchronize()
         work(pinned.numpy())
         self._free.append(pinned)
+
+
+class Taken:
+    """Rows copied out of a device buffer, perhaps still on their way."""
+
+    def __init__(
+        self, rows: Tensor, count: int, event: torch.cuda.Event | None = None, pool: SimpleQueue[Tensor] | None = None
+    ) -> None:
+        self._rows, self._count, self._event, self._pool = rows, count, event, pool
+
+    def array(self) -> NDArray[np.float32]:
+        """The rows [n, ...], once they are here, in memory of their own. To be called once, from any thread."""
+        rows: NDArray[np.float32] = self._rows.numpy()[: self._count]
+        if self._event is not None and self._pool is not None:
+            self._event.synchronize()
+            rows = rows.copy()
+            self._pool.put(self._rows)
+        return rows
+
+
+class SlotDownload:
+    """Copies rows 1 to n of a buffer [K + 1, ...] to the host without stopping it.
+
+    Two copies may be in flight; a third waits for the first to be read, which bounds what is held in pinned memory.
+    """
+
+    def __init__(self, source: Tensor) -> None:
+        self._source = source
+        self._pool: SimpleQueue[Tensor] | None = None
+        if source.device.type != "cpu":
+            self._pool = SimpleQueue()
+            for _ in range(2):
+                self._pool.put(torch.empty_like(source[1:], device="cpu", pin_memory=True))
+
+    def take(self, count: int) -> Taken:
+        """Rows 1 to `count` as the work queued so far leaves them."""
+        rows = self._source[1 : count + 1]
+        if self._pool is None:
+            return Taken(rows.clone(), count)
+        pinned = self._pool.get()
+        pinned[:count].copy_(rows, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Taken(pinned, count, event, self._pool)

@@ -53,9 +53,9 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         these, but what a gate decided for a preempted request must be there when it comes back.
         """
         steering = getattr(self.model_runner.get_model(), "steering", None) if self.use_v2_model_runner else None
-        if steering is not None and steering.rows.live:
+        if steering is not None and steering.live:
             for request_id in scheduler_output.finished_req_ids:
-                steering.rows.remove(request_id)
+                steering.end(request_id)
         return super().execute_model(scheduler_output)
 
     def steering_report(self) -> dict[str, Any]:
@@ -64,8 +64,8 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         Returns:
             version: of the plugin; architecture; runner: "v1" or "v2"; hidden_size; layers: that carry the op;
             bundles: edit names by digest; gates: profiles with a gate by digest; rows: capacity; live: steered requests
-            now; witness: layers whose op has edited a token since the last `steering_clear_witness`. Layers, bundles
-            and gates are empty when nothing is armed.
+            now; witness: layers whose op has edited a token since the last `steering_clear_witness`; captured: layers
+            that are captured. Layers, bundles and gates are empty when nothing is armed.
         """
         model = self.model_runner.get_model()
         steering = getattr(model, "steering", None)
@@ -80,6 +80,7 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
             "rows": 0,
             "live": 0,
             "witness": [],
+            "captured": [],
         }
         if steering is not None:
             report |= {
@@ -89,8 +90,25 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
                 "rows": steering.rows.capacity,
                 "live": steering.rows.live,
                 "witness": steering.bank.witness(),
+                "captured": [] if steering.capture is None else list(steering.capture.layers),
             }
         return report
+
+    def steering_flush_capture(self) -> int:
+        """Write what has been captured into files; how many indexes they hold then, 0 on ranks that write nothing.
+
+        Raises:
+            CaptureError: something could not be written.
+        """
+        steering = getattr(self.model_runner.get_model(), "steering", None)
+        return 0 if steering is None or steering.capture is None else int(steering.capture.flush())
+
+    def shutdown(self) -> None:
+        """As vLLM's; what has been captured is written first."""
+        runner = getattr(self, "model_runner", None)
+        if runner is not None and getattr(runner, "model", None) is not None:
+            self.steering_flush_capture()
+        super().shutdown()
 
     def steering_clear_witness(self) -> None:
         """Forget which layers' ops have run, to see which run next."""

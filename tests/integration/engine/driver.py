@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,12 +128,42 @@ _HOSTS: dict[tuple[tuple[str, str], ...], _Host] = {}
 
 
 def play(scenario: Scenario, folder: Path, *, fresh: bool = False) -> Result:
-    """Run a scenario on a real engine, in a process that has the environment it asks for.
+    """Run a scenario on a real engine, in a process that has the environment it asks for; see `deliver`."""
+    plugins = {"VLLM_PLUGINS": "none"} if scenario.bundle is None else {}
+    environment = environment_of({**plugins, **scenario.environment}, v2_interpreted=scenario.v2_interpreted)
+    fields = deliver(asdict(scenario), environment, folder, fresh=fresh)
+    fields["rounds"] = [[Got(**got) for got in round_] for round_ in fields["rounds"]]
+    return Result(**fields)
+
+
+def environment_of(own: Mapping[str, str], *, v2_interpreted: bool) -> dict[str, str]:
+    """Variables of an engine process, on top of those of this one."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Idle engine processes are kept; their threads must not spin.
+        "OMP_WAIT_POLICY": "passive",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if v2_interpreted else "0",
+        **({"TRITON_INTERPRET": "1"} if v2_interpreted else {}),
+        **own,
+    }
+
+
+def deliver(
+    scenario: Mapping[str, Any], chosen: Mapping[str, str], folder: Path, *, fresh: bool = False
+) -> dict[str, Any]:
+    """Have a process play a scenario.
 
     Args:
-        scenario: what to run.
+        scenario: its fields.
+        chosen: `environment_of` it.
         folder: for the files that carry question and answer, and the process's output.
         fresh: in a new process, which ends afterwards.
+
+    Returns:
+        The fields of its result.
 
     Raises:
         EngineFailed: the engine did not start, or raised.
@@ -141,38 +171,23 @@ def play(scenario: Scenario, folder: Path, *, fresh: bool = False) -> Result:
     folder.mkdir(parents=True, exist_ok=True)
     number = time.monotonic_ns()
     question, answer = folder / f"scenario-{number}.json", folder / f"result-{number}.json"
-    question.write_text(json.dumps(asdict(scenario)))
-    chosen = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Idle engine processes are kept; their threads must not spin.
-        "OMP_WAIT_POLICY": "passive",
-        "VLLM_USE_V2_MODEL_RUNNER": "1" if scenario.v2_interpreted else "0",
-        **({"TRITON_INTERPRET": "1"} if scenario.v2_interpreted else {}),
-        **({"VLLM_PLUGINS": "none"} if scenario.bundle is None else {}),
-        **scenario.environment,
-    }
+    question.write_text(json.dumps(scenario))
     environment = {**os.environ, **chosen}
     if fresh:
         host = _Host(environment, folder)
         try:
-            fields = host.play(question, answer)
+            return host.play(question, answer)
         finally:
             host.close()
-    else:
-        key = tuple(sorted(chosen.items()))
-        if key not in _HOSTS:
-            _HOSTS[key] = _Host(environment, folder)
-        try:
-            fields = _HOSTS[key].play(question, answer)
-        except EngineFailed:
-            # What a failed start leaves behind in its process must not reach the next scenario.
-            _HOSTS.pop(key).close()
-            raise
-    fields["rounds"] = [[Got(**got) for got in round_] for round_ in fields["rounds"]]
-    return Result(**fields)
+    key = tuple(sorted(chosen.items()))
+    if key not in _HOSTS:
+        _HOSTS[key] = _Host(environment, folder)
+    try:
+        return _HOSTS[key].play(question, answer)
+    except EngineFailed:
+        # What a failed start leaves behind in its process must not reach the next scenario.
+        _HOSTS.pop(key).close()
+        raise
 
 
 def close_hosts() -> None:
@@ -212,6 +227,7 @@ def _main() -> None:
     import zmq
 
     from steering.engine.outcomes import ADDRESS_VARIABLE
+    from tests.integration.engine.offline import KIND, run_offline
 
     if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
         _serve_triton_without_gpu()
@@ -222,7 +238,8 @@ def _main() -> None:
         for line in sys.stdin:
             question, answer = map(Path, line.rstrip("\n").split("\t"))
             try:
-                fields = asdict(_run(question, listener))
+                is_offline = json.loads(question.read_text()).get("kind") == KIND
+                fields = asdict(run_offline(question) if is_offline else _run(question, listener))
             except BaseException:  # noqa: BLE001 - whatever it is, the waiting test must hear of it
                 fields = {"error": traceback.format_exc()}
             partial = answer.with_suffix(".partial")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steering.bundle import Bundle
-from steering.engine import kernels
+from steering.engine import capture_op, kernels
 from steering.engine.bank import Bank
 from steering.engine.kernels import Latch
 from steering.engine.rows import Rows
@@ -212,9 +212,25 @@ def check(case: Case, name: str, *, units: float = 0.5) -> None:
             assert torch.allclose(scores, logits, atol=1e-4), f"{name}: row {row} latched other scores"
 
 
+def judge_capture(seed: int, dtype: torch.dtype, width: int, *, is_strided: bool) -> int:
+    """Compare the Triton kernel of the capture op with plain torch on a random step; how many tokens it captured."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, columns = 17, 3 * width if is_strided else width
+    hidden, residual = (torch.randn(tokens, columns, generator=generator).to(dtype)[:, -width:] for _ in range(2))
+    chosen = torch.randperm(tokens, generator=generator)[: 3 + seed]
+    slots = torch.zeros(tokens + 4, dtype=torch.int32)
+    slots[chosen] = torch.arange(1, len(chosen) + 1, dtype=torch.int32)
+    slots[-1] = len(chosen)
+    kept = [torch.zeros(tokens + 1, 2, width) for _ in range(2)]
+    capture_op.capture_triton(hidden, residual, slots, kept[0][:, 1])
+    capture_op.capture_reference(hidden, residual, slots, kept[1][:, 1])
+    assert torch.equal(*kept), f"capture {dtype} seed {seed} width {width} strided {is_strided}"
+    return len(chosen)
+
+
 def main() -> int:
     """Judge the Triton kernel over every dtype, contiguous and not, at widths that are and are not powers of two."""
-    judged = decided = 0
+    judged = decided = captured = 0
     # Triton's interpreter cuts float32 off to bfloat16 (triton 3.9, `_convert_float`); compiled code rounds (cvt.rn).
     units = {torch.bfloat16: 1.0}
     for dtype_name, dtype in DTYPES.items():
@@ -230,7 +246,8 @@ def main() -> int:
                     )
                     judged += int(case.is_touched.sum())
                     decided += len(case.latches)
-    sys.stdout.write(f"decided: {decided}, tokens judged: {judged}\n")
+                    captured += judge_capture(seed, dtype, width, is_strided=is_strided)
+    sys.stdout.write(f"captured: {captured}, decided: {decided}, tokens judged: {judged}\n")
     return 0
 
 

@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 from steering.errors import InvalidSpec
 from steering.plan import Decision, GateOrder, Outcome, Plan, Scope, Scores
 
-FIELDS = {"version": 2, "id": "p", "bundle": "sha256:0", "edit": "e", "gate": None, "strength": 1.5, "scope": "all"}
+FIELDS = {
+    "version": 3,
+    "id": "p",
+    "bundle": "sha256:0",
+    "edit": "e",
+    "gate": None,
+    "strength": 1.5,
+    "scope": "all",
+    "response": False,
+    "prompt_length": None,
+}
 ORDER = {
     "profile": "p",
     "comply_below": 0.25,
@@ -66,19 +76,22 @@ def test_any_text_is_a_plan_or_an_invalid_spec(text: str) -> None:
 @example(field="scope", value={})
 @example(field="strength", value=10**400)
 @example(field="strength", value=True)
+@example(field="prompt_length", value=10**400)
 def test_any_value_in_any_field_is_a_plan_or_an_invalid_spec(field: str, value: Any) -> None:
     """A wrong type in one field never raises anything but InvalidSpec, and never makes a plan of wrong types."""
     try:
         plan = Plan.from_json(json.dumps({**FIELDS, field: value}))
     except InvalidSpec:
         return
-    assert [type(part) for part in (plan.id, plan.bundle, plan.edit, plan.strength, plan.scope)] == [
-        str,
+    assert [type(part) for part in (plan.id, plan.bundle, plan.strength, plan.scope, plan.response)] == [
         str,
         str,
         float,
         Scope,
+        bool,
     ]
+    assert plan.edit is None or type(plan.edit) is str
+    assert plan.prompt_length is None or (type(plan.prompt_length) is int and plan.prompt_length > 0)
 
 
 @given(field=st.sampled_from(sorted(ORDER)), value=JSON)
@@ -129,11 +142,16 @@ def test_thresholds_out_of_order_or_range_are_refused(thresholds: tuple[float, f
 
 
 def test_a_plan_names_an_edit_or_a_gate_and_a_gate_edits_what_is_generated() -> None:
-    """Neither, both, and a gate over the whole prompt, which has been read when it decides, are refused."""
+    """Neither, both, and a gate over the whole prompt, which has been read when it decides, are refused; no edit at all
+    is a plan where the response is observed.
+    """
     order = GateOrder(profile="p", comply_below=0.4, refuse_above=0.6)
     for named in ({}, {"edit": "e", "gate": order}):
         with pytest.raises(InvalidSpec, match="an edit or a gate"):
             Plan(id="p", bundle="b", strength=1.0, **named)  # type: ignore[arg-type]
+    observed = Plan(id="p", bundle="b", strength=1.0, response=True, prompt_length=3)
+    assert Plan.from_json(observed.to_json()) == observed
+    assert not observed.is_steering
     with pytest.raises(InvalidSpec, match="read already") as caught:
         Plan(id="p", bundle="b", strength=1.0, gate=order, scope=Scope.ALL)
     assert caught.value.parameter == "steering.scope"
@@ -170,18 +188,31 @@ def test_nan_and_infinity_in_json_are_refused(text: str) -> None:
     ("changed", "message"),
     [
         ({"extra": 1}, "keys"),
-        ({"version": 1}, "version must be 2"),
+        ({"version": 1}, "version must be 3"),
         ({"id": ""}, "1 to 128 characters"),
         ({"id": "x" * 129}, "1 to 128 characters"),
         ({"id": 5}, "'id' must be str"),
         ({"scope": "some"}, "scope"),
         ({"strength": "1"}, "must be a number"),
+        ({"response": 1}, "'response' must be bool"),
+        ({"prompt_length": 1.0}, "'prompt_length' must be int"),
+        ({"prompt_length": True}, "must be a number"),
+        ({"prompt_length": 0}, "at least one token"),
     ],
 )
 def test_refusals_name_the_field(changed: dict[str, Any], message: str) -> None:
     """The message of a refused plan says which field and what it needs."""
     with pytest.raises(InvalidSpec, match=message):
         Plan.from_json(json.dumps(FIELDS | changed))
+
+
+def test_a_plan_says_where_the_prompt_ends() -> None:
+    """All tokens of the request, unless it says otherwise; more than there are is an error of that request."""
+    plan = Plan(id="p", bundle="b", edit="e", strength=1.0)
+    assert plan.end_of_prompt(9) == 9
+    assert replace(plan, prompt_length=4).end_of_prompt(9) == 4
+    with pytest.raises(InvalidSpec, match="10 tokens, the request 9"):
+        replace(plan, prompt_length=10).end_of_prompt(9)
 
 
 @pytest.mark.parametrize("missing", sorted(FIELDS))
