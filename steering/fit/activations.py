@@ -182,6 +182,55 @@ def tail_residuals(loaded: LoadedModel, sequences: Sequences, layer: int, tail: 
         yield kept[0].reshape(-1, loaded.width).float().cpu()
 
 
+@torch.inference_mode()
+def generated_residuals(
+    loaded: LoadedModel,
+    prompts: Sequences,
+    answers: Sequences,
+    *,
+    layers: Sequence[int],
+    most: int,
+    edits: Sequence[Edit | None] | None = None,
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Residuals at the first generated tokens, at blocks' outputs and before an edit of the same block.
+
+    An engine feeds in every generated token but the last, so the last of each answer is not read.
+
+    Args:
+        answers: generated tokens, the end token included where there is one.
+        most: tokens of an answer that are read at most, G.
+        edits: what each answer was generated under.
+
+    Returns:
+        By layer [N, G, D] in the model's dtype, zeros where there is no token; and which tokens there are, [N, G].
+    """
+    mask = torch.zeros(len(prompts), most, dtype=torch.bool)
+    result = {layer: torch.zeros(len(prompts), most, loaded.width, dtype=loaded.model.dtype) for layer in layers}
+    by_tail: dict[int, list[int]] = defaultdict(list)
+    for index, answer in enumerate(answers):
+        by_tail[min(most, len(answer) - 1)].append(index)
+    for tail, members in sorted(by_tail.items()):
+        if tail < 1:
+            continue
+        mask[members, :tail] = True
+        joined = [[*prompts[index], *answers[index][:tail]] for index in members]
+        for places, ids in by_length(joined):
+            rows = [members[place] for place in places]
+            with ExitStack() as stack:
+                kept: dict[int, Tensor] = {}
+                # Registered before the edits, so that what is kept is what a block gave.
+                for layer in layers:
+                    hook = loaded.blocks[layer].register_forward_hook(_tail_keeper(kept, layer, tail))
+                    stack.enter_context(_removed_after(hook))
+                # Scope `generated`: the last prompt token and all after it.
+                chosen = [None if edits is None else edits[row] for row in rows]
+                stack.enter_context(steered_each(loaded, chosen, tail=tail + 1))
+                loaded.model.get_decoder()(input_ids=ids.to(loaded.model.device), use_cache=False)
+            for layer in layers:
+                result[layer][rows, :tail] = kept[layer].to("cpu", loaded.model.dtype)
+    return result, mask
+
+
 @contextmanager
 def steered(loaded: LoadedModel, edit: Edit | None, strength: float | Tensor = 1.0, *, tail: int = 1) -> Iterator[None]:
     """While inside, every forward pass edits the last positions of its input (scope `generated`); None edits nothing.
@@ -308,6 +357,13 @@ def _hidden(output: Any) -> Tensor:
 def _keeper(kept: dict[int, Tensor], layer: int) -> Any:
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         kept[layer] = _hidden(output)[:, -1]
+
+    return keep
+
+
+def _tail_keeper(kept: dict[int, Tensor], layer: int, tail: int) -> Any:
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        kept[layer] = _hidden(output)[:, -tail:].clone()
 
     return keep
 
