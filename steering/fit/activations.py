@@ -82,7 +82,7 @@ def load_model(
         device_map: as transformers takes it, such as `auto` to spread the blocks over every GPU; needs accelerate.
 
     Raises:
-        OperatorError: no model in that folder, or accelerate is missing for a device map.
+        OperatorError: no model in that folder, accelerate is missing for a device map, or it is none.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,7 +93,10 @@ def load_model(
             f"device_map {device_map!r} needs the package accelerate; install it, or leave --device-map out"
         )
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
+    except ValueError as error:
+        raise OperatorError(f"the model at {path} cannot be loaded with device_map {device_map!r}: {error}") from error
     model.requires_grad_(requires_grad=False)
     vocabulary = tokenizer.get_vocab()
     return LoadedModel(

@@ -143,3 +143,19 @@ def test_a_model_without_the_tokens_is_refused_by_name(tiny: LoadedModel, tmp_pa
         require_tokens(tiny, (*CATEGORIES, "Weather"))
     with pytest.raises(OperatorError, match=r"config\.json is missing"):
         load_model(tmp_path)
+
+
+def test_a_model_spread_by_a_device_map_gives_the_same_residuals_and_answers(tiny: LoadedModel) -> None:
+    """Under accelerate's map, here with one device to choose from, residuals and greedy answers are bit for bit those
+    of the model loaded whole.
+    """
+    spread = load_model(tiny.path, CATEGORIES, device_map="auto")
+    prompts = tiny.prompts(["How are you?", "Tell me about the sea."])
+    assert torch.equal(last_residuals(spread, prompts), last_residuals(tiny, prompts))
+    assert greedy(spread, prompts, new_tokens=6) == greedy(tiny, prompts, new_tokens=6)
+
+
+def test_a_device_map_that_is_none_is_refused_with_what_is_possible(tiny: LoadedModel) -> None:
+    """A misspelt map is an error for the operator that names the known ones."""
+    with pytest.raises(OperatorError, match=r"(?s)device_map 'everywhere'.*auto"):
+        load_model(tiny.path, CATEGORIES, device_map="everywhere")
