@@ -133,6 +133,9 @@ class LlmJudge:
         self.counts = Counts()
         self._say = say
         self._has_replied = False
+        # The SDK's timeout starts anew with every byte: this one does not. Its pauses are of at most 8 s, unless the
+        # endpoint names a longer one.
+        self._longest = (settings.timeout + 8.0) * (settings.retries + 1)
         self._request: dict[str, Any] = {
             "model": settings.model,
             "temperature": settings.temperature,
@@ -259,7 +262,8 @@ class LlmJudge:
             request = trying or dict(self._request)
             self.counts.requests += 1
             try:
-                raw = await client.chat.completions.with_raw_response.create(messages=messages, **request)
+                async with asyncio.timeout(self._longest):
+                    raw = await client.chat.completions.with_raw_response.create(messages=messages, **request)
                 self.counts.retries += raw.retries_taken
                 said = raw.parse()
             except APIStatusError as error:
@@ -270,6 +274,8 @@ class LlmJudge:
                     return self._answered_by(error)
                 trying = fewer
                 continue
+            except TimeoutError:
+                return _Reply(None, f"no whole reply within {self._longest:g} s", is_lost=True)
             except APIConnectionError as error:
                 self.counts.retries += self.settings.retries
                 is_slow = isinstance(error, APITimeoutError)

@@ -33,7 +33,7 @@ def error(message: str, param: str | None = None, code: str | None = None) -> di
 
 
 class Said:
-    """One HTTP answer: status, body (JSON, or bytes as they are), headers; `wait` seconds before it."""
+    """One HTTP answer: status, body (JSON, or bytes as they are), headers; seconds before it and after each byte."""
 
     def __init__(
         self,
@@ -44,11 +44,13 @@ class Said:
         wait: float = 0.0,
         headers: dict[str, str] | None = None,
         length: int | None = None,
+        trickle: float = 0.0,
     ) -> None:
         self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.status = status
         self.content_type = content_type
         self.wait = wait
+        self.trickle = trickle
         self.headers = headers or {}
         self.length = len(self.body) if length is None else length
 
@@ -86,7 +88,13 @@ def judge_endpoint(behaviour: Behaviour) -> Iterator[Endpoint]:
                 for name, value in said.headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(said.body)
+                if said.trickle:
+                    for byte in said.body[:100]:
+                        self.wfile.write(bytes([byte]))
+                        self.wfile.flush()
+                        time.sleep(said.trickle)
+                else:
+                    self.wfile.write(said.body)
             except OSError:
                 pass  # the client went away while it waited
 

@@ -320,3 +320,12 @@ def test_open_judge_names_what_is_missing(tmp_path: Path) -> None:
         open_judge("llm")
     with pytest.raises(InvalidSpec, match="refusal tokens"):
         open_judge("token")
+
+
+def test_reply_that_trickles_in_is_given_up(tmp_path: Path) -> None:
+    """A byte now and then keeps a connection's timeout from running out; the whole request has one of its own."""
+    with judge_endpoint(lambda _body, _number: Said(completion(verdict()), trickle=0.05)) as endpoint:
+        judge = LlmJudge(settings(endpoint.url, tmp_path, retries=0, timeout=1.0))
+        judge._longest = 0.3
+        with pytest.raises(OperatorError, match="no whole reply"):
+            judge.judge(PAIRS[:1])
