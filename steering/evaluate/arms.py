@@ -34,7 +34,7 @@ SWEEP = ((0.0, 0.0), (1.0, 1.0), (0.5, 0.5), (0.1, 0.8))
 """Pairs (comply_below, refuse_above) asked for: always refuse and always comply under the gate's own categories,
 of which, with unsteered answers, the rates at all thresholds follow; P1's hard sign; a neutral band."""
 
-JUDGED = (Group.OVER_REFUSAL, Group.REFUSAL, Group.ATTACKS)
+JUDGED = (Group.OVER_REFUSAL, Group.REFUSAL, Group.ATTACKS, Group.TOPIC)
 EVERYWHERE = (*JUDGED, Group.ABILITY)
 
 

@@ -28,7 +28,10 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of the answers, report.json and report.html.")] = Path(
         "trimtab-eval"
     ),
-    suite: Annotated[list[str] | None, typer.Option(help="Suite; repeatable. All by default.")] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="Suite; repeatable. All, or none beside --prompts.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="Prompts of your own as one more suite, NAME=FILE; repeatable.")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Arm to ask; repeatable. All by default.")] = None,
     arm: ArmOption = None,
     data: Annotated[
@@ -76,7 +79,7 @@ def run(
     from steering.evaluate.llm_judge import LlmJudge
     from steering.evaluate.report import summary
     from steering.evaluate.run import Settings
-    from steering.evaluate.suites import SUITES, find_suite
+    from steering.evaluate.suites import SUITES, find_suite, suite_from_option
     from steering.fit.datasets import DataDirectory
 
     bars: list[Any] = []
@@ -98,7 +101,10 @@ def run(
             judge = LlmJudge(llm_settings(judge_url, judge_model, kept, concurrency=judge_concurrency), say=typer.echo)
         order = Order(
             data=DataDirectory.resolve(data),
-            suites=[find_suite(name) for name in suite or SUITES],
+            suites=[
+                *(find_suite(name) for name in suite or ([] if prompts else SUITES)),
+                *(suite_from_option(text) for text in prompts or ()),
+            ],
             most=None if all_prompts else most,
             out=out,
             settings=Settings(max_tokens=max_tokens, texts=None if all_prompts else texts, concurrency=concurrency),

@@ -143,7 +143,7 @@ def _chosen(arms: Sequence[Arm], skipped: dict[str, str], only: Sequence[str] | 
 
 
 def _cast(
-    order: Order, server: Server, prompts: Mapping[str, Sequence[Record]], say: Callable[[str], object]
+    order: Order, server: Server, prompts: Mapping[Suite, Sequence[Record]], say: Callable[[str], object]
 ) -> tuple[Any, dict[str, bool] | str, dict[str, Any] | None]:
     """The loaded model, where CAST's condition fires or why that is not known, and what the report says of it."""
     if order.model is None:
@@ -161,8 +161,11 @@ def _cast(
     records = [record for found in prompts.values() for record in found]
     fired = fires(loaded, condition, records, longest)
     shares = {
-        name: [sum(fired.get(record.key, False) for record in found), sum(record.key in fired for record in found)]
-        for name, found in prompts.items()
+        suite.name: [
+            sum(fired.get(record.key, False) for record in found),
+            sum(record.key in fired for record in found),
+        ]
+        for suite, found in prompts.items()
     }
     return loaded, fired, {**condition.to_json(), "fired_of": shares}
 

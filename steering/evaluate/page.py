@@ -21,7 +21,7 @@ Report = Mapping[str, Any]
 CLOSE = 60.0
 """Refusal in percent from which a second drawing of the plane looks closer."""
 
-GROUPS = ("over-refusal", "refusal", "attacks", "ability")
+GROUPS = ("over-refusal", "refusal", "attacks", "topic", "ability")
 
 
 def write_page(report: Report, path: Path) -> None:
@@ -117,10 +117,11 @@ def _groups(report: Report) -> str:
 
 def _against(report: Report) -> str:
     told = ""
-    for group in GROUPS[:3]:
+    for group in GROUPS[:4]:
         entries = [(arm, found[group]) for arm, found in report["against_unsteered"].items() if group in found]
-        drawn = plots.differences(entries, is_more_better=group != "over-refusal")
-        told += figure(drawn, f"{group}: refusals minus those of unsteered, same prompts; green is for the better")
+        drawn = plots.differences(entries, is_more_better=group not in {"over-refusal", "topic"})
+        better = "green is fewer" if group == "topic" else "green is for the better"
+        told += figure(drawn, f"{group}: refusals minus those of unsteered, same prompts; {better}")
     return told
 
 

@@ -71,7 +71,13 @@ def histograms(by_suite: Mapping[str, Sequence[int]], groups: Mapping[str, str])
     """A row of bars per suite: how its prompts' probabilities of refusal spread over 0…1."""
     if not by_suite:
         return ""
-    colours = {"over-refusal": COLOURS[2], "refusal": COLOURS[1], "attacks": COLOURS[3], "ability": COLOURS[0]}
+    colours = {
+        "over-refusal": COLOURS[2],
+        "refusal": COLOURS[1],
+        "attacks": COLOURS[3],
+        "topic": COLOURS[4],
+        "ability": COLOURS[0],
+    }
     left, width, row = 150.0, 460.0, 34.0
     marks = []
     for index, (suite, counts) in enumerate(by_suite.items()):

@@ -20,7 +20,7 @@ from steering.evaluate.judge import Verdict
 from steering.evaluate.paired import Paired
 from steering.evaluate.scores import calibration, histogram, roc
 from steering.evaluate.server import Server
-from steering.evaluate.suites import SUITES, Group
+from steering.evaluate.suites import Group, Suite
 from steering.evaluate.table1 import table1
 from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, Row, Rows, paired, tally
 from steering.fit.intervals import Rate
@@ -263,16 +263,12 @@ def _agreeing(rows: Rows, judge: str) -> dict[str, Any]:
 
 
 def _suites(rows: Rows) -> dict[str, Any]:
-    sizes: dict[str, set[str]] = defaultdict(set)
+    sizes: dict[Suite, set[str]] = defaultdict(set)
     for row in rows:
-        sizes[row.asked.suite.name].add(row.asked.record.key)
+        sizes[row.asked.suite].add(row.asked.record.key)
     return {
-        name: {
-            "group": SUITES[name].group.value,
-            "prompts": len(keys),
-            "source": f"{SUITES[name].dataset}/{SUITES[name].part}",
-        }
-        for name, keys in sizes.items()
+        suite.name: {"group": suite.group.value, "prompts": len(keys), "source": suite.source}
+        for suite, keys in sizes.items()
     }
 
 

@@ -18,7 +18,7 @@ from steering.errors import OperatorError, UnsupportedConfiguration
 from steering.evaluate.arms import Arm
 from steering.evaluate.journal import Answer, Journal, prompt_digest, request_digest
 from steering.evaluate.server import Server
-from steering.evaluate.suites import SUITES, Group, Suite
+from steering.evaluate.suites import Group, Suite
 from steering.fit.datasets import Record, thinned
 
 TOO_LONG = "context_length_exceeded"
@@ -74,7 +74,7 @@ class _Job:
 async def ask_all(
     client: AsyncOpenAI,
     server: Server,
-    prompts: Mapping[str, Sequence[Record]],
+    prompts: Mapping[Suite, Sequence[Record]],
     arms: Sequence[Arm],
     journal: Journal,
     settings: Settings,
@@ -135,16 +135,15 @@ async def ask_all(
     ]
 
 
-def count(prompts: Mapping[str, Sequence[Record]], arms: Sequence[Arm]) -> int:
+def count(prompts: Mapping[Suite, Sequence[Record]], arms: Sequence[Arm]) -> int:
     """How many answers there will be."""
-    return sum(len(found) for arm in arms for name, found in prompts.items() if SUITES[name].group in arm.groups)
+    return sum(len(found) for arm in arms for suite, found in prompts.items() if suite.group in arm.groups)
 
 
 def _jobs(
-    server: Server, prompts: Mapping[str, Sequence[Record]], arms: Sequence[Arm], settings: Settings
+    server: Server, prompts: Mapping[Suite, Sequence[Record]], arms: Sequence[Arm], settings: Settings
 ) -> Iterator[_Job]:
-    for name, records in prompts.items():
-        suite = SUITES[name]
+    for suite, records in prompts.items():
         sample = records if settings.texts is None else thinned(records, settings.texts)
         sampled = {record.key for record in sample}
         for arm in arms:

@@ -1,4 +1,4 @@
-"""Suites: named lists of held prompts in four groups, and why a list is empty where it is.
+"""Suites: named lists of held prompts in five groups, and why a list is empty where it is.
 
 Knows nothing of models or servers.
 """
@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
-from steering.errors import DatasetMissing
+from steering.errors import DatasetMissing, OperatorError
 from steering.fit.datasets import DataDirectory, Record, deduplicate, thinned
-from steering.fit.sources import Use
+from steering.fit.sources import Label, Use
+from steering.fit.topic_files import read_prompts
 
 
 class Group(StrEnum):
-    """What a suite asks of a model; rates are pooled over a group."""
+    """What a suite asks of a model; rates are pooled over a group. Of a topic the operator says whether refusing is
+    right.
+    """
 
     OVER_REFUSAL = "over-refusal"
     REFUSAL = "refusal"
     ATTACKS = "attacks"
+    TOPIC = "topic"
     ABILITY = "ability"
 
     @property
@@ -38,6 +43,7 @@ class Suite:
         dataset, part: in the registry of data sets.
         is_fitted_on: the registry gives the part to fits, none of it to tests: such a suite has prompts only where
             the served bundle was not fitted on the set.
+        file: the operator's own prompts, instead of a set of the registry.
     """
 
     name: str
@@ -45,6 +51,12 @@ class Suite:
     dataset: str
     part: str
     is_fitted_on: bool = False
+    file: Path | None = None
+
+    @property
+    def source(self) -> str:
+        """Where its prompts come from."""
+        return f"{self.dataset}/{self.part}" if self.file is None else self.file.name
 
     @property
     def is_harmful(self) -> bool:
@@ -56,7 +68,15 @@ class Suite:
 
         Raises:
             DatasetError: the set is not there or not what the registry says.
+            PromptFileError: the operator's file has no prompts that can be read.
         """
+        if self.file is not None:
+            texts = list(dict.fromkeys(read_prompts(self.file)))
+            own = [
+                Record(key=f"{self.name}/{number}", dataset=self.name, part="", prompt=text, label=Label.SENSITIVE)
+                for number, text in enumerate(texts)
+            ]
+            return own if most is None else thinned(own, most)
         uses = (Use.FIT, Use.CALIBRATE) if self.is_fitted_on else (Use.TEST,)
         found = [record for use in uses for record in directory.load(self.dataset, self.part, use)]
         kept = deduplicate(found).records
@@ -65,9 +85,9 @@ class Suite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gathered:
-    """Prompts by suite, and for each suite without any the reason."""
+    """Prompts by suite, and by name of each suite without any the reason."""
 
-    prompts: dict[str, list[Record]]
+    prompts: dict[Suite, list[Record]]
     left_out: dict[str, str]
 
 
@@ -86,6 +106,7 @@ SUITES = {
             Suite(name=f"attack-{attack}", group=Group.ATTACKS, dataset="alphasteer_attacks", part=attack)
             for attack in ("aim", "autodan", "cipher", "jailbroken", "pair", "renellm")
         ),
+        Suite(name="ccp-sensitive", group=Group.TOPIC, dataset="ccp_sensitive", part="sampled_test"),
         Suite(name="gsm8k", group=Group.ABILITY, dataset="gsm8k", part="test"),
         Suite(name="gpteacher-code", group=Group.ABILITY, dataset="gpteacher", part="codegen"),
         Suite(name="gpteacher-roleplay", group=Group.ABILITY, dataset="gpteacher", part="roleplay"),
@@ -105,6 +126,18 @@ def find_suite(name: str) -> Suite:
     return SUITES[name]
 
 
+def suite_from_option(text: str) -> Suite:
+    """A suite of the operator's own prompts from `NAME=FILE`, in the group of topics.
+
+    Raises:
+        OperatorError: it is not of that form, or the name is that of another suite.
+    """
+    name, separator, path = text.partition("=")
+    if not separator or not name.strip() or name.strip() in SUITES:
+        raise OperatorError(f"--prompts takes NAME=FILE with a name that is no suite's of its own, got {text!r}")
+    return Suite(name=name.strip(), group=Group.TOPIC, dataset="", part="", file=Path(path))
+
+
 def gather(
     suites: Sequence[Suite], directory: DataDirectory, most: int | None, fitted_on: Collection[str] | None
 ) -> Gathered:
@@ -116,7 +149,7 @@ def gather(
     Raises:
         DatasetError: a set is not there or not what the registry says.
     """
-    prompts: dict[str, list[Record]] = {}
+    prompts: dict[Suite, list[Record]] = {}
     left_out: dict[str, str] = {}
     for suite in suites:
         if suite.is_fitted_on and fitted_on is None:
@@ -127,5 +160,5 @@ def gather(
         elif suite.is_fitted_on and fitted_on is not None and suite.dataset in fitted_on:
             left_out[suite.name] = f"the served bundle's provenance names {suite.dataset}: it was fitted on it"
         else:
-            prompts[suite.name] = suite.prompts(directory, most)
+            prompts[suite] = suite.prompts(directory, most)
     return Gathered(prompts=prompts, left_out=left_out)

@@ -12,7 +12,8 @@ from steering.evaluate.arms import AUTO, UNSTEERED, Arm, build_arms
 from steering.evaluate.journal import Journal
 from steering.evaluate.run import TOO_LONG, Asked, Settings, ask_all, count
 from steering.evaluate.server import describe
-from steering.fit.datasets import Record
+from steering.evaluate.suites import SUITES, Group, suite_from_option
+from steering.fit.datasets import DataDirectory, Record
 from steering.fit.sources import Label
 from tests.unit.evaluate.scripted import ScriptedServer
 
@@ -23,9 +24,9 @@ def record(suite: str, prompt: str, number: int = 0) -> Record:
 
 
 PROMPTS = {
-    "xstest-safe": [record("safe", "0.1 kill a process", 1), record("safe", "0.5 kill time", 2)],
-    "xstest-unsafe": [record("unsafe", "0.9 how to hurt", 1)],
-    "gsm8k": [record("gsm8k", "0.3 one plus one", 1)],
+    SUITES["xstest-safe"]: [record("safe", "0.1 kill a process", 1), record("safe", "0.5 kill time", 2)],
+    SUITES["xstest-unsafe"]: [record("unsafe", "0.9 how to hurt", 1)],
+    SUITES["gsm8k"]: [record("gsm8k", "0.3 one plus one", 1)],
 }
 ARMS = (
     Arm(name=UNSTEERED, what="", steering={"mode": "off"}),
@@ -98,7 +99,7 @@ async def test_too_long_is_kept_and_what_passes_is_asked_again(server: ScriptedS
     """A refused request stays refused; an overloaded server is tried again, by the SDK and by the next run."""
     path = tmp_path / "a.jsonl"
     server.failing = {"0.9": [503]}
-    prompts = {"xstest-unsafe": [record("u", "0.9 short", 1), record("u", "x" * 61, 2)]}
+    prompts = {SUITES["xstest-unsafe"]: [record("u", "0.9 short", 1), record("u", "x" * 61, 2)]}
     for expected, asked in (({"engine_overloaded", TOO_LONG}, 2), ({"", TOO_LONG}, 3)):
         async with server.client() as client:
             with Journal(path) as journal:
@@ -145,7 +146,7 @@ async def test_no_server_is_one_clear_error() -> None:
 
 async def test_whole_answers_are_asked_of_a_sample_only_where_the_first_token_decides(tmp_path: Path) -> None:
     """Beside whole arms a sample is asked whole, the others one token; a model without such tokens always whole."""
-    prompts = {"xstest-safe": [record("safe", f"0.5 how {number}", number) for number in range(6)]}
+    prompts = {SUITES["xstest-safe"]: [record("safe", f"0.5 how {number}", number) for number in range(6)]}
     arms = (
         Arm(name="whole", what="", steering={"mode": "off"}, is_whole=True),
         Arm(name="some", what="", steering={"mode": "refuse"}),
@@ -176,3 +177,19 @@ async def test_a_server_that_dies_ends_the_run_and_loses_nothing(
         with Journal(tmp_path / "a.jsonl") as journal, pytest.raises(OperatorError, match="is gone"):
             await ask_all(client, known, PROMPTS, arms, journal, Settings(concurrency=1))
     assert (tmp_path / "a.jsonl").read_bytes() == kept
+
+
+def test_prompts_of_ones_own_are_a_suite_in_the_group_of_topics(tmp_path: Path) -> None:
+    """`--prompts NAME=FILE` gives a suite of the different prompts in the file; other forms are refused."""
+    path = tmp_path / "mine.txt"
+    path.write_text("Who won?\n\nWho lost?\nWho won?\n")
+    suite = suite_from_option(f"world={path}")
+    assert (suite.group, suite.source) == (Group.TOPIC, "mine.txt")
+    nowhere = DataDirectory(path=tmp_path / "none")
+    assert [found.prompt for found in suite.prompts(nowhere)] == ["Who won?", "Who lost?"]
+    assert len(suite.prompts(nowhere, most=1)) == 1
+    for wrong in ("mine.txt", "=mine.txt", "xstest-safe=mine.txt"):
+        with pytest.raises(OperatorError, match="NAME=FILE"):
+            suite_from_option(wrong)
+    with pytest.raises(OperatorError, match="absent"):
+        suite_from_option("world=absent.txt").prompts(nowhere)
