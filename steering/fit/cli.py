@@ -25,6 +25,7 @@ class StageName(StrEnum):
     GATE = "gate"
     COMPARE = "compare"
     HELD = "held"
+    RESPONSE = "response"
     BUNDLE = "bundle"
     REPORT = "report"
 

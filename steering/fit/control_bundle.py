@@ -28,7 +28,7 @@ from steering.plan import CategorySource
 from steering.terms import Edit
 
 PROFILE, P1_PROFILE, CONTROL_PROFILE = "refusal-control", "p1-categorical", "random-control"
-PICTURES = ("layers", "probe", "head", "doses", "gate", "compare", "held", "cosines")
+PICTURES = ("layers", "probe", "head", "doses", "gate", "compare", "held", "response", "cosines")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

