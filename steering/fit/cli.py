@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from steering.fit.cli_topics import topics
+
 app = typer.Typer(help="Fit a probe, edits and a gate on a model and write its bundle.", no_args_is_help=True)
 
 
@@ -56,6 +58,9 @@ class DtypeName(StrEnum):
 @app.callback()
 def main() -> None:
     """Fit a probe, edits and a gate on a model and write its bundle."""
+
+
+app.command()(topics)
 
 
 @app.command()

@@ -26,13 +26,11 @@ class RidgeKind(StrEnum):
 
     `ABSOLUTE` takes it as it is (P2: 1e-2). `RELATIVE` is in units of tr(Σ)/D, which means the same at every layer.
     `LEDOIT_WOLF` shrinks by scikit-learn's estimate: δ of tr(Σ)/D·I and 1 - δ of Σ, which is λ = δ/(1 - δ)·tr(Σ)/D.
-    `AUTO` is `ABSOLUTE` where there are as many rows as coordinates and `LEDOIT_WOLF` where there are fewer.
     """
 
     ABSOLUTE = "absolute"
     RELATIVE = "relative"
     LEDOIT_WOLF = "ledoit-wolf"
-    AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +73,10 @@ def solve(rows: Tensor, target: Tensor, ridge: Ridge, *, extra: Tensor | None = 
     Raises:
         FitError: Σ + λI is not positive definite in float64: λ is too small for these residuals.
     """
-    count, width = rows.shape
+    width = rows.shape[1]
     level = float(rows.square().sum()) / width
-    kind, shrinkage = ridge.kind, None
-    if kind is RidgeKind.AUTO:
-        kind = RidgeKind.ABSOLUTE if count >= width else RidgeKind.LEDOIT_WOLF
+    kind = ridge.kind
+    shrinkage: float | None = None
     if kind is RidgeKind.LEDOIT_WOLF:
         shrinkage = ledoit_wolf(rows)
         strength = shrinkage / (1.0 - shrinkage) * level if shrinkage < 1.0 else math.inf

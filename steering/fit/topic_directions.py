@@ -158,7 +158,7 @@ def require_finite(residuals: Tensor, layer: int, names: Sequence[str]) -> None:
     named = ", ".join(repr(names[row]) for row in bad[:_NAMED]) + (", ..." if len(bad) > _NAMED else "")
     raise ActivationsNotFinite(
         f"layer {layer}: residuals of {len(bad)} of {len(names)} prompts hold NaN or infinity ({named}); half "
-        "precision overflows in some models: capture in bfloat16 or float32 (--dtype), or leave these prompts out"
+        "precision overflows in some models: capture in bfloat16 or float32 (--engine dtype), or leave these out"
     )
 
 

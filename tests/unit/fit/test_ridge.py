@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steering.errors import FitError
-from steering.fit.ridge import Ridge, RidgeKind, ledoit_wolf, solve
+from steering.fit.ridge import Ridge, RidgeKind, solve
 
 
 def drawn(count: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -63,15 +63,6 @@ def test_ledoit_wolf_is_the_solution_with_the_covariance_that_scikit_learn_shrin
     assert found.shrinkage == pytest.approx(model.shrinkage_)
     cosine = wanted @ found.vector.numpy() / np.linalg.norm(wanted) / np.linalg.norm(found.vector.numpy())
     assert cosine == pytest.approx(1.0, abs=1e-12)
-
-
-def test_auto_shrinks_only_where_rows_are_fewer_than_coordinates() -> None:
-    """With enough prompts it is P2's absolute lambda; with too few it is Ledoit-Wolf's estimate."""
-    many, target = drawn(60, 20)
-    few, _ = drawn(10, 20)
-    auto = Ridge(kind=RidgeKind.AUTO, value=1e-2)
-    assert solve(many, target, auto).shrinkage is None
-    assert solve(few, target, auto).shrinkage == ledoit_wolf(few)
 
 
 def test_a_small_absolute_ridge_lives_in_the_null_space_of_too_few_prompts() -> None:

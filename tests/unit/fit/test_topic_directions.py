@@ -127,7 +127,7 @@ def test_too_few_answered_prompts_are_told_with_what_it_means() -> None:
     assert "null space" in told
     assert "--ridge relative" in told
     assert null_space_warning(100, 100, []) is None
-    shrunk = topic_directions(residuals * 10, classes, ridge=Ridge(kind=RidgeKind.AUTO))[Method.RMD]
+    shrunk = topic_directions(residuals * 10, classes, ridge=Ridge(kind=RidgeKind.LEDOIT_WOLF))[Method.RMD]
     assert shrunk.shrinkage is not None
     assert shrunk.null_share is not None
     assert shrunk.null_share < share
