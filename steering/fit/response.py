@@ -38,6 +38,9 @@ PENALTY = 0.02
 SHARES = (0.6, 0.2)
 """Of the groups: fitted on, and calibrated on; all numbers are on the rest."""
 
+CLOSE = 0.005
+"""Balanced accuracy that fewer tokens may cost."""
+
 FIT, CALIBRATE, HELD = 0, 1, 2
 
 
@@ -118,11 +121,11 @@ def fit_response_probe(
                 raise ActivationsNotFinite(f"residuals of generated tokens at layer {layer} hold NaN or infinity")
             found[layer, count], told = _fitted(features, table, penalty)
             sweep.append({"layer": layer, "tokens": count, **told, **_held(features, table, found[layer, count])})
-    best = max(sweep, key=_merit)
+    best = _best(sweep)
     layer, count = int(best["layer"]), int(best["tokens"])
     features = mean_of_first(read(layer)[rows], table.mask, count)
     by_tokens = {
-        str(number): max((row for row in sweep if row["tokens"] == number), key=_merit)
+        str(number): _best([row for row in sweep if row["tokens"] == number])
         for number in dict.fromkeys(row["tokens"] for row in sweep)
     }
     facts = {
@@ -133,8 +136,8 @@ def fit_response_probe(
         **_facts(features, table, found[layer, count]),
         "left_out": {"no generated token was fed in": int((~known).sum())},
         "penalty": penalty,
-        "chosen": "layer and number of tokens by balanced accuracy on calibration answers, then by the area under "
-        "their ROC curve, both to three places; among equals fewer tokens, then the earlier layer",
+        "chosen": f"of all whose balanced accuracy on calibration answers is within {CLOSE:g} of the best the one of "
+        "fewest tokens, which tells soonest; then by that accuracy, the area under the ROC curve, and the earlier layer",
         "imbalance": "refusals and answers weigh the same in the fit and in the scaling: a half is the boundary where "
         "both are as frequent",
         "shares": {"fit": SHARES[0], "calibrate": SHARES[1], "held": round(1 - sum(SHARES), 4)},
@@ -168,9 +171,14 @@ def smoothed_platt(scores: Array, is_refused: Mask, weights: Array) -> tuple[flo
     return platt.slope, platt.offset
 
 
-def _merit(row: dict[str, Any]) -> tuple[float, ...]:
-    """By what calibration answers say, to three places; fewer tokens tell sooner; then the earlier layer."""
-    return round(row["balanced_accuracy"], 3), round(row["area"], 3), -row["tokens"], -row["layer"]
+def _best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row that calibration answers speak for; see `chosen` in the facts."""
+    top = max(row["balanced_accuracy"] for row in rows)
+    near = [row for row in rows if row["balanced_accuracy"] >= top - CLOSE]
+    return max(
+        near,
+        key=lambda row: (-row["tokens"], round(row["balanced_accuracy"], 3), round(row["area"], 3), -row["layer"]),
+    )
 
 
 def _fitted(features: Tensor, table: Table, penalty: float) -> tuple[Linear, dict[str, float]]:
