@@ -137,7 +137,7 @@ def fit_response_probe(
         "left_out": {"no generated token was fed in": int((~known).sum())},
         "penalty": penalty,
         "chosen": f"of all whose balanced accuracy on calibration answers is within {CLOSE:g} of the best the one of "
-        "fewest tokens, which tells soonest; then by that accuracy, the area under the ROC curve, and the earlier layer",
+        "fewest tokens, which tells soonest; then by that accuracy, the area under the ROC curve, the earlier layer",
         "imbalance": "refusals and answers weigh the same in the fit and in the scaling: a half is the boundary where "
         "both are as frequent",
         "shares": {"fit": SHARES[0], "calibrate": SHARES[1], "held": round(1 - sum(SHARES), 4)},
