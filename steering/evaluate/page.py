@@ -15,6 +15,7 @@ from steering.evaluate.fit_pictures import fit_section
 from steering.evaluate.markup import cell, details, figure, list_of, paragraph, signed, table
 from steering.evaluate.page_style import STYLE
 from steering.evaluate.page_table1 import table1_section
+from steering.evaluate.page_topics import table1_topics_section
 from steering.evaluate.report import loss_statements
 
 Report = Mapping[str, Any]
@@ -330,5 +331,9 @@ SECTIONS: tuple[tuple[str, Callable[[Report], str]], ...] = (
     ("CAST's condition", _cast),
     ("How it was fitted", fit_section),
     ("P1's Table 1", table1_section),
+    (
+        "P2's Table 1",
+        lambda report: table1_topics_section(report["table1_topics"]) if "table1_topics" in report else "",
+    ),
     ("Judges and their errors", _judges),
 )

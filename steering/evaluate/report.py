@@ -22,6 +22,7 @@ from steering.evaluate.scores import calibration, histogram, roc
 from steering.evaluate.server import Server
 from steering.evaluate.suites import Group, Suite
 from steering.evaluate.table1 import table1
+from steering.evaluate.table1_topics import topics_table1
 from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, Row, Rows, paired, tally
 from steering.fit.intervals import Rate
 
@@ -111,6 +112,7 @@ def build_report(rows: Rows, setting: Setting) -> dict[str, Any]:
             name: found for name in (AUTO, CAST) if name in by_arm and (found := kept_ability(by_arm, name, judge))
         },
         "table1": table1(results, setting.server.model, judge),
+        "table1_topics": topics_table1(results, setting.server.model, judge),
         "bundle_report": dict(setting.bundle),
         **setting.extra,
     }
