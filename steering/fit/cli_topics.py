@@ -228,9 +228,13 @@ def _refusal_tokens(model: Path) -> tuple[dict[int, str], int | None]:
     """Categories by the id of their token, and the id of `[respond]`, where the model has such tokens."""
     from transformers import AutoTokenizer
 
+    from steering.errors import OperatorError
     from steering.fit.categories import CATEGORIES
 
-    vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
+    except (OSError, ValueError) as error:
+        raise OperatorError(f"no tokenizer in {model}: {error}; give a local model folder") from error
     found = {vocabulary[f"[{name}]"]: name for name in CATEGORIES if f"[{name}]" in vocabulary}
     return found, vocabulary.get("[respond]")
 

@@ -20,6 +20,9 @@ from steering.fit.topic_directions import Method, neutral_offset, topic_directio
 LARGEST = 10
 """Coordinates whose share of a vector's magnitude P2 tells (1.9 % at layer 42 of Qwen3-Next-80B)."""
 
+_SHRUNK_AWAY = 1e30
+"""λ beside which no covariance counts."""
+
 
 def spread(vector: Tensor) -> dict[str, float]:
     """How a vector [D] is spread over its coordinates.
@@ -51,7 +54,7 @@ def bootstrap(
     *,
     rounds: int,
     seed: int,
-    ridge: Ridge,
+    ridges: Mapping[Method, float | None],
     is_literal: bool,
     neutral: Tensor | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -61,6 +64,8 @@ def bootstrap(
         residuals: [N, D] of one layer.
         found: the vectors made of all prompts, by method.
         rounds: times that prompts are drawn.
+        ridges: λ of each vector, absolute, which is kept: an estimate of its own in each round would take longer than
+            all else. None where there is none, or where the covariance was shrunk away.
         neutral: [M, D], prompts given as neutral.
 
     Returns:
@@ -71,8 +76,11 @@ def bootstrap(
     for _ in range(rounds):
         drawn = classes.resampled(generator)
         offset = neutral_offset(residuals, drawn, neutral)
-        made = topic_directions(residuals, drawn, offset=offset, methods=found, ridge=ridge, is_literal=is_literal)
         for method, vector in found.items():
+            ridge = Ridge(value=ridges.get(method) or _SHRUNK_AWAY)
+            made = topic_directions(
+                residuals, drawn, offset=offset, methods=[method], ridge=ridge, is_literal=is_literal
+            )
             heard[method].append(float(made[method].vector @ vector.to(torch.float64)))
     counts = classes.counts()
     return {

@@ -32,6 +32,10 @@ NEAR = 0.75
 """Share of the target that a configuration must reach there to be measured on all prompts."""
 MOST_ASKS = 8192
 """Asks of one batch."""
+_NOTHING_FIXED = (
+    "no answered calibration prompt has an answer that a shift can be measured on: the model refuses all of them, or "
+    "finishes none; give more prompts by --answered, or more --max-tokens"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,10 +122,7 @@ def shifts(
     """L of each edit, in order, and on how many conversations."""
     fixed = thinned(measured.fixed, most)
     if not fixed:
-        raise TooFewPrompts(
-            "no answered calibration prompt has an answer that a shift can be measured on: the model refuses all of "
-            "them, or finishes none; give more prompts by --answered, or more --max-tokens"
-        )
+        raise TooFewPrompts(_NOTHING_FIXED)
     ids = fit.prompt_ids(engine, [measured.items[one.row].text for one in fixed])
     end = end_of_reasoning(engine)
 
@@ -139,10 +140,12 @@ def shifts(
         return [told[start : start + len(fixed)] for start in range(0, len(told), len(fixed))]
 
     base, *steered = read([None, *orders])
+    if not any(value is not None for value in base):
+        raise TooFewPrompts(_NOTHING_FIXED)
     found = []
     for values in steered:
         gaps = [abs(here - there) for here, there in zip(values, base, strict=True) if None not in (here, there)]  # type: ignore[operator]
-        found.append(sum(gaps) / len(gaps) if gaps else float("inf"))
+        found.append(sum(gaps) / len(gaps))
     return found, sum(value is not None for value in base)
 
 

@@ -5,6 +5,7 @@ Directions are made of fitting prompts; layers are ranked and scaled on calibrat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ def analyse(fit: TopicFit, measured: Measured, vectors: Vectors, layers: Iterabl
     return fit.stage(
         "analysis",
         lambda: _analysis(fit, measured, vectors, chosen),
-        of=("bootstrap", "ridge", "is_literal", "band", "least"),
+        of=("bootstrap", "is_literal", "band", "least"),
         after=vectors.facts,
         given={"layers": chosen},
     )
@@ -142,7 +143,7 @@ def _vectors(fit: TopicFit, measured: Measured) -> Result:
         norms.append(float(torch.linalg.vector_norm(residuals.to(torch.float64), dim=1).mean()))
         facts.append(
             {
-                method.value: {"ridge": one.ridge, "shrinkage": one.shrinkage, "null_share": one.null_share}
+                method.value: {"ridge": _finite(one.ridge), "shrinkage": one.shrinkage, "null_share": one.null_share}
                 for method, one in found.items()
                 if one.ridge is not None
             }
@@ -160,6 +161,11 @@ def _vectors(fit: TopicFit, measured: Measured) -> Result:
             "offset": torch.stack(offsets),
         },
     }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity; shrinkage says then that nothing is left of the covariance."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _layers(fit: TopicFit, measured: Measured, vectors: Mapping[Method, Tensor], offsets: Tensor) -> Result:
@@ -192,6 +198,7 @@ def _analysis(fit: TopicFit, measured: Measured, vectors: Vectors, layers: list[
     methods = tuple(settings.methods)
     rows, classes = fitting_classes(fit, measured)
     neutral = measured.rows([Role.NEUTRAL], Use, is_judged=False)
+    ridges = vectors.facts[0]["ridges"]
     stability = {}
     for layer in layers if settings.bootstrap else ():
         everything = measured.residuals.layer(layer)
@@ -201,7 +208,7 @@ def _analysis(fit: TopicFit, measured: Measured, vectors: Vectors, layers: list[
             {method: vectors.vectors[method][layer] for method in methods},
             rounds=settings.bootstrap,
             seed=settings.seed + layer,
-            ridge=settings.ridge,
+            ridges={method: ridges[layer].get(method.value, {}).get("ridge") for method in methods},
             is_literal=settings.is_literal,
             neutral=everything[neutral] if neutral else None,
         )

@@ -363,3 +363,44 @@ def test_given_doses_are_taken_as_they_are(make: Make) -> None:
     ]
     assert {edit.name for edit in saved.manifest.edits} == {"wrmd-comply", "md-comply"}
     assert LAYERS_NOTE in (fitted.bundle / "CARD.md").read_text("utf-8").replace("\n", " ")
+
+
+def test_induction_alone_needs_no_finder_and_names_its_default(make: Make, tmp_path: Path) -> None:
+    """Nothing is removed: the bundle holds refuse edits only, and its default profile induces."""
+    fitted = make(replace(SMALL, purpose=Purpose.INDUCE, methods=(Method.MD,), counts=(1,)), safety=False)
+    path = tmp_path / "induced.txt"
+    path.write_text("\n".join(prompts("trade", COUNT)), "utf-8")
+    fitted.sources[Role.INDUCED] = [str(path)]
+    saved = fitted.run()
+    assert saved.manifest.default_profile == "topics-induce"
+    assert {edit.purpose for edit in saved.manifest.edits} == {"refuse"}
+    assert not (fitted.fit.work / "finder.json").exists()
+    assert "Induced refusals" in (fitted.bundle / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--refused", "no-such.txt"], "neither a file nor a part"),
+        (["--refused", "ccp_sensitive/sampled_test"], "may not be fitted on"),
+        (["--preset", "paper-extended"], "has no constants for"),
+        (["--judge", "llm"], "go together"),
+        (["--judge", "keyword", "--judge-url", "u", "--judge-model", "m"], "go together"),
+        (["--method", "pca"], "methods: md, wmd, rmd, wrmd"),
+        (["--lambda", "0"], "above 0"),
+        (["--engine", "dtype=float32"], "value as JSON"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(
+    tiny_path: Path, tmp_path: Path, given: list[str], told: str
+) -> None:
+    """Mistakes of the caller end with status 1 and a sentence, before any engine is started."""
+    from typer.testing import CliRunner
+
+    from steering.fit.cli import app
+
+    work = ["--model", str(tiny_path), "--work", str(tmp_path / "work"), "--bundle", str(tmp_path / "bundle")]
+    found = CliRunner().invoke(app, ["topics", *work, *given])
+    assert found.exit_code == 1
+    assert told in " ".join(found.output.split())
+    assert not (tmp_path / "bundle").exists()
