@@ -95,6 +95,12 @@ def _compared(report: Report) -> str:
         "Rates in percent with 95 % Wilson intervals; n as tooltip. Gated arms are put together from answers with and "
         "without the edit by each prompt's score, as the gate does; margins are judged on calibration prompts."
     )
+    checked = report.get("verify")
+    if checked:
+        told += paragraph(
+            f"The engine's own gate, profile {checked['profile']}: the same decision on {checked['same_decision']} of "
+            f"{checked['n']} prompts, the same verdict on {checked['same_verdict']}."
+        )
     return told
 
 

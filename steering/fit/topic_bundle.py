@@ -48,7 +48,7 @@ class TopicContents:
     removal_gate: TopicGate | str | None
     induction_gate: TopicGate | str | None
     results: Mapping[str, Result]
-    warnings: tuple[str, ...]
+    warnings: list[str]
 
 
 def edit_name(candidate: Candidate) -> str:
@@ -57,14 +57,20 @@ def edit_name(candidate: Candidate) -> str:
     return f"{name}-gated" if candidate.variant == GATED else name
 
 
-def write_bundle(path: Path, contents: TopicContents, *, name: str, version: str, pictures: list[str]) -> Bundle:
-    """Write everything, and read it back through every check."""
+def save_edits(path: Path, contents: TopicContents, *, name: str, version: str) -> Bundle:
+    """Write manifest and tensors, and read them back through every check."""
     fit = contents.fit
     manifest = _manifest(contents, name=name, version=version)
     edits = {key: one.made(contents.vectors, key) for key, one in contents.edits.items()}
     probes = {gate.probe.name: gate.probe for gate in _gates(contents)}
     saved = save_bundle(path, manifest, edits, probes)
     fit.stage("bundle", lambda: {"label": saved.label, "edits": sorted(edits)}, given={"bundle": saved.digest})
+    return saved
+
+
+def write_report(path: Path, contents: TopicContents, saved: Bundle, pictures: list[str]) -> None:
+    """Write report, card, page and pictures beside the edits."""
+    fit = contents.fit
     report = _report(contents, saved)
     (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     for old in path.glob("*.png"):
@@ -75,7 +81,6 @@ def write_bundle(path: Path, contents: TopicContents, *, name: str, version: str
     from steering.evaluate.page_topics import write_topics_page
 
     write_topics_page(report, path / "report.html")
-    return saved
 
 
 def _gates(contents: TopicContents) -> list[TopicGate]:

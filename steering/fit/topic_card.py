@@ -37,7 +37,7 @@ def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
         "",
     ]
     if report.get("compare"):
-        lines += [*_paragraph(f"The default: {report['default']['reason']}."), *_compared(report)]
+        lines += [*_paragraph(f"The default: {report['default']['reason']}."), *_compared(report), *_verified(report)]
     if report.get("induction"):
         lines += _induced(report)
     lines += [
@@ -102,6 +102,16 @@ def _compared(report: Mapping[str, Any]) -> list[str]:
         "answers to answered prompts while the edit is on; a gate leaves most of these prompts alone.",
     )
     return lines
+
+
+def _verified(report: Mapping[str, Any]) -> list[str]:
+    found = report.get("verify")
+    if not found:
+        return []
+    return _paragraph(
+        f"Run by the engine, the gate of `{found['profile']}` decided as put together here on",
+        f"{found['same_decision']} of {found['n']} of these prompts, and {found['same_verdict']} answers had the same verdict.",
+    )
 
 
 def _induced(report: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,8 @@ UNSTEERED = "unsteered"
 KINDS = {Role.SAFETY: "refuse", Role.REFUSED: "over", Role.ANSWERED: "plain"}
 """Roles as `steering.fit.thresholds` names what is wanted of them."""
 USES = (Use.CALIBRATE, Use.TEST)
-_LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B", Verdict.UNPARSABLE: "U"}
+LETTERS = {Verdict.REFUSAL: "R", Verdict.ANSWER: "A", Verdict.BROKEN: "B", Verdict.UNPARSABLE: "U"}
+"""Verdicts in the strings of `codes`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,12 +178,12 @@ def _compare(
                 "always_on": _rates(flat, codes) if threshold is not None else None,
                 "curve": curve,
                 "is_safe": _is_safe(fit, rates, _rates(flat, base)),
-                "codes": "".join(_LETTERS[code] for code in kept),
+                "codes": "".join(LETTERS[code] for code in kept),
             }
         )
     return {
         "unsteered": _rates(flat, base),
-        "codes": "".join(_LETTERS[code] for code in base),
+        "codes": "".join(LETTERS[code] for code in base),
         "prompts": {use: {role: len(members) for role, members in by_role.items()} for use, by_role in rows.items()},
         "keys": [measured.items[row].key for _, _, row in flat],
         "arms": arms,

@@ -1,8 +1,8 @@
 """The stages of `trimtab fit topics` in their order, from prompts to a bundle with its report (arXiv 2512.16602).
 
 Each stage leaves `<stage>.json` (and tensors) and a picture in the work folder; one that is there for the same model,
-judge, settings and earlier results is not run again. At most two engines are started: one that answers and captures
-residuals, one that has every candidate edit loaded.
+judge, settings and earlier results is not run again. Engines are started one after the other: one that answers and
+captures residuals, one that has every candidate edit loaded, and one that runs the finished bundle's gate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from steering.fit import topic_pictures as pictures
 from steering.fit.datasets import DataDirectory
 from steering.fit.stages import Result, draw_stage
 from steering.fit.topic_answers import Measured, measured
-from steering.fit.topic_bundle import TopicContents, edit_name, write_bundle
+from steering.fit.topic_bundle import PROFILE, TopicContents, edit_name, save_edits, write_report
 from steering.fit.topic_candidates import Candidate, removal_candidates, write_candidates
 from steering.fit.topic_compare import Comparison, compare
 from steering.fit.topic_directions import Method
@@ -29,6 +29,7 @@ from steering.fit.topic_induction import Induction, induce, induction_candidates
 from steering.fit.topic_prompts import Role, TopicPrompts, gather
 from steering.fit.topic_ranges import certify, require_certified
 from steering.fit.topic_vectors import Vectors, analyse, make_vectors
+from steering.fit.topic_verify import verify
 
 
 class TopicStage(StrEnum):
@@ -204,23 +205,23 @@ def _steer(
     looked |= {vectors.ranking(method)[0].layer for method in settings.methods}
     analysed = analyse(fit, asked, vectors, looked)
     run.done(TopicStage.ANALYSIS, analysed, lambda path: pictures.analysis(analysed, path))
-    return write_bundle(
-        bundle,
-        TopicContents(
-            fit=fit,
-            vectors=vectors,
-            edits=edits,
-            comparison=compared,
-            induction=induced,
-            removal_gate=gate,
-            induction_gate=induce_gate,
-            results=run.results,
-            warnings=tuple(run.warnings),
-        ),
-        name=name,
-        version=version,
-        pictures=run.drawn,
+    contents = TopicContents(
+        fit=fit,
+        vectors=vectors,
+        edits=edits,
+        comparison=compared,
+        induction=induced,
+        removal_gate=gate,
+        induction_gate=induce_gate,
+        results=run.results,
+        warnings=run.warnings,
     )
+    saved = save_edits(bundle, contents, name=name, version=version)
+    if compared is not None and compared.default.is_gated and isinstance(gate, TopicGate):
+        with fit.session(bundles=[bundle]) as session:
+            run.results["verify"] = verify(fit, asked, compared, gate, saved, PROFILE, session)
+    write_report(bundle, contents, saved, run.drawn)
+    return saved
 
 
 def induction_method(fit: TopicFit, vectors: Vectors) -> Method:

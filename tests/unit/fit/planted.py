@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steering.bundle import Bundle, load_bundle
-from steering.engine.asks import Answer, Ask, Sample
+from steering.engine.asks import Answer, Ask, BundleGate, EditOrder, Sample
 from steering.engine.options import CaptureSettings
 from steering.fit.captured import CapturedShards
 from steering.fit.topic_fit import EngineOpener
-from steering.plan import Scope
+from steering.gate import rule
+from steering.plan import Decision, Outcome, Scope
 from steering.terms import delta
 
 DEPTH, WIDTH = 6, 24
@@ -184,6 +185,9 @@ class PlantedEngine:
 
     def _answer(self, ask: Ask) -> Answer:
         text = self._text(ask)
+        outcomes: tuple[Outcome, ...] = ()
+        if ask.gate is not None:
+            ask, outcomes = self._ruled(ask, ask.gate, text)
         pushed, length = self._pushed(ask, text)
         if ask.answer is not None:
             return Answer(given=tuple(-1.0 - 0.2 * length for _ in ask.answer))
@@ -204,7 +208,29 @@ class PlantedEngine:
                     finish="stop" if len(tokens) < ask.max_tokens else "length",
                 )
             )
-        return Answer(samples=tuple(samples))
+        return Answer(samples=tuple(samples), outcomes=outcomes)
+
+    def _ruled(self, ask: Ask, gate: BundleGate, text: str) -> tuple[Ask, tuple[Outcome, ...]]:
+        """The ask with the edit that the gate chooses, and what is reported of it."""
+        bundle = self._bundles[gate.bundle]
+        profile = bundle.manifest.profile(gate.order.profile)
+        assert profile.gate is not None
+        probe = bundle.probes[profile.gate.probe]
+        ruling = rule(probe.logits(self._planted.residual(text, probe.layer)), gate.order, probe.categories)
+        assert ruling is not None
+        edits = {Decision.COMPLY: profile.comply, Decision.REFUSE: profile.refuse}.get(ruling.decision, {})
+        edit = edits.get(probe.categories[ruling.category])
+        order = EditOrder(bundle=gate.bundle, edit=edit, scope=Scope.GENERATED) if edit else None
+        told = Outcome(
+            plan_id="",
+            request_id="",
+            applied=edit is not None,
+            edit=edit,
+            strength=1.0 if edit else 0.0,
+            scope=Scope.GENERATED,
+            decision=ruling.decision,
+        )
+        return replace(ask, gate=None, edit=order), (told,)
 
     def _pushed(self, ask: Ask, text: str) -> tuple[float, float]:
         """By how much an edit moves the refusal, and its length, both in units of each layer's size."""

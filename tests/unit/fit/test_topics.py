@@ -162,6 +162,16 @@ def test_a_gated_candidate_begins_where_its_gate_decides(whole: Fitted) -> None:
     assert max(terms.layer for edit in tried.edits.values() for terms in edit.layers) < DEPTH - 1
 
 
+def test_the_engine_decides_as_the_comparison_put_together(whole: Fitted) -> None:
+    """The finished bundle's gate, run by the engine, gives every prompt the decision and verdict it was chosen by."""
+    found = whole.stage("verify")
+    assert found["profile"] == "topics"
+    assert found["n"] > 40
+    assert 0 < found["complied"] < found["n"]
+    assert found["same_decision"] == found["same_verdict"] == found["n"]
+    assert whole.started == ["capture", "steer", "steer"]
+
+
 def test_the_page_and_the_card_tell_what_the_stages_found(whole: Fitted) -> None:
     """Both are written, name every profile, fetch nothing, and hold no prompt."""
     page = (whole.bundle / "report.html").read_text("utf-8")
