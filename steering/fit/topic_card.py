@@ -109,8 +109,8 @@ def _verified(report: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     return _paragraph(
-        f"Run by the engine, the gate of `{found['profile']}` decided as put together here on",
-        f"{found['same_decision']} of {found['n']} of these prompts, and {found['same_verdict']} answers had the same verdict.",
+        f"Run by the engine, the gate of `{found['profile']}` made the decision it was chosen by on",
+        f"{found['same_decision']} of {found['n']} of these prompts; {found['same_verdict']} answers had the same verdict.",
     )
 
 
