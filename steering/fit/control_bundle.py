@@ -21,6 +21,7 @@ from steering.fit.control import Fit
 from steering.fit.control_card import card
 from steering.fit.families import Family
 from steering.fit.openings import Openings
+from steering.fit.response_stage import response_record
 from steering.fit.stages import plain
 from steering.fit.vectors import RESPOND
 from steering.gate import Probe
@@ -52,6 +53,7 @@ class Contents:
         edits: those that were certified, by name.
         plans: the default profile first.
         results: what the stages gave, by stage.
+        response: the probe of generated tokens; None where there is none.
     """
 
     fit: Fit
@@ -60,6 +62,7 @@ class Contents:
     probe: Probe
     plans: list[ProfilePlan]
     results: Mapping[str, Any]
+    response: Probe | None = None
 
 
 def write_bundle(path: Path, contents: Contents, *, name: str, version: str, has_report: bool) -> Bundle:
@@ -70,9 +73,8 @@ def write_bundle(path: Path, contents: Contents, *, name: str, version: str, has
         for side in (plan.family.refuse, plan.family.comply)
         for key in side.values()
     }
-    saved = save_bundle(
-        path, _manifest(contents, used, name=name, version=version), used, {contents.probe.name: contents.probe}
-    )
+    probes = {probe.name: probe for probe in (contents.probe, contents.response) if probe is not None}
+    saved = save_bundle(path, _manifest(contents, used, name=name, version=version), used, probes)
     fit = contents.fit
     fit.stage(
         "bundle",
@@ -141,7 +143,8 @@ def _manifest(contents: Contents, used: Mapping[str, Edit], *, name: str, versio
             for category in fit.head_categories
         ],
         "respond": {"token": RESPOND, "token_id": contents.openings.respond} if contents.openings.respond else None,
-        "probes": [_probe_record(contents)],
+        "probes": [_probe_record(contents), *_response_records(contents)],
+        **({} if contents.response is None else {"response_probe": contents.response.name}),
         "edits": records,
         "profiles": [
             {
@@ -182,6 +185,15 @@ def _probe_record(contents: Contents) -> dict[str, Any]:
             "data": _digests(contents.results["activations"]["prompts"]["fit"]),
         },
     }
+
+
+def _response_records(contents: Contents) -> list[dict[str, Any]]:
+    if contents.response is None:
+        return []
+    fit = contents.fit
+    data = _digests(contents.results["activations"]["prompts"]["fit"])
+    provenance = {"seed": fit.settings.seed, "code": code_version(), "data": data}
+    return [response_record(contents.results["response"], provenance)]
 
 
 def _strength(fit: Fit, purpose: str, maximum: float, results: Mapping[str, Any]) -> dict[str, Any]:

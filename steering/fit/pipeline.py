@@ -36,7 +36,7 @@ from steering.fit.held import Gated, held_stage
 from steering.fit.learned import low_rank_stage, null_space_stage
 from steering.fit.probing import head_stage, probe_of, probe_stage, read
 from steering.fit.prompts import calibration_prompts, fitting_prompts, require_classes
-from steering.fit.response_stage import response_stage
+from steering.fit.response_stage import response_probe_of, response_stage
 from steering.fit.stages import draw_stage
 from steering.fit.vectors import activations, categorical, class_means, cosines, pooled, refusal_openings
 from steering.fit.vectors import benign_refusal as benign_refusal_direction
@@ -183,6 +183,7 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
             edits=edits,
             probe=probe,
             plans=plans,
+            response=response_probe_of(fit, responded),
             results={
                 "activations": base,
                 "openings": opening_facts,

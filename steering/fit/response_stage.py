@@ -22,6 +22,7 @@ from steering.fit.intervals import Rate
 from steering.fit.openings import Openings
 from steering.fit.prompts import Kind, Prompts
 from steering.fit.response import MOST_TOKENS, ResponseProbe, fit_response_probe
+from steering.gate import Probe
 from steering.terms import Edit
 
 RESPONSE = "response"
@@ -109,6 +110,39 @@ def response_stage(
         return {**facts, **probe.facts, "tensors": _tensors(probe)}
 
     return fit.stage(RESPONSE, make, of=("most", "most_per_set", "most_plain"), after=after)
+
+
+def response_probe_of(fit: Fit, facts: Mapping[str, Any]) -> Probe | None:
+    """The probe that the stage left, as a bundle has it: one score and no categories; None where it was skipped."""
+    if "skipped" in facts:
+        return None
+    tensors = fit.tensors(RESPONSE)
+    return Probe(
+        name=RESPONSE,
+        layer=int(facts["layer"]),
+        categories=(),
+        weight=tensors["weight"].to(torch.float32),
+        bias=tensors["bias"].to(torch.float32),
+    )
+
+
+def response_record(facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the probe's `ProbeRecord`."""
+    told = ("labels", "verdicts", "answers", "edits", "penalty", "chosen", "imbalance", "shares", "n", "accuracy")
+    return {
+        "name": RESPONSE,
+        "layer": facts["layer"],
+        "position": "generated_tokens",
+        "tokens": facts["tokens"],
+        "categories": [],
+        "operating_points": facts["operating_points"],
+        "calibration": facts["calibration"]["balanced"],
+        "provenance": {
+            "method": "logistic regression on the mean residual of the first generated tokens, Platt scaling",
+            **{name: facts[name] for name in told},
+            **provenance,
+        },
+    }
 
 
 def label_answers(loaded: LoadedModel, openings: Openings, answers: Sequence[Sequence[int]]) -> Labels:
