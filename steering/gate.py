@@ -30,7 +30,7 @@ class Probe:
     Attributes:
         name: unique within a bundle.
         layer: 0-based index of the decoder block whose output is read, before that layer's own edit.
-        categories: names, in the order of the rows after the first.
+        categories: names, in the order of the rows after the first; none where the refusal score is all there is.
         weight: [1 + C, D] float32; row 0 is the refusal score, the others score a category each.
         bias: [1 + C] float32.
     """
@@ -45,9 +45,9 @@ class Probe:
         if self.layer < 0:
             raise BundleFormatError(f"probe {self.name!r}: layer must be 0 or more, got {self.layer}")
         count = len(self.categories)
-        if not 1 <= count <= MAX_CATEGORIES or len(set(self.categories)) != count:
+        if count > MAX_CATEGORIES or len(set(self.categories)) != count:
             raise BundleFormatError(
-                f"probe {self.name!r} needs 1 to {MAX_CATEGORIES} different categories, got {list(self.categories)}"
+                f"probe {self.name!r} needs up to {MAX_CATEGORIES} different categories, got {list(self.categories)}"
             )
         if self.weight.dim() != 2 or self.weight.shape[0] != count + 1 or tuple(self.bias.shape) != (count + 1,):
             raise BundleFormatError(

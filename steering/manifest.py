@@ -103,6 +103,10 @@ class EditRecord(_Strict):
     provenance: Annotated[dict[str, Any], AfterValidator(_finite_tree)] = Field(default_factory=dict)
 
 
+MAX_RESPONSE_TOKENS = 8
+"""Most generated tokens a response probe reads; the engine has a cell for each in a request's row."""
+
+
 class OperatingPoint(_Strict):
     """A threshold of a probe's refusal probability, and what it does on data the probe was not fitted on.
 
@@ -128,8 +132,9 @@ class ProbeRecord(_Strict):
     Attributes:
         name: key of its tensors.
         layer: decoder block whose output it reads.
-        position: the token it reads at.
-        categories: in the order of the rows of its weight after the first.
+        position: the tokens it reads at: the last of the prompt, or the first that are generated (a response probe).
+        tokens: of a response probe, how many of them at most.
+        categories: in the order of the rows of its weight after the first; a response probe has none.
         operating_points: thresholds and what they cost.
         calibration: how probabilities compare with shares, such as Brier score, expected error and bins.
         provenance: method, data set digests, hyper-parameters, seeds, code version.
@@ -137,11 +142,23 @@ class ProbeRecord(_Strict):
 
     name: Name
     layer: int = Field(ge=0)
-    position: Literal["last_prompt_token"] = "last_prompt_token"
-    categories: tuple[Name, ...] = Field(min_length=1, max_length=MAX_CATEGORIES)
+    position: Literal["last_prompt_token", "generated_tokens"] = "last_prompt_token"
+    tokens: int | None = Field(default=None, ge=1, le=MAX_RESPONSE_TOKENS)
+    categories: tuple[Name, ...] = Field(max_length=MAX_CATEGORIES)
     operating_points: tuple[OperatingPoint, ...] = ()
     calibration: Annotated[dict[str, Any], AfterValidator(_finite_tree)] = Field(default_factory=dict)
     provenance: Annotated[dict[str, Any], AfterValidator(_finite_tree)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _position_fits(self) -> ProbeRecord:
+        reads_answers = self.position == "generated_tokens"
+        if reads_answers != (self.tokens is not None) or reads_answers == bool(self.categories):
+            raise ValueError(
+                f"probe {self.name!r} at {self.position} has tokens {self.tokens} and categories "
+                f"{list(self.categories)}; a probe of generated tokens has tokens and no categories, one of the last "
+                "prompt token categories and no tokens"
+            )
+        return self
 
 
 class GateSettings(_Strict):
@@ -204,7 +221,10 @@ class Profile(_Strict):
 
 
 class Manifest(_Strict):
-    """`manifest.json`, validated; field meanings are those of the classes it is made of."""
+    """`manifest.json`, validated; field meanings are those of the classes it is made of.
+
+    `response_probe` names the probe that says of every answer whether it refuses; None where there is none.
+    """
 
     format: Literal[1] = 1
     name: Name
@@ -213,6 +233,7 @@ class Manifest(_Strict):
     categories: tuple[Category, ...]
     respond: RespondToken | None = None
     probes: tuple[ProbeRecord, ...] = ()
+    response_probe: Name | None = None
     edits: tuple[EditRecord, ...] = Field(min_length=1)
     profiles: tuple[Profile, ...] = Field(min_length=1)
     default_profile: Name
@@ -245,6 +266,11 @@ class Manifest(_Strict):
         for profile in self.profiles:
             self._check_edits(profile, categories)
             self._check_gate(profile)
+        if self.response_probe is not None and self.response is None:
+            raise ValueError(
+                f"response_probe {self.response_probe!r} is not among the probes that read generated tokens: "
+                f"{[probe.name for probe in self.probes if probe.tokens is not None]}"
+            )
         if self.default_profile not in {profile.name for profile in self.profiles}:
             raise ValueError(f"default_profile {self.default_profile!r} is not among the profiles")
         return self
@@ -278,6 +304,8 @@ class Manifest(_Strict):
                 f"profile {profile.name!r} has a gate with unknown probe {gate.probe!r}; "
                 f"probes: {[known.name for known in self.probes]}"
             )
+        if probe.tokens is not None:
+            raise ValueError(f"profile {profile.name!r}: probe {gate.probe!r} reads answers, and a gate reads prompts")
         if profile.scope is not Scope.GENERATED:
             raise ValueError(f"profile {profile.name!r} has a gate, so that its scope must be 'generated'")
         for name in {*profile.refuse.values(), *profile.comply.values()}:
@@ -293,6 +321,14 @@ class Manifest(_Strict):
                 raise ValueError(
                     f"profile {profile.name!r} reads refusal tokens, which none of {list(probe.categories)} has"
                 )
+
+    @property
+    def response(self) -> ProbeRecord | None:
+        """The record of the response probe; None where there is none, or where it names a probe of prompts."""
+        for probe in self.probes:
+            if probe.name == self.response_probe and probe.tokens is not None:
+                return probe
+        return None
 
     def edit(self, name: str) -> EditRecord:
         """The record of the edit named `name`; KeyError if there is none."""

@@ -7,9 +7,11 @@ and flat lists); an outcome comes back on a message socket. Knows nothing of HTT
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
 
 from steering.errors import InvalidSpec
 
@@ -248,7 +250,11 @@ class Outcome:
     @classmethod
     def from_json(cls, payload: bytes) -> Outcome:
         """Read what `to_json` wrote."""
-        fields = json.loads(payload)
+        return cls.from_fields(json.loads(payload))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Outcome:
+        """From the object that `to_json` wrote."""
         decision, scores = fields["decision"], fields["scores"]
         changed = {
             "scope": Scope(fields["scope"]),
@@ -256,6 +262,45 @@ class Outcome:
             "scores": None if scores is None else Scores(**scores),
         }
         return cls(**{**fields, **changed})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """What the response probe has read of one sample so far, reported by the worker's first rank.
+
+    Attributes:
+        plan_id: the plan's `id`.
+        request_id: the engine's own id of the sample.
+        tokens: generated tokens it has read, 1 or more.
+        score: log-odds that the answer refuses, the mean over them.
+    """
+
+    plan_id: str
+    request_id: str
+    tokens: int
+    score: float
+
+    @property
+    def probability(self) -> float:
+        """That the answer refuses."""
+        return 1.0 / (1.0 + math.exp(-self.score)) if self.score > -700 else 0.0
+
+
+def responses_to_json(responses: Sequence[Response]) -> bytes:
+    """One line of JSON for all that a step made known."""
+    rows = [[each.plan_id, each.request_id, each.tokens, each.score] for each in responses]
+    return json.dumps({"responses": rows}, separators=(",", ":")).encode()
+
+
+def report_from_json(payload: bytes) -> Outcome | list[Response]:
+    """Read what `Outcome.to_json` or `responses_to_json` wrote."""
+    fields = json.loads(payload)
+    if "responses" not in fields:
+        return Outcome.from_fields(fields)
+    return [
+        Response(plan_id=plan_id, request_id=request_id, tokens=tokens, score=score)
+        for plan_id, request_id, tokens, score in fields["responses"]
+    ]
 
 
 def _gate_order(fields: object) -> GateOrder:

@@ -99,6 +99,18 @@ def with_gates(
     }
 
 
+def with_response(manifest: dict[str, Any], probe: Probe, tokens: int) -> dict[str, Any]:
+    """The manifest with a response probe that reads up to so many generated tokens."""
+    record = {
+        "name": probe.name,
+        "layer": probe.layer,
+        "position": "generated_tokens",
+        "tokens": tokens,
+        "categories": [],
+    }
+    return {**manifest, "probes": [*manifest.get("probes", ()), record], "response_probe": probe.name}
+
+
 def manifest_of(edits: dict[str, Edit], *, width: int = WIDTH, layers: int = LAYERS) -> dict[str, Any]:
     """The fields `save_bundle` takes: one category, one profile that uses the first edit for both sides."""
     first = next(iter(edits))
@@ -154,21 +166,32 @@ def bundle_in_memory(
     layers: int = LAYERS,
     digest: str = DIGEST,
     gates: dict[str, tuple[Probe, dict[str, str], dict[str, str]]] | None = None,
+    response: tuple[Probe, int] | None = None,
 ) -> Bundle:
-    """A bundle without files; its digest is whatever the test calls it."""
+    """A bundle without files; its digest is whatever the test calls it. `response`: a probe, and how many tokens."""
     fields = with_gates(manifest_of(edits, width=width, layers=layers), gates or {}) | {"tensors_digest": DIGEST}
+    if response is not None:
+        fields = with_response(fields, *response)
     fields["edits"] = [
         record | {"layers": [terms.layer for terms in edits[record["name"]].layers]} for record in fields["edits"]
     ]
     probes = {probe.name: probe for probe, _, _ in (gates or {}).values()}
+    if response is not None:
+        probes[response[0].name] = response[0]
     return Bundle(manifest=Manifest.model_validate(fields), edits=edits, probes=probes, digest=digest)
 
 
 def plan_for(
-    edit: str, *, bundle: str = DIGEST, strength: float = 1.0, scope: Scope = Scope.GENERATED, plan_id: str = "plan"
+    edit: str | None,
+    *,
+    bundle: str = DIGEST,
+    strength: float = 1.0,
+    scope: Scope = Scope.GENERATED,
+    plan_id: str = "plan",
+    response: bool = False,
 ) -> Plan:
-    """A plan that names one edit of a bundle."""
-    return Plan(id=plan_id, bundle=bundle, edit=edit, strength=strength, scope=scope)
+    """A plan that names one edit of a bundle, or with `response` has the answer observed."""
+    return Plan(id=plan_id, bundle=bundle, edit=edit, strength=strength, scope=scope, response=response)
 
 
 def gate_plan(

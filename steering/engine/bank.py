@@ -41,6 +41,14 @@ class BankedGate:
     categories: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankedResponse:
+    """A response probe in the bank: its number, 1 or more and none of a gate, and how many tokens it reads at most."""
+
+    number: int
+    tokens: int
+
+
 def terms_needed(bundles: Iterable[Bundle]) -> int:
     """Rows that a layer's table must have for all of these bundles: terms and probes of the fullest layer, and the
     numbers of edits and gates, each with the number 0 on top.
@@ -48,7 +56,7 @@ def terms_needed(bundles: Iterable[Bundle]) -> int:
     used: dict[int, int] = {}
     edits = gates = 0
     for bundle in bundles:
-        edits, gates = edits + len(bundle.edits), gates + len(_gated(bundle))
+        edits, gates = edits + len(bundle.edits), gates + _readers(bundle)
         for layer, rank in _rows_of(bundle):
             used[layer] = used.get(layer, 0) + rank
     return max([edits + 1, gates + 1, *used.values()])
@@ -77,6 +85,7 @@ class Bank:
         self._numbers: dict[tuple[str, str], int] = {}
         self._names: list[str | None] = [None]
         self._gates: dict[tuple[str, str], BankedGate] = {}
+        self._responses: dict[str, BankedResponse] = {}
 
     @property
     def bundles(self) -> dict[str, list[str]]:
@@ -88,8 +97,13 @@ class Bank:
         """Names of the profiles with a gate by bundle digest; every loaded bundle has an entry."""
         return {digest: [] for digest in self.bundles} | _by_digest(self._gates)
 
+    @property
+    def responses(self) -> dict[str, int]:
+        """Tokens that the response probe reads, by digest of the bundles that have one."""
+        return {digest: response.tokens for digest, response in self._responses.items()}
+
     def load(self, bundle: Bundle) -> None:
-        """Put every edit and gate of a bundle into the tables; a bundle that is loaded already is left alone.
+        """Put every edit, gate and response probe of a bundle into the tables; a loaded bundle is left alone.
 
         Raises:
             BundleFormatError: an edit or probe has another width or a layer without a table.
@@ -113,20 +127,29 @@ class Bank:
             self._names.append(name)
         for profile, probe in _gated(bundle):
             self._load_gate(bundle.digest, profile, probe)
+        record = bundle.manifest.response
+        if record is not None and record.tokens is not None:
+            number, _, _ = self._load_scores(bundle.probes[record.name])
+            self._responses[bundle.digest] = BankedResponse(number=number, tokens=record.tokens)
 
     def _load_gate(self, digest: str, profile: Profile, probe: Probe) -> None:
-        number, scalars = len(self._gates) + 1, 2 * self.width
-        table, span = self._take(probe.layer, len(probe.bias))
-        table[span, : self.width] = probe.weight.to(table.device)
-        table[span, scalars + BIAS] = probe.bias.to(table.device)
+        (number, table, span), scalars = self._load_scores(probe), 2 * self.width
         for row, category in enumerate(probe.categories, start=span.start + 1):
             for column, chosen in ((REFUSE_EDIT, profile.refuse), (COMPLY_EDIT, profile.comply)):
                 if category in chosen:
                     table[row, scalars + column] = float(self._numbers[digest, chosen[category]])
+        self._gates[digest, profile.name] = BankedGate(number=number, categories=probe.categories)
+
+    def _load_scores(self, probe: Probe) -> tuple[int, Tensor, slice]:
+        """Put a probe's scores into its layer's table; its number, that table, and the rows they take there."""
+        number, scalars = len(self._gates) + len(self._responses) + 1, 2 * self.width
+        table, span = self._take(probe.layer, len(probe.bias))
+        table[span, : self.width] = probe.weight.to(table.device)
+        table[span, scalars + BIAS] = probe.bias.to(table.device)
         table[number, scalars + GATE_FIRST] = float(span.start)
         table[number, scalars + GATE_COUNT] = float(len(probe.bias))
         table[0, scalars + GATE_COUNT] += 1.0
-        self._gates[digest, profile.name] = BankedGate(number=number, categories=probe.categories)
+        return number, table, span
 
     def _take(self, layer: int, rank: int) -> tuple[Tensor, slice]:
         first = self._used[layer]
@@ -143,13 +166,14 @@ class Bank:
             if layer not in needed:
                 raise BundleFormatError(f"bundle {bundle.label} needs layer {layer}; steered: {sorted(self.tables)}")
             needed[layer] += rank
-        edits, gates = len(self._names) + len(bundle.edits), len(self._gates) + 1 + len(_gated(bundle))
+        edits = len(self._names) + len(bundle.edits)
+        gates = len(self._gates) + len(self._responses) + 1 + _readers(bundle)
         most = max(*needed.values(), edits, gates)
         if most > self.terms:
             raise CapacityExceeded(
                 f"bundle {bundle.label} needs {max(needed.values())} terms in one layer, {edits - 1} edits and "
-                f"{gates - 1} gates in all; the bank holds {self.terms} terms, {self.terms - 1} edits and as many "
-                "gates; raise terms_per_layer"
+                f"{gates - 1} gates and response probes in all; the bank holds {self.terms} terms, {self.terms - 1} "
+                "edits and as many gates; raise terms_per_layer"
             )
 
     def gate(self, *, bundle: str, profile: str) -> BankedGate:
@@ -162,6 +186,17 @@ class Bank:
             return self._gates[bundle, profile]
         except KeyError:
             raise UnknownName(f"no gate {profile!r} of bundle {bundle} in the bank; loaded: {self.gates}") from None
+
+    def response(self, *, bundle: str) -> BankedResponse:
+        """The response probe of a bundle.
+
+        Raises:
+            UnknownName: no such bundle is loaded, or it has none.
+        """
+        try:
+            return self._responses[bundle]
+        except KeyError:
+            raise UnknownName(f"no response probe of bundle {bundle} in the bank; loaded: {self.responses}") from None
 
     def name(self, number: int) -> str | None:
         """Name of the edit with this number; None for 0."""
@@ -199,7 +234,15 @@ def _gated(bundle: Bundle) -> list[tuple[Profile, Probe]]:
     return [(profile, bundle.probes[profile.gate.probe]) for profile in bundle.manifest.profiles if profile.gate]
 
 
+def _readers(bundle: Bundle) -> int:
+    """How many numbers its gates and its response probe take."""
+    return len(_gated(bundle)) + (bundle.manifest.response is not None)
+
+
 def _rows_of(bundle: Bundle) -> list[tuple[int, int]]:
-    """(layer, rows it needs there) of every edit and gate."""
+    """(layer, rows it needs there) of every edit, gate and response probe."""
     edits = [(terms.layer, terms.rank) for edit in bundle.edits.values() for terms in edit.layers]
-    return edits + [(probe.layer, len(probe.bias)) for _, probe in _gated(bundle)]
+    probes = [probe for _, probe in _gated(bundle)]
+    if bundle.manifest.response is not None:
+        probes.append(bundle.probes[bundle.manifest.response.name])
+    return edits + [(probe.layer, len(probe.bias)) for probe in probes]

@@ -33,7 +33,9 @@ from steering.engine.kernels import (
     GRADED,
     HIGH,
     LOW,
+    PLACE,
     REFUSE_EDIT,
+    RESPONSE,
     SCALARS,
     SCORES,
     STATE,
@@ -42,6 +44,7 @@ from steering.engine.kernels import (
 )
 
 _REFUSE, _COMPLY, _ABSTAIN, _FAILED = (int(each) for each in (Latch.REFUSE, Latch.COMPLY, Latch.ABSTAIN, Latch.FAILED))
+_ROW = (1 << PLACE) - 1
 _NO_FLOATS, _NO_BITS = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint16)
 
 
@@ -191,10 +194,16 @@ def _steer(
     old, x = np.empty(width, np.float32), np.empty(width, np.float32)
     has_gates = table[0, 2 * width + GATE_COUNT] != 0
     for token in range(len(of_token)):
-        row = rows[abs(of_token[token])]
-        gate = int(row[GATE]) if has_gates and of_token[token] < 0 else 0
+        entry = abs(of_token[token])
+        row, place = rows[entry & _ROW], entry >> PLACE
+        gate = probe = 0
+        if has_gates and of_token[token] < 0:
+            gate = int(row[GATE])
+        elif has_gates and place:
+            probe = int(row[RESPONSE])
         is_deciding = gate != 0 and table[gate, 2 * width + GATE_COUNT] != 0
-        if of_token[token] == 0 or not (is_deciding or table[int(row[EDIT]), 2 * width + COUNT] != 0):
+        is_observed = probe != 0 and table[probe, 2 * width + GATE_COUNT] != 0
+        if entry == 0 or not (is_deciding or is_observed or table[int(row[EDIT]), 2 * width + COUNT] != 0):
             continue
         _load(hidden, hidden_bits, token, old)
         _load(residual, residual_bits, token, x)
@@ -202,6 +211,9 @@ def _steer(
             x[d] += old[d]
         if is_deciding:
             _decide(x, row, table, gate)
+        if is_observed:
+            term = int(table[probe, 2 * width + GATE_FIRST])
+            row[RESPONSE + place] = _read(x, table, term) + table[term, 2 * width + BIAS]
         if table[int(row[EDIT]), 2 * width + COUNT] != 0:
             _add(x, row, table, old)
             _store(hidden, hidden_bits, token, old)

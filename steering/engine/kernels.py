@@ -10,9 +10,10 @@ Shapes: `T` tokens of the step, `M` most tokens of a step, `S` rows, `N` terms o
     hidden      [T, D]      the half of the residual stream that is written; strides of the row are free
     residual    [T, D]      the other half: x = hidden + residual (vLLM's fused norms add them later)
     token_rows  [M + 2]     int32, row of each token; 0 means untouched, a negative number that the gate of that row
-                            decides on this token. On the CPU the last two entries are the numbers of steered and of
-                            deciding tokens, so that an idle step costs one comparison
-    rows        [S, 28]     float32, what differs per live request, laid out as below; row 0 is zero
+                            decides on this token. From bit `PLACE` on it holds 1 to 8 where the response probe of the
+                            row reads this token: the how manieth generated token it is. On the CPU the last two entries
+                            are the numbers of touched and of deciding tokens, so that an idle step costs one comparison
+    rows        [S, 36]     float32, what differs per live request, laid out as below; row 0 is zero
     table       [N, 2D + 8] float32, one layer's bank: columns 0…D-1 read, D…2D-1 write, then the scalars below
 
 Packing a layer's bank into one tensor, and a request's parameters and latch into one row, keeps the op at five tensor
@@ -21,6 +22,9 @@ arguments: every further one costs host time at each launch.
 A gate decides once per request, in the pass that reads the last prompt token, at its probe's layer and before that
 layer's edit. It writes edit and strength into its own row, on the device: this layer's edit, those of the layers above
 and those of every later step read them there (the latch). The host reads the row afterwards, to tell what was decided.
+
+A response probe writes the score of each generated token it reads into a cell of its own, so that a token that is
+computed again changes nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.manifest import MAX_CATEGORIES
+from steering.manifest import MAX_CATEGORIES, MAX_RESPONSE_TOKENS
 
 GAIN, BIAS, FIRST, COUNT = 0, 1, 2, 3
 """Scalar columns of a table, counted from column 2D: gain and bias of term n; first term and number of terms of edit n.
@@ -41,7 +45,7 @@ Edit 0 is "none"; its FIRST cell is the witness: 1 once this op edited a token."
 GATE_FIRST, GATE_COUNT, REFUSE_EDIT, COMPLY_EDIT = 4, 5, 6, 7
 """More of them. Gate n has its GATE_COUNT scores in the terms from GATE_FIRST on: read and bias of the first are those
 of the refusal score, each other one is a category's, with the edits that category gets; 0 is none. Gate 0 is "none";
-its GATE_COUNT cell is the number of gates at this layer."""
+its GATE_COUNT cell is the number of gates at this layer. A response probe counts as a gate, of one score."""
 
 SCALARS = 8
 """How many of them there are; a multiple of 4 keeps every row 16-byte aligned where D is."""
@@ -51,8 +55,14 @@ EDIT, STRENGTH, STATE, GATE, LOW, HIGH, FACTOR, ALLOWED, GRADED, CATEGORY, SCORE
 thresholds as log-odds, the strength it gives, the allowed categories as bits, 1 for graded strength; what it wrote: the
 category's index and the scores."""
 
-ROW_WIDTH = 28
-"""`SCORES`, the refusal score and `MAX_CATEGORIES` others, and one to make it a multiple of 4."""
+RESPONSE = SCORES + 1 + MAX_CATEGORIES
+"""Column of a row: number of the response probe, 0 for none. Its scores follow, one per generated token."""
+
+ROW_WIDTH = 36
+"""`RESPONSE` and `MAX_RESPONSE_TOKENS` scores; a multiple of 4."""
+
+PLACE = 24
+"""First bit of an entry of `token_rows` that is not the row's number."""
 
 
 class Latch(IntEnum):
@@ -68,7 +78,7 @@ class Latch(IntEnum):
 
 _LIBRARY = torch.library.Library("trimtab", "FRAGMENT")
 
-assert SCORES + 1 + MAX_CATEGORIES < ROW_WIDTH
+assert RESPONSE + MAX_RESPONSE_TOKENS < ROW_WIDTH
 
 
 def table_width(width: int) -> int:

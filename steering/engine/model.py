@@ -20,9 +20,10 @@ from steering.engine.compat import ARCHITECTURES, check_configuration, class_loc
 from steering.engine.options import SteeringOptions, enter_compile_key, options_from
 from steering.engine.outcomes import OutcomeSender
 from steering.engine.prefix_cache import plan_of
-from steering.engine.rows import Rows, Steered
+from steering.engine.rows import Due, Rows
 from steering.engine.uploads import RowDownload
 from steering.errors import UnsupportedConfiguration
+from steering.plan import responses_to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Steering:
         self.capture = None if options.capture is None else _capture(options, width, config, device)
         self._download = RowDownload(self.rows.rows)
         self._sender = OutcomeSender()
-        self._due: list[Steered] = []
+        self._due = Due([], [])
 
     @property
     def live(self) -> int:
@@ -90,7 +91,9 @@ class Steering:
 
         Arguments are those of `Rows.write_step`.
         """
-        self._due.extend(self.rows.write_step(request_ids, tokens, computed))
+        outcomes, responses = self.rows.write_step(request_ids, tokens, computed)
+        self._due.outcomes.extend(outcomes)
+        self._due.responses.extend(responses)
         if self.capture is not None:
             self.capture.write_step(request_ids, tokens, computed)
 
@@ -98,15 +101,18 @@ class Steering:
         """Send what became true; called once the forward pass has been launched without an error."""
         if self.capture is not None:
             self.capture.after_forward()
-        if not self._due:
+        if not (self._due.outcomes or self._due.responses):
             return
         # By number: a request may have given its row back by the time the table has been read.
-        due = [(steered, steered.row) for steered in self._due]
-        self._due.clear()
+        due, observed = ([(steered, steered.row) for steered in each] for each in self._due)
+        self._due = Due([], [])
 
         def send(table: NDArray[np.float32]) -> None:
             for steered, row in due:
-                self._sender.send(self.rows.outcome(steered, table[row]))
+                self._sender.send(self.rows.outcome(steered, table[row]).to_json())
+            read = [self.rows.response(steered, table[row]) for steered, row in observed]
+            if responses := [response for response in read if response is not None]:
+                self._sender.send(responses_to_json(responses))
 
         reading = self._download.then(send)
         for steered, _ in due:

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from steering.bundle import Bundle, load_bundle
 from steering.engine.asks import Answer, Ask, BundleGate, EditOrder, Sample
@@ -27,7 +27,7 @@ from steering.engine.outcomes import OutcomeInbox, sample_of
 from steering.errors import CaptureError, EditNotApplied, EngineError, InvalidSpec, UnsupportedConfiguration
 from steering.fingerprint import fingerprint_of
 from steering.fit.captured import CapturedShards
-from steering.plan import PLAN_KEY, Outcome, Plan
+from steering.plan import PLAN_KEY, Outcome, Plan, Response
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -55,6 +55,13 @@ class _Question:
     ask: Ask
     plan: Plan | None
     index: int | None
+
+
+class _Reports(NamedTuple):
+    """What the engine said it did, and what its response probe read, by plan and by its id of the sample."""
+
+    outcomes: dict[str, dict[str, Outcome]]
+    responses: dict[str, dict[str, Response]]
 
 
 class OfflineEngine:
@@ -217,11 +224,23 @@ class OfflineEngine:
         elif ask.edit is not None and ask.edit.strength != 0:
             order, what = ask.edit, {"edit": ask.edit.edit, "scope": ask.edit.scope}
         else:
-            return None
+            observing = [bundle for bundle in self.bundles if bundle.manifest.response is not None]
+            if not observing:
+                return None
+            digest = observing[0].digest
+            return Plan(id=secrets.token_hex(16), bundle=digest, strength=1.0, response=True, **given)
         loaded = {bundle.digest: bundle for bundle in self.bundles}
         if order.bundle not in loaded:
             raise InvalidSpec(f"no bundle {order.bundle} is loaded; loaded: {sorted(loaded)}")
-        return Plan(id=secrets.token_hex(16), bundle=order.bundle, strength=order.strength, **what, **given)
+        response = loaded[order.bundle].manifest.response is not None
+        return Plan(
+            id=secrets.token_hex(16),
+            bundle=order.bundle,
+            strength=order.strength,
+            response=response,
+            **what,
+            **given,
+        )
 
     def _parameters(self, question: _Question) -> SamplingParams:
         from vllm import SamplingParams
@@ -261,7 +280,7 @@ class OfflineEngine:
             if needed > most:
                 raise InvalidSpec(f"ask {number} has {needed - 1} tokens, the engine's context is {most}")
         outputs: dict[int, RequestOutput] = {}
-        outcomes: dict[str, dict[str, Outcome]] = defaultdict(dict)
+        reports = _Reports(outcomes=defaultdict(dict), responses=defaultdict(dict))
         mine = secrets.token_hex(4)
         names = {f"ask-{mine}-{number}": number for number in range(len(questions))}
         try:
@@ -274,24 +293,34 @@ class OfflineEngine:
                     if output.finished:
                         outputs[names[output.request_id]] = output  # type: ignore[assignment]
                         on_progress(len(outputs))
-                self._inbox.drain_into(outcomes)
+                self._inbox.drain_into(*reports)
         except BaseException:
             self._engine.abort_request([name for name, number in names.items() if number not in outputs])
             raise
-        self._await(questions, outcomes)
-        return [_answer(number, question, outputs[number], outcomes) for number, question in enumerate(questions)]
+        self._await(questions, reports, outputs)
+        return [_answer(number, question, outputs[number], reports) for number, question in enumerate(questions)]
 
-    def _await(self, questions: Sequence[_Question], outcomes: dict[str, dict[str, Outcome]]) -> None:
-        """Wait for what the engine did to each sample of each question that has a plan."""
+    def _await(self, questions: Sequence[_Question], reports: _Reports, outputs: Mapping[int, RequestOutput]) -> None:
+        """Wait for what the engine did to each sample of each question that is steered, and for what it observed."""
         end = time.monotonic() + OUTCOME_PATIENCE
-        needed = {question.plan.id: question.ask.samples for question in questions if question.plan is not None}
+        steered = {
+            question.plan.id: question.ask.samples
+            for question in questions
+            if question.plan and question.plan.is_steering
+        }
+        observed = {
+            question.plan.id: [_fed(question.ask, sample) for sample in outputs[number].outputs]
+            for number, question in enumerate(questions)
+            if question.plan is not None and question.plan.response
+        }
         while True:
-            self._inbox.drain_into(outcomes)
-            lacking = [plan for plan, samples in needed.items() if len(outcomes[plan]) < samples]
-            if not lacking:
+            self._inbox.drain_into(*reports)
+            lacking = [plan for plan, samples in steered.items() if len(reports.outcomes[plan]) < samples]
+            unread = [plan for plan, fed in observed.items() if len(reports.responses[plan]) < sum(map(bool, fed))]
+            if not (lacking or unread) or (not lacking and time.monotonic() > end):
                 return
             if time.monotonic() > end:
-                raise EditNotApplied(f"the engine did not confirm the edits of {len(lacking)} of {len(needed)} asks")
+                raise EditNotApplied(f"the engine did not confirm the edits of {len(lacking)} of {len(steered)} asks")
             time.sleep(0.01)
 
     def _questions(self, asks: Sequence[Ask]) -> list[_Question]:
@@ -313,15 +342,22 @@ class OfflineEngine:
         self._notes.refresh()
 
 
-def _answer(
-    number: int, question: _Question, output: RequestOutput, outcomes: Mapping[str, Mapping[str, Outcome]]
-) -> Answer:
+def _fed(ask: Ask, sample: Any) -> int:
+    """How many tokens of an answer were fed back, so that a probe could read them."""
+    return len(ask.answer) if ask.answer is not None else len(sample.token_ids) - 1
+
+
+def _answer(number: int, question: _Question, output: RequestOutput, reports: _Reports) -> Answer:
     ask, plan = question.ask, question.plan
     if any(sample.finish_reason in ("error", "abort") for sample in output.outputs):
         raise EngineError(f"the engine rejected ask {number}; its log says why")
     reported: tuple[Outcome, ...] = ()
-    if plan is not None:
-        by_sample = {sample_of(request_id): outcome for request_id, outcome in outcomes[plan.id].items()}
+    response = None
+    if plan is not None and plan.response:
+        read = {sample_of(name): each.probability for name, each in reports.responses[plan.id].items()}
+        response = tuple(read.get(sample) for sample in range(ask.samples))
+    if plan is not None and plan.is_steering:
+        by_sample = {sample_of(request_id): outcome for request_id, outcome in reports.outcomes[plan.id].items()}
         reported = tuple(by_sample[sample] for sample in range(ask.samples))
         for outcome in reported:
             if outcome.error or not (outcome.applied or outcome.decision):
@@ -331,12 +367,12 @@ def _answer(
         places = output.prompt_logprobs[len(ask.prompt) : len(ask.tokens)]
         given = [place[token].logprob for place, token in zip(places, ask.answer, strict=True) if place is not None]
         assert len(given) == len(ask.answer)
-        return Answer(given=tuple(given), outcomes=reported)
+        return Answer(given=tuple(given), outcomes=reported, response=response)
     samples = []
     for sample in sorted(output.outputs, key=lambda sample: sample.index):
         assert sample.logprobs is not None
-        places = zip(sample.logprobs, sample.token_ids, strict=True)
-        logprobs = [place[token].logprob for place, token in places if place is not None]
+        pairs = zip(sample.logprobs, sample.token_ids, strict=True)
+        logprobs = [place[token].logprob for place, token in pairs if place is not None]
         samples.append(
             Sample(
                 tokens=tuple(sample.token_ids),
@@ -345,7 +381,7 @@ def _answer(
                 finish=str(sample.finish_reason),
             )
         )
-    return Answer(samples=tuple(samples), outcomes=reported)
+    return Answer(samples=tuple(samples), outcomes=reported, response=response)
 
 
 class _environment:  # noqa: N801 - used as a function is

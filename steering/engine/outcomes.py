@@ -8,18 +8,20 @@ before that token's successor is sampled. Knows nothing of models.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import zmq
 import zmq.asyncio
 
 from steering.errors import EditNotApplied
-from steering.plan import Outcome
+from steering.plan import Outcome, Response, report_from_json
 
 _log = logging.getLogger("trimtab")
 
@@ -42,11 +44,11 @@ class OutcomeSender:
             self._socket.setsockopt(zmq.LINGER, 0)
             self._socket.connect(address)
 
-    def send(self, outcome: Outcome) -> None:
-        """Queue one message; never blocks the engine. A message lost here fails its request at the gateway."""
+    def send(self, message: bytes) -> None:
+        """Queue one message; never blocks the engine. An outcome lost here fails its request at the gateway."""
         if self._socket is not None:
             try:
-                self._socket.send(outcome.to_json(), zmq.NOBLOCK)
+                self._socket.send(message, zmq.NOBLOCK)
             except zmq.Again:
                 return
 
@@ -64,6 +66,8 @@ class OutcomeListener:
         os.environ[ADDRESS_VARIABLE] = self.address
         self._expected: dict[str, dict[str, Outcome]] = {}
         """By plan and sample: a sample that was preempted may be reported again and still counts once."""
+        self._responses: dict[str, dict[str, Response]] = {}
+        """Likewise; the newest of a sample has read most of it."""
         self._arrived: dict[str, asyncio.Event] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -74,6 +78,7 @@ class OutcomeListener:
     def expect(self, plan_id: str) -> None:
         """Keep outcomes of this plan; call before the request is sent. Others are dropped."""
         self._expected.setdefault(plan_id, {})
+        self._responses.setdefault(plan_id, {})
         self._arrived.setdefault(plan_id, asyncio.Event())
 
     async def wait(self, plan_id: str, samples: int, timeout: float) -> list[Outcome]:  # noqa: ASYNC109 - a deadline is part of the contract
@@ -99,9 +104,29 @@ class OutcomeListener:
                 raise EditNotApplied(f"the engine did not apply edit {outcome.edit!r}: {outcome.error}")
         return list(outcomes.values())
 
+    async def responses(self, plan_id: str, wanted: Mapping[int, int], timeout: float) -> dict[int, Response]:  # noqa: ASYNC109 - a deadline is part of the contract
+        """What the response probe has read of a plan's samples; what is there after `timeout` seconds at the latest.
+
+        Args:
+            wanted: generated tokens that it should have read of each sample; it is waited for no longer than for these.
+        """
+        kept, arrived = self._responses.get(plan_id, {}), self._arrived.get(plan_id)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while True:
+                    read = {sample_of(response.request_id): response for response in kept.values()}
+                    if arrived is None or all(
+                        sample in read and read[sample].tokens >= tokens for sample, tokens in wanted.items()
+                    ):
+                        return read
+                    arrived.clear()
+                    await arrived.wait()
+        return {sample_of(response.request_id): response for response in kept.values()}
+
     def forget(self, plan_id: str) -> None:
         """Drop what is kept of a plan; call when its request ends, however it ends."""
         self._expected.pop(plan_id, None)
+        self._responses.pop(plan_id, None)
         self._arrived.pop(plan_id, None)
 
     async def close(self) -> None:
@@ -119,15 +144,17 @@ class OutcomeListener:
         while True:
             message = await self._socket.recv()
             try:
-                outcome = Outcome.from_json(message)
+                report = report_from_json(message)
             except (ValueError, TypeError, KeyError, AttributeError):
                 # One broken message fails the request that waits for it, by its time limit, and no other.
                 _log.exception("an outcome of %d bytes cannot be read", len(message))
                 continue
-            kept = self._expected.get(outcome.plan_id)
-            if kept is not None:
-                kept[outcome.request_id] = outcome
-                self._arrived[outcome.plan_id].set()
+            for each in [report] if isinstance(report, Outcome) else report:
+                known = self._expected if isinstance(each, Outcome) else self._responses
+                kept: dict[str, Any] | None = known.get(each.plan_id)
+                if kept is not None:
+                    kept[each.request_id] = each
+                    self._arrived[each.plan_id].set()
 
 
 class OutcomeInbox:
@@ -158,11 +185,15 @@ class OutcomeInbox:
         else:
             os.environ[ADDRESS_VARIABLE] = self._before
 
-    def drain_into(self, outcomes: dict[str, dict[str, Outcome]]) -> None:
-        """Take every message there is, without waiting, into `outcomes` by plan and the engine's id of the sample."""
+    def drain_into(self, outcomes: dict[str, dict[str, Outcome]], responses: dict[str, dict[str, Response]]) -> None:
+        """Take every message there is, without waiting, into these by plan and the engine's id of the sample."""
         while self._socket.poll(0):
-            outcome = Outcome.from_json(self._socket.recv())
-            outcomes.setdefault(outcome.plan_id, {})[outcome.request_id] = outcome
+            report = report_from_json(self._socket.recv())
+            if isinstance(report, Outcome):
+                outcomes.setdefault(report.plan_id, {})[report.request_id] = report
+            else:
+                for response in report:
+                    responses.setdefault(response.plan_id, {})[response.request_id] = response
 
 
 def sample_of(request_id: str) -> int:

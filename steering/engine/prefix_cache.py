@@ -80,8 +80,11 @@ class SteeringScheduler:
     Attributes:
         edits: names of the edits this engine has, by bundle digest.
         gates: categories of the gates this engine has, by bundle digest and profile.
+        responses: digests of the bundles that have a response probe.
         is_capturing: requests may ask for their residuals.
     """
+
+    responses: frozenset[str] = frozenset()
 
     is_capturing: bool = False
     edits: dict[str, frozenset[str]]
@@ -145,8 +148,10 @@ class SteeringScheduler:
         if plan is None:
             return None
         plan.end_of_prompt(request.num_prompt_tokens)
+        if plan.response and plan.bundle not in self.responses:
+            raise UnknownName(f"bundle {plan.bundle} has no response probe; those that do: {sorted(self.responses)}")
         if plan.gate is None:
-            if plan.edit not in self.edits.get(plan.bundle, ()):
+            if plan.edit is not None and plan.edit not in self.edits.get(plan.bundle, ()):
                 raise UnknownName(f"no edit {plan.edit!r} of bundle {plan.bundle}; loaded: {sorted(self.edits)}")
         else:
             categories = self.gates.get((plan.bundle, plan.gate.profile))
@@ -200,6 +205,7 @@ def make_scheduler(*, vllm_config: VllmConfig, **arguments: Any) -> Any:
         if profile.gate is not None
     }
     is_capturing = options is not None and options.capture is not None
-    made = {"edits": edits, "gates": gates, "is_capturing": is_capturing}
+    responses = frozenset(bundle.digest for bundle in bundles if bundle.manifest.response is not None)
+    made = {"edits": edits, "gates": gates, "responses": responses, "is_capturing": is_capturing}
     scheduler_class = type(f"Steering{base.__name__}", (SteeringScheduler, base), made)
     return scheduler_class(vllm_config=vllm_config, **arguments)

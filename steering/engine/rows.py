@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from steering.engine import kernels
-from steering.engine.bank import Bank, BankedGate
-from steering.engine.kernels import ROW_WIDTH, Latch
+from steering.engine.bank import Bank, BankedGate, BankedResponse
+from steering.engine.kernels import PLACE, RESPONSE, ROW_WIDTH, Latch
 from steering.engine.uploads import MapUpload, RowUpload
 from steering.errors import CapacityExceeded, UnknownName
 from steering.gate import log_odds, probabilities
-from steering.plan import Decision, Outcome, Plan, Scope
+from steering.manifest import MAX_RESPONSE_TOKENS
+from steering.plan import Decision, Outcome, Plan, Response, Scope
 
 _NEVER = np.iinfo(np.int64).max // 2
 """First edited position of row 0."""
@@ -30,12 +32,19 @@ _NEVER = np.iinfo(np.int64).max // 2
 _DECISIONS = {Latch.REFUSE: Decision.REFUSE, Latch.COMPLY: Decision.COMPLY, Latch.ABSTAIN: Decision.ABSTAIN}
 
 
+def _no_scores() -> NDArray[np.float32]:
+    return np.full(MAX_RESPONSE_TOKENS, np.nan, dtype=np.float32)
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Steered:
-    """A steered request that is known, running or preempted.
+    """A request with a plan that is known, running or preempted.
 
     Attributes:
-        gate: the gate that decides; None for a plan that names its edit.
+        gate: the gate that decides; None for a plan that names its edit or only observes.
+        response: the probe that reads its answer; None for none.
+        scores: what that probe has read, by generated token; NaN where the host knows nothing yet.
+        is_over: it was only observed, and the probe has read all it reads.
         row: 0 while it waits after a preemption.
         is_due: its last prompt token has been in a step, whose forward pass decides or applies.
         latched: [W] its row as the gate left it, once the host knows; survives preemption.
@@ -46,10 +55,25 @@ class Steered:
     plan: Plan
     prompt_length: int
     gate: BankedGate | None = None
+    response: BankedResponse | None = None
+    scores: NDArray[np.float32] = field(default_factory=_no_scores)
+    is_over: bool = False
     row: int = 0
     is_due: bool = False
     latched: NDArray[np.float32] | None = None
     reading: Future[None] | None = None
+
+
+class Due(NamedTuple):
+    """What a step's forward pass makes known once it has run.
+
+    Attributes:
+        outcomes: requests whose last prompt token is in the step.
+        responses: requests of whose first generated tokens one is in the step.
+    """
+
+    outcomes: list[Steered]
+    responses: list[Steered]
 
 
 class Rows:
@@ -64,7 +88,7 @@ class Rows:
     Attributes:
         rows: [S, W] float32, laid out as `kernels` says. The host writes a row when a request takes it, the gate of
             that row once after that.
-        token_rows: [tokens + 2] int32; the last two entries are the numbers of steered and of deciding tokens of the
+        token_rows: [tokens + 2] int32; the last two entries are the numbers of touched and of deciding tokens of the
             step, kept on the CPU only, where the op reads them to leave at once.
     """
 
@@ -83,6 +107,10 @@ class Rows:
         self._changed: set[int] = set()
         self._waiting: dict[str, Steered] = {}
         """Running requests whose last prompt token has not been in a step yet."""
+        self._observing: dict[str, Steered] = {}
+        """Running requests whose response probe has not read all it reads."""
+        self._over: list[str] = []
+        """Requests that were only observed until the last step, and have a row still."""
         self._written = 0
         """Leading entries of `token_rows` that may differ from 0."""
 
@@ -96,33 +124,41 @@ class Rows:
 
         Args:
             request_id: the engine's id of the sample.
-            plan: what to do; its edit or gate must be in the bank.
+            plan: what to do; its edit, gate or response probe must be in the bank.
             prompt_length: number of prompt tokens, without tokens generated before a preemption.
 
         Raises:
-            UnknownName: the edit or gate is not in the bank.
+            UnknownName: the edit, gate or response probe is not in the bank.
             CapacityExceeded: no row is free; cannot happen while vLLM keeps to `max_num_seqs`.
         """
         known = self._requests.get(request_id)
-        if known is not None and known.row:
+        if known is not None and (known.row or known.is_over):
             return
         gate = None if plan.gate is None else self._bank.gate(bundle=plan.bundle, profile=plan.gate.profile)
-        steered = known or Steered(request_id=request_id, plan=plan, prompt_length=prompt_length, gate=gate)
+        response = self._bank.response(bundle=plan.bundle) if plan.response else None
+        steered = known or Steered(
+            request_id=request_id, plan=plan, prompt_length=prompt_length, gate=gate, response=response
+        )
         if steered.reading is not None:
             # Preempted before the host had read what the gate decided: rare, and the only wait.
             steered.reading.result()
         values = steered.latched if steered.latched is not None else self._initial(plan, gate)
+        values[RESPONSE] = 0 if response is None else response.number
+        values[RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS] = np.nan
         if not self._free:
             raise CapacityExceeded(f"all {self.capacity} rows are in use")
         row = self._free.pop()
         steered.row = row
         self._requests[request_id] = steered
         self._row_of[request_id] = row
-        self._first_edited[row] = 0 if plan.scope is Scope.ALL else prompt_length - 1
+        first_edited = 0 if plan.scope is Scope.ALL else prompt_length - 1
+        self._first_edited[row] = first_edited if plan.is_steering else _NEVER
         self._host_rows[row] = values
         self._changed.add(row)
-        if not steered.is_due:
+        if plan.is_steering and not steered.is_due:
             self._waiting[request_id] = steered
+        if response is not None:
+            self._observing[request_id] = steered
 
     def resume(self, request_id: str) -> None:
         """Take a row again for a request that was preempted; does nothing for an unsteered one."""
@@ -137,15 +173,14 @@ class Rows:
             self._free.append(self._row_of.pop(request_id))
             steered.row = 0
             self._waiting.pop(request_id, None)
+            self._observing.pop(request_id, None)
 
     def remove(self, request_id: str) -> None:
         """Forget a request that finished; does nothing for an unsteered one."""
         self.preempt(request_id)
         self._requests.pop(request_id, None)
 
-    def write_step(
-        self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
-    ) -> list[Steered]:
+    def write_step(self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]) -> Due:
         """Write the row of every token of the next step.
 
         Positions decide, never phases: a token is edited when its position is at or after the request's first edited
@@ -157,25 +192,28 @@ class Rows:
             computed: [B] tokens of each request computed before it: the position of its first token.
 
         Returns:
-            Requests whose last prompt token is in this step: their outcomes are true once its forward pass has run.
+            What is true once the step's forward pass has run.
         """
+        while self._over:
+            self._give_back(self._over.pop())
         if not self._row_of:
             self._clear()
-            return []
+            return Due([], [])
         of_request = np.fromiter(
             (self._row_of.get(request_id, 0) for request_id in request_ids), dtype=np.int64, count=len(request_ids)
         )
         if not of_request.any():
             self._clear()
-            return []
+            return Due([], [])
         untouched = np.clip(self._first_edited[of_request] - computed, 0, tokens)
         runs = np.empty(2 * len(of_request), dtype=np.int64)
         runs[0::2], runs[1::2] = untouched, tokens - untouched
         values = np.zeros_like(runs)
         values[1::2] = of_request
-        steered_tokens = int(runs[1::2][of_request > 0].sum())
+        touched = int(runs[1::2][of_request > 0].sum())
         total = int(runs.sum())
         due, deciding = self._due(request_ids, tokens, computed) if self._waiting else ([], [])
+        observed = self._observed(request_ids, tokens, computed) if self._observing else {}
         if self._changed:
             self._rows_upload.send(sorted(self._changed), self._host_rows)
             self._changed.clear()
@@ -184,10 +222,15 @@ class Rows:
         target[:total] = np.repeat(values, runs)
         target[total:length] = 0
         target[deciding] = -target[deciding]
-        target[-2], target[-1] = steered_tokens, len(deciding)
+        responses = []
+        for steered, (place, start, count) in observed.items():
+            target[start : start + count] = steered.row | (np.arange(place, place + count, dtype=np.int32) << PLACE)
+            touched += count
+            responses.append(steered)
+        target[-2], target[-1] = touched, len(deciding)
         self._tokens_upload.send(length)
         self._written = total
-        return due
+        return Due(due, responses)
 
     def outcome(self, steered: Steered, row: NDArray[np.float32]) -> Outcome:
         """What came of a due request, once its forward pass has run; its latch is kept for a later preemption.
@@ -218,6 +261,24 @@ class Rows:
             scores=probabilities(scores, gate.categories),
         )
 
+    def response(self, steered: Steered, row: NDArray[np.float32]) -> Response | None:
+        """What the response probe has read of an observed request so far; None where it was nothing finite.
+
+        Arguments are those of `outcome`.
+        """
+        fresh = row[RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS]
+        # Not all that was read before a preemption is read again: it may come back from the prefix cache.
+        steered.scores = np.where(np.isfinite(fresh), fresh, steered.scores)
+        known = steered.scores[np.isfinite(steered.scores)]
+        if not len(known):
+            return None
+        return Response(
+            plan_id=steered.plan.id,
+            request_id=steered.request_id,
+            tokens=len(known),
+            score=float(known.mean(dtype=np.float64)),
+        )
+
     @staticmethod
     def _reported(
         steered: Steered, *, is_applied: bool = False, edit: str | None = None, strength: float = 0.0, **facts: object
@@ -235,6 +296,8 @@ class Rows:
     def _initial(self, plan: Plan, gate: BankedGate | None) -> NDArray[np.float32]:
         """[W] the row of a request on which no gate has decided yet."""
         row = np.zeros(ROW_WIDTH, dtype=np.float32)
+        if not plan.is_steering:
+            return row
         if gate is None or plan.gate is None:
             assert plan.edit is not None
             row[kernels.EDIT] = self._bank.number(bundle=plan.bundle, edit=plan.edit)
@@ -261,6 +324,35 @@ class Rows:
             target[-2:] = 0
             self._tokens_upload.send(self._written)
             self._written = 0
+
+    def _give_back(self, request_id: str) -> None:
+        """Take the row of a request that is over; it stays known, so that it is not observed once more."""
+        steered = self._requests.get(request_id)
+        if steered is not None:
+            steered.is_over = True
+            self.preempt(request_id)
+
+    def _observed(
+        self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
+    ) -> dict[Steered, tuple[int, int, int]]:
+        """Requests of whose first generated tokens some are in this step: which generated token the first of them is,
+        counted from 1, its place in the step, and how many they are.
+        """
+        found = {}
+        starts = np.cumsum(tokens) - tokens
+        for request_id, start, first, count in zip(request_ids, starts, computed, tokens, strict=True):
+            steered = self._observing.get(request_id)
+            if steered is None or steered.response is None:
+                continue
+            begin, end = steered.prompt_length, steered.prompt_length + steered.response.tokens
+            low, high = max(begin, int(first)), min(end, int(first + count))
+            if low < high:
+                found[steered] = (low - begin + 1, int(start) + low - int(first), high - low)
+            if first + count >= end:
+                del self._observing[request_id]
+                if not steered.plan.is_steering:
+                    self._over.append(request_id)
+        return found
 
     def _due(
         self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]

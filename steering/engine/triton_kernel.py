@@ -15,7 +15,7 @@ FLOATS_PER_WARP = 1024
 """One warp per 1,024 columns (32 lanes × 32 registers): the whole row of x and the running sum stay in registers."""
 
 
-PITCH: tl.constexpr = tl.constexpr(28)
+PITCH: tl.constexpr = tl.constexpr(36)
 """`kernels.ROW_WIDTH`. Offsets below are those of `kernels`; a jitted function sees constants of its own module."""
 
 
@@ -72,6 +72,17 @@ def decide(x, columns, inside, row, table, WIDTH: tl.constexpr):  # type: ignore
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def observe(x, columns, inside, row, place, table, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the score of the response probe of `row` for one token, if it reads at this layer."""
+    probe = tl.load(row + 27).to(tl.int64)
+    head = table + probe * (2 * WIDTH + 8) + 2 * WIDTH
+    if (probe != 0) & (tl.load(head + 5) != 0.0):
+        term = table + tl.load(head + 4).to(tl.int64) * (2 * WIDTH + 8)
+        weight = tl.load(term + columns, mask=inside, other=0.0)
+        tl.store(row + 27 + place, tl.sum(x * weight, axis=0) + tl.load(term + 2 * WIDTH + 1))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def edit_kernel(  # type: ignore[no-untyped-def]
     hidden,
     residual,
@@ -87,15 +98,19 @@ def edit_kernel(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     number = tl.load(token_rows + token)
     if number != 0:
-        row = rows + tl.abs(number).to(tl.int64) * PITCH
+        place = tl.abs(number) >> 24
+        row = rows + (tl.abs(number) & 0xFFFFFF).to(tl.int64) * PITCH
         columns = tl.arange(0, BLOCK)
         inside = columns < WIDTH
         edit = tl.load(row)
         strength = tl.load(row + 1)
-        if number < 0:
+        if (number < 0) | (place > 0):
             x = tl.load(hidden + token * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
             x += tl.load(residual + token * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
-            edit, strength = decide(x, columns, inside, row, table, WIDTH)
+            if number < 0:
+                edit, strength = decide(x, columns, inside, row, table, WIDTH)
+            else:
+                observe(x, columns, inside, row, place, table, WIDTH)
         head = table + edit.to(tl.int64) * (2 * WIDTH + 8) + 2 * WIDTH
         count = tl.load(head + 3).to(tl.int32)
         if count != 0:

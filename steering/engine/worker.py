@@ -63,7 +63,8 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
 
         Returns:
             version: of the plugin; architecture; runner: "v1" or "v2"; hidden_size; layers: that carry the op;
-            bundles: edit names by digest; gates: profiles with a gate by digest; rows: capacity; live: steered requests
+            bundles: edit names by digest; gates: profiles with a gate by digest; responses: tokens that the
+            response probe reads by digest; rows: capacity; live: steered requests
             now; witness: layers whose op has edited a token since the last `steering_clear_witness`; captured: layers
             that are captured. Layers, bundles and gates are empty when nothing is armed.
         """
@@ -77,6 +78,7 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
             "layers": [],
             "bundles": {},
             "gates": {},
+            "responses": {},
             "rows": 0,
             "live": 0,
             "witness": [],
@@ -87,6 +89,7 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
                 "layers": list(steering.layers),
                 "bundles": steering.bank.bundles,
                 "gates": steering.bank.gates,
+                "responses": steering.bank.responses,
                 "rows": steering.rows.capacity,
                 "live": steering.rows.live,
                 "witness": steering.bank.witness(),

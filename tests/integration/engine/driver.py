@@ -28,7 +28,7 @@ DEADLINE = 500.0
 class Ask:
     """One request: `edit` and `gate` None is unsteered; `plan_text` overrides what the other fields would give.
 
-    `gate` holds the fields of a `GateOrder`.
+    `gate` holds the fields of a `GateOrder`; `response` has the bundle's response probe read the answer.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +39,7 @@ class Ask:
     scope: str = "generated"
     samples: int = 1
     plan_text: str | None = None
+    response: bool = False
 
 
 @dataclass(kw_only=True)
@@ -74,11 +75,14 @@ class Got:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Answers and engine steps by round, outcomes the worker sent, the worker's report, and preemptions."""
+    """Answers and engine steps by round, outcomes the worker sent, what its response probe read ([plan, request,
+    tokens, score] each), the worker's report, and preemptions.
+    """
 
     rounds: list[list[Got]]
     steps: list[int]
     outcomes: list[dict[str, Any]]
+    responses: list[list[Any]]
     report: dict[str, Any]
     preemptions: int
 
@@ -280,13 +284,24 @@ def _run(question: Path, listener: Any) -> Result:
         for number, round_ in enumerate(rounds):
             played.append(_ask(engine, round_, digest, number))
             steps.append(_steps(engine))
-        outcomes = []
+        outcomes, responses = [], []
         while listener.poll(200):
-            outcomes.append(json.loads(listener.recv()))
+            message = json.loads(listener.recv())
+            if "responses" in message:
+                responses += message["responses"]
+            else:
+                outcomes.append(message)
         preemptions = sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
         report = engine.collective_rpc("steering_report")[0] if steering else {}
         taken = [after - before for before, after in itertools.pairwise(steps)]
-        return Result(rounds=played, steps=taken, outcomes=outcomes, report=report, preemptions=int(preemptions))
+        return Result(
+            rounds=played,
+            steps=taken,
+            outcomes=outcomes,
+            responses=responses,
+            report=report,
+            preemptions=int(preemptions),
+        )
     finally:
         engine.llm_engine.engine_core.shutdown()
         del engine
@@ -319,7 +334,7 @@ def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> 
     parameters = []
     for number, ask in enumerate(round_):
         text = ask.plan_text
-        if ask.edit is not None or ask.gate is not None:
+        if ask.edit is not None or ask.gate is not None or ask.response:
             text = Plan(
                 id=f"{round_number}-{number}",
                 bundle=digest,
@@ -327,6 +342,7 @@ def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> 
                 gate=None if ask.gate is None else GateOrder(**ask.gate),
                 strength=ask.strength,
                 scope=Scope(ask.scope),
+                response=ask.response,
             ).to_json()
         parameters.append(
             SamplingParams(

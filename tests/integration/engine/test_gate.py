@@ -16,12 +16,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from steering.bundle import Bundle, save_bundle
+from steering.engine.outcomes import sample_of
 from steering.gate import rule
 from steering.plan import Decision, GateOrder
+from steering.response import response_score
 from tests.integration.engine.checks import check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
 from tests.integration.engine.driver import Ask, Result, Scenario, play
-from tests.samples import random_probe, with_gates
+from tests.samples import random_probe, with_gates, with_response
 from tests.tiny_models import WIDTH
 
 CATEGORIES = ("one", "two", "three")
@@ -43,9 +45,14 @@ CROWDED: dict[str, Any] = {
 }
 
 
+RESPONSE_TOKENS = 4
+
+
 @dataclass(frozen=True)
 class Gated:
-    """A tiny model whose bundle has two gates: `gate` at layer 1, before that layer's edits, and `late` at layer 2."""
+    """A tiny model whose bundle has two gates: `gate` at layer 1, before that layer's edits, and `late` at layer 2; and
+    a response probe, at layer 2 as well.
+    """
 
     tiny: Tiny
     bundle: Bundle
@@ -78,7 +85,10 @@ def gated(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory)
         for name, layer in (("gate", 1), ("late", 2))
     }
     gates = {"gate": (probes["gate"], *SIDES), "late": (probes["late"], *LATE)}
+    response = random_probe("response", layer=2, categories=(), width=WIDTH, seed=7, scale=1.5)
     manifest = with_gates({**model.bundle.manifest.model_dump(), "name": "tiny-gated"}, gates)
+    manifest = with_response(manifest, response, RESPONSE_TOKENS)
+    probes["response"] = response
     manifest.pop("tensors_digest")
     for record in manifest["edits"]:
         record["purpose"] = "control"
@@ -115,8 +125,39 @@ def crowd(gated: Gated, count: int) -> list[Ask]:
         Ask(prompt=prompts[5], count=count, gate={**order, "categories": ("three",)}),
         Ask(prompt=prompts[6], count=count, edit="add everywhere", scope="all"),
         Ask(prompt=prompts[7], count=count),
+        # Observed only, and twice; edits of either scope, observed as well.
+        Ask(prompt=prompts[8], count=count, response=True),
+        Ask(prompt=prompts[1], count=count, response=True, samples=2),
+        Ask(prompt=prompts[2], count=count, edit="several terms", response=True),
+        Ask(prompt=prompts[4], count=3, edit="add everywhere", scope="all", response=True),
+        Ask(prompt=prompts[9], count=1, response=True),
     ]
-    return asks
+    return [replace(ask, response=True) if ask.gate and number % 3 == 0 else ask for number, ask in enumerate(asks)]
+
+
+def check_responses(gated: Gated, asks: Sequence[Ask], result: Result, round_number: int) -> None:
+    """The last that was told of each sample is the reference's score of the tokens that were fed back."""
+    probe = gated.bundle.probes["response"]
+    told: dict[str, dict[str, tuple[int, float]]] = {}
+    for plan, request, tokens, score in result.responses:
+        told.setdefault(plan, {})[request] = (tokens, score)
+    for number, ask in enumerate(asks):
+        found = told.get(f"{round_number}-{number}", {})
+        expected, answers = gated.expected(ask), result.rounds[round_number][number].tokens
+        assert len(found) == (ask.samples if ask.response and ask.count > 1 else 0)
+        for request, (tokens, score) in found.items():
+            answer = answers[sample_of(request)]
+            # An engine that schedules ahead has fed back the last token, too.
+            assert min(RESPONSE_TOKENS, ask.count - 1) <= tokens <= min(RESPONSE_TOKENS, ask.count)
+            residuals = gated.tiny.oracle.residuals(
+                ask.prompt,
+                [*ask.prompt, *answer[:tokens]],
+                probe.layer,
+                edit=expected.edit,
+                strength=expected.strength,
+                scope=expected.scope,
+            )
+            assert score == pytest.approx(response_score(probe, residuals[1:], RESPONSE_TOKENS), abs=1e-3)
 
 
 def check_outcomes(gated: Gated, asks: Sequence[Ask], outcomes: Sequence[dict[str, Any]], round_number: int) -> None:
@@ -168,6 +209,14 @@ class TestGate:
         check_outcomes(gated, asks, result.outcomes, 0)
         assert {outcome["decision"] for outcome in result.outcomes} == {*Decision, None}
 
+    def test_the_response_probe_reads_what_the_oracle_does(
+        self, gated: Gated, crowded: tuple[list[Ask], Result]
+    ) -> None:
+        """The first generated tokens, before the edit of the probe's layer, also where nothing is edited."""
+        asks, result = crowded
+        check_responses(gated, asks, result, 0)
+        assert len({request for _, request, _, _ in result.responses}) >= 10
+
     def test_a_prompt_from_the_cache_is_decided_alike(self, gated: Gated, crowded: tuple[list[Ask], Result]) -> None:
         """Asked again alone, all full blocks of the prompt come from the cache, and the gate is not blind."""
         asks, result = crowded
@@ -185,6 +234,7 @@ class TestGate:
     def test_no_row_is_left_behind(self, crowded: tuple[list[Ask], Result]) -> None:
         """Nothing is kept of requests that ended."""
         assert crowded[1].report["live"] == 0
+        assert list(crowded[1].report["responses"].values()) == [RESPONSE_TOKENS]
         assert list(crowded[1].report["gates"].values()) == [["gate", "late"]]
 
 
@@ -228,7 +278,7 @@ def _with_a_token_of_nan(model: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("how", ["v2", "compiled"])
 def test_gates_on_the_other_runner_and_compiled(gated: Gated, how: str, tmp_path: Path) -> None:
     """Model Runner V2 with the Triton kernel, interpreted; V1 under torch.compile: decisions, answers, preemption."""
-    asks = [replace(ask, count=6) for ask in crowd(gated, 6) if len(ask.prompt) <= 70][3:]
+    asks = [replace(ask, count=min(ask.count, 6)) for ask in crowd(gated, 6) if len(ask.prompt) <= 70][3:]
     is_v2 = how == "v2"
     scenario = Scenario(
         model=str(gated.tiny.model),
@@ -248,5 +298,7 @@ def test_gates_on_the_other_runner_and_compiled(gated: Gated, how: str, tmp_path
     result = play(scenario, tmp_path, fresh=not is_v2)
     assert result.preemptions > 0
     assert result.report["runner"] == ("v2" if is_v2 else "v1")
+    check_responses(gated, asks, result, 0)
+    assert result.responses
     check_against_oracle(gated.tiny.oracle, [gated.expected(ask) for ask in asks], result.rounds[0])
     check_outcomes(gated, asks, result.outcomes, 0)

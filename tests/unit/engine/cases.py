@@ -18,6 +18,7 @@ from steering.engine.bank import Bank
 from steering.engine.kernels import Latch
 from steering.engine.rows import Rows
 from steering.gate import Probe, Ruling, rule
+from steering.manifest import MAX_RESPONSE_TOKENS
 from steering.plan import Decision, Plan
 from steering.terms import Edit, delta
 from tests.samples import bundle_in_memory, gate_plan, plan_for, random_edit, random_probe
@@ -32,10 +33,11 @@ class Case:
     """Arguments of one call of the op, and the exact result.
 
     Attributes:
-        arguments: hidden [T, D], residual [T, D], token_rows [M + 2], rows [S, 28], table [N, 2D + 8].
+        arguments: hidden [T, D], residual [T, D], token_rows [M + 2], rows [S, 36], table [N, 2D + 8].
         before: a copy of hidden.
         expected: [T, D] float32, hidden + strength · Σ ( gain · <hidden + residual, q> + bias ) · p, not rounded yet.
         is_touched: [T] bool, tokens whose edit has terms at this layer.
+        observed: by row, what the response probe writes: [8] scores, NaN where it reads nothing.
         latches: by row, what its gate writes: edit, strength, state, category and scores; the last three are None where
             the gate reads at another layer.
     """
@@ -44,6 +46,7 @@ class Case:
     before: Tensor
     expected: Tensor
     is_touched: Tensor
+    observed: dict[int, Tensor]
     latches: dict[int, tuple[int, float, int | None, int | None, Tensor | None]]
 
     @property
@@ -54,7 +57,8 @@ class Case:
 
 def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: bool = False) -> Case:
     """A mixed batch: untouched tokens, several edits of ranks 1 to 8, one without terms at this layer, several rows,
-    and gates that decide at this layer or at another, with every kind of order, on residuals of which some are NaN.
+    gates that decide at this layer or at another, with every kind of order, on residuals of which some are NaN, and a
+    response probe that reads at this layer or at another.
     """
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +77,8 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
             {category: draw.choice(offered) for category in half} for half in (CATEGORIES[:2], CATEGORIES[1:])
         )
         gates[name] = (probe, refuse, comply)
-    bundle = bundle_in_memory(edits, width=width, gates=gates)
+    reader = random_probe("response", layer=draw.choice([LAYER, 1]), categories=(), width=width, seed=seed, scale=5.0)
+    bundle = bundle_in_memory(edits, width=width, gates=gates, response=(reader, MAX_RESPONSE_TOKENS))
     bank = Bank(layers=(LAYER, 1), width=width, terms=48, device=torch.device("cpu"))
     bank.load(bundle)
     tokens = draw.randint(1, 24)
@@ -86,6 +91,9 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
             places = (of_token == number).nonzero().squeeze(1)
             of_token[places] = 0
             of_token[places[:1]] = -number
+        elif plan.response:
+            places = (of_token == number).nonzero().squeeze(1)[:MAX_RESPONSE_TOKENS]
+            of_token[places] += torch.arange(1, len(places) + 1, dtype=torch.int32) << kernels.PLACE
     assert [rows._row_of[str(number)] for number in range(1, len(plans) + 1)] == list(range(1, len(plans) + 1))
     rows.rows[: len(plans) + 1] = torch.from_numpy(rows._host_rows[: len(plans) + 1])
     rows.token_rows[:tokens] = of_token
@@ -100,9 +108,13 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
     x, expected = hidden.float() + residual.float(), hidden.float().clone()
     is_touched = torch.zeros(tokens, dtype=torch.bool)
     latches = {}
-    for token, signed in enumerate(of_token.tolist()):
-        if not signed:
+    observed = {number: torch.full((8,), torch.nan) for number, plan in enumerate(plans, start=1) if plan.response}
+    for token, entry in enumerate(of_token.tolist()):
+        if not entry:
             continue
+        place, signed = (entry >> kernels.PLACE, entry % (1 << kernels.PLACE)) if entry > 0 else (0, entry)
+        if place and reader.layer == LAYER:
+            observed[signed][place - 1] = reader.logits(x[token])[0]
         name, strength = _chosen(bundle, plans[abs(signed) - 1], x[token])
         for terms in edits[name].layers if name else ():
             if terms.layer == LAYER:
@@ -115,14 +127,18 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
         before=hidden.clone(),
         expected=expected,
         is_touched=is_touched,
+        observed=observed,
         latches=latches,
     )
 
 
 def _random_plan(draw: random.Random, edits: list[str]) -> Plan:
     strength = draw.choice([1.0, 0.5, draw.uniform(0.1, 3)])
-    if draw.random() < 0.5:
-        return plan_for(draw.choice(edits), strength=draw.choice([strength, -strength]))
+    if draw.random() < 0.2:
+        return plan_for(None, response=True)
+    if draw.random() < 0.6:
+        response = draw.random() < 0.5
+        return plan_for(draw.choice(edits), strength=draw.choice([strength, -strength]), response=response)
     low, high = sorted(draw.choice([0.0, 0.2, 0.5, 0.8, 1.0]) for _ in range(2))
     return gate_plan(
         draw.choice(["here", "here", "here", "above"]),
@@ -177,8 +193,8 @@ def _latch(
 
 
 def check(case: Case, name: str, *, units: float = 0.5) -> None:
-    """After the op ran: touched tokens are the float32 result rounded once, others have every bit they had, and each
-    gate of this layer has latched what the reference decides.
+    """After the op ran: touched tokens are the float32 result rounded once, others have every bit they had, each gate
+    of this layer has latched what the reference decides, and the response probe has written what it reads.
 
     Args:
         case: after the op ran on its arguments.
@@ -201,6 +217,9 @@ def check(case: Case, name: str, *, units: float = 0.5) -> None:
         assert not bool(same[case.is_touched].all()), f"{name}: nothing was edited"
     witness = case.arguments[4][0, 2 * hidden.shape[1] + kernels.FIRST].item()
     assert witness == float(bool(case.is_touched.any())), f"{name}: witness {witness}"
+    for row, expected in case.observed.items():
+        cells = case.arguments[3][row][kernels.RESPONSE + 1 :]
+        assert torch.allclose(cells, expected, atol=1e-4, equal_nan=True), f"{name}: row {row} observed {cells}"
     for row, (edit, strength, state, category, logits) in case.latches.items():
         found = case.arguments[3][row]
         assert int(found[kernels.EDIT]) == edit, f"{name}: row {row} latched another edit"
@@ -230,7 +249,7 @@ def judge_capture(seed: int, dtype: torch.dtype, width: int, *, is_strided: bool
 
 def main() -> int:
     """Judge the Triton kernel over every dtype, contiguous and not, at widths that are and are not powers of two."""
-    judged = decided = captured = 0
+    judged = decided = captured = observed = 0
     # Triton's interpreter cuts float32 off to bfloat16 (triton 3.9, `_convert_float`); compiled code rounds (cvt.rn).
     units = {torch.bfloat16: 1.0}
     for dtype_name, dtype in DTYPES.items():
@@ -246,8 +265,9 @@ def main() -> int:
                     )
                     judged += int(case.is_touched.sum())
                     decided += len(case.latches)
+                    observed += sum(int(scores.isfinite().sum()) for scores in case.observed.values())
                     captured += judge_capture(seed, dtype, width, is_strided=is_strided)
-    sys.stdout.write(f"captured: {captured}, decided: {decided}, tokens judged: {judged}\n")
+    sys.stdout.write(f"captured: {captured}, observed: {observed}, decided: {decided}, tokens judged: {judged}\n")
     return 0
 
 

@@ -67,11 +67,11 @@ def test_schema_fake_and_functionalisation_hold(seed: int) -> None:
     """Torch's own check: the schema's claim of what is written is true, fake tensors and AOT dispatch agree.
 
     The witness cell and the latch are written too and left out of the schema on purpose (see `kernels`); here the
-    witness is set before the check, and no gate decides, so that the op leaves both as they are.
+    witness is set before the check, no gate decides and no probe observes, so that the op leaves both as they are.
     """
     case = random_case(seed, dtype=torch.float32)
     case.arguments[4][0, 2 * 48 + kernels.FIRST] = 1.0
-    case.arguments[2][:-2].abs_()
+    case.arguments[2][:-2].abs_().bitwise_and_((1 << kernels.PLACE) - 1)
     case.arguments[2][-1] = 0
     torch.library.opcheck(torch.ops.trimtab.edit.default, case.arguments)
 
@@ -85,7 +85,8 @@ def test_compiled_code_around_the_op_gives_the_same(dtype: torch.dtype) -> None:
         torch.ops.trimtab.edit(hidden, residual, token_rows, rows, table)
         return hidden + residual
 
-    case = random_case(5, dtype=dtype)
+    case = random_case(2, dtype=dtype)
+    case.arguments[1].nan_to_num_()  # so that equal is equal
     eager = block(*case.arguments)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
     assert torch.equal(compiled(*case.arguments), eager)

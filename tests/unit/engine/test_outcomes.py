@@ -12,7 +12,7 @@ import pytest
 
 from steering.engine.outcomes import ADDRESS_VARIABLE, OutcomeListener, OutcomeSender
 from steering.errors import EditNotApplied
-from steering.plan import Decision, Outcome, Scope
+from steering.plan import Decision, Outcome, Response, Scope, responses_to_json
 
 
 def outcome(plan: str, sample: str = "r", *, applied: bool = True, error: str = "") -> Outcome:
@@ -46,20 +46,20 @@ def sender(listener: OutcomeListener) -> OutcomeSender:
 async def test_an_outcome_arrives_as_it_was_sent(listener: OutcomeListener, sender: OutcomeSender) -> None:
     """One message, one sample, every field."""
     listener.expect("p")
-    sender.send(outcome("p"))
+    sender.send(outcome("p").to_json())
     assert await listener.wait("p", 1, 5.0) == [outcome("p")]
 
 
 async def test_waiting_may_begin_before_or_after_the_message(listener: OutcomeListener, sender: OutcomeSender) -> None:
     """The gateway asks when it has the first token; the outcome may be there already, or not yet."""
     listener.expect("early")
-    sender.send(outcome("early"))
+    sender.send(outcome("early").to_json())
     await asyncio.sleep(0.1)
     assert await listener.wait("early", 1, 0.01) == [outcome("early")]
     waiting = asyncio.create_task(listener.wait("late", 1, 5.0))
     await asyncio.sleep(0.05)
     assert not waiting.done()
-    sender.send(outcome("late"))
+    sender.send(outcome("late").to_json())
     assert await waiting == [outcome("late")]
 
 
@@ -68,10 +68,10 @@ async def test_all_samples_of_a_request_must_be_confirmed(listener: OutcomeListe
     listener.expect("p")
     listener.expect("q")
     for plan, sample in (("p", "0_r"), ("q", "r"), ("p", "1_r")):
-        sender.send(outcome(plan, sample))
+        sender.send(outcome(plan, sample).to_json())
     with pytest.raises(EditNotApplied, match=r"confirmed 2 of 3 edits within 0\.2 s"):
         await listener.wait("p", 3, 0.2)
-    sender.send(outcome("p", "2_r"))
+    sender.send(outcome("p", "2_r").to_json())
     assert {each.request_id for each in await listener.wait("p", 3, 5.0)} == {"0_r", "1_r", "2_r"}
     assert await listener.wait("q", 1, 5.0) == [outcome("q")]
 
@@ -80,7 +80,7 @@ async def test_a_sample_reported_twice_counts_once(listener: OutcomeListener, se
     """A sample that was preempted may be reported again; that confirms nothing about its sibling."""
     listener.expect("p")
     for _ in range(2):
-        sender.send(outcome("p", "0_r"))
+        sender.send(outcome("p", "0_r").to_json())
     with pytest.raises(EditNotApplied, match="confirmed 1 of 2"):
         await listener.wait("p", 2, 0.2)
 
@@ -96,7 +96,7 @@ async def test_an_edit_that_was_not_applied_withholds_the_answer(
 ) -> None:
     """A worker that says no is believed, with its reason."""
     listener.expect("p")
-    sender.send(outcome("p", applied=False, error="no row"))
+    sender.send(outcome("p", applied=False, error="no row").to_json())
     with pytest.raises(EditNotApplied, match="did not apply edit 'e': no row"):
         await listener.wait("p", 1, 5.0)
 
@@ -105,7 +105,7 @@ async def test_an_abstention_is_an_outcome_and_no_failure(listener: OutcomeListe
     """A gate that edits nothing has done what was planned; only an outcome with an error withholds the answer."""
     listener.expect("p")
     sent = replace(outcome("p", applied=False), edit=None, strength=0.0, decision=Decision.ABSTAIN, category="c")
-    sender.send(sent)
+    sender.send(sent.to_json())
     assert await listener.wait("p", 1, 5.0) == [sent]
 
 
@@ -115,7 +115,7 @@ async def test_a_message_that_cannot_be_read_stops_no_other(listener: OutcomeLis
     assert sender._socket is not None
     for broken in (b"\xff", b"[]", b"{}", b"null", b'{"scope": "generated", "decision": 5, "scores": null}'):
         sender._socket.send(broken)
-    sender.send(outcome("p"))
+    sender.send(outcome("p").to_json())
     assert len(await listener.wait("p", 1, 5.0)) == 1
 
 
@@ -123,10 +123,10 @@ async def test_forgotten_and_unexpected_plans_keep_nothing(listener: OutcomeList
     """Messages of requests that ended, or that nobody announced, are dropped: memory does not grow."""
     listener.expect("p")
     listener.forget("p")
-    sender.send(outcome("p"))
-    sender.send(outcome("unknown"))
+    sender.send(outcome("p").to_json())
+    sender.send(outcome("unknown").to_json())
     listener.expect("last")
-    sender.send(outcome("last"))
+    sender.send(outcome("last").to_json())
     await listener.wait("last", 1, 5.0)
     listener.forget("last")
     listener.forget("never")
@@ -142,7 +142,7 @@ async def test_a_thousand_plans_find_their_own_outcomes(listener: OutcomeListene
     waiting = [asyncio.create_task(listener.wait(plan, 1, 20.0)) for plan in plans]
     await asyncio.sleep(0)
     for plan in reversed(plans):
-        sender.send(outcome(plan, f"r-{plan}"))
+        sender.send(outcome(plan, f"r-{plan}").to_json())
     for plan, found in zip(plans, await asyncio.gather(*waiting), strict=True):
         assert found == [outcome(plan, f"r-{plan}")]
 
@@ -174,3 +174,25 @@ async def test_only_this_user_reaches_the_socket(listener: OutcomeListener) -> N
     """Outcomes are trusted, so the folder of the socket is closed to others."""
     folder = Path(listener.address.removeprefix("ipc://")).parent
     assert folder.stat().st_mode & 0o077 == 0
+
+
+async def test_the_newest_of_what_a_probe_read_counts(listener: OutcomeListener, sender: OutcomeSender) -> None:
+    """One message may speak of many samples; waiting ends once enough tokens were read, or with its time limit."""
+    listener.expect("p")
+    first = [Response(plan_id="p", request_id=f"{sample}_r", tokens=1, score=float(sample)) for sample in (0, 1)]
+    other = Response(plan_id="other", request_id="r", tokens=1, score=0.0)
+    sender.send(responses_to_json([*first, other]))
+    assert await listener.responses("p", {0: 1, 1: 1}, 5.0) == dict(enumerate(first))
+    newer = Response(plan_id="p", request_id="1_r", tokens=4, score=-1.0)
+    sender.send(responses_to_json([newer]))
+    assert await listener.responses("p", {1: 4}, 5.0) == {0: first[0], 1: newer}
+    assert await listener.responses("p", {0: 8}, 0.05) == {0: first[0], 1: newer}
+    assert await listener.responses("other", {0: 1}, 0.05) == {}
+    listener.forget("p")
+    assert await listener.responses("p", {0: 1}, 0.05) == {}
+
+
+def test_probabilities_of_any_score() -> None:
+    """No score overflows."""
+    chances = [Response(plan_id="p", request_id="r", tokens=1, score=score).probability for score in (-1e6, 0.0, 1e6)]
+    assert chances == [0.0, 0.5, 1.0]

@@ -38,12 +38,12 @@ async def test_a_sample_waits_for_its_own_report(listener: OutcomeListener) -> N
     """Of n > 1 samples each is confirmed by its own outcome, whichever comes first; vLLM numbers them in their ids."""
     engine, sender = engine_over(listener), OutcomeSender(listener.address)
     listener.expect("p")
-    sender.send(outcome("1_chatcmpl-x-12345678", "second"))
+    sender.send(outcome("1_chatcmpl-x-12345678", "second").to_json())
     waiting = asyncio.create_task(engine.outcomes("p", (0,), 5))
     await asyncio.sleep(0.05)
     assert not waiting.done()
     assert (await engine.outcomes("p", (1,), 5))[1].edit == "second"
-    sender.send(outcome("0_chatcmpl-x-12345678", "first"))
+    sender.send(outcome("0_chatcmpl-x-12345678", "first").to_json())
     assert {index: found.edit for index, found in (await waiting).items()} == {0: "first", 1: "second"}
 
 
@@ -51,7 +51,7 @@ async def test_a_single_samples_id_has_no_number(listener: OutcomeListener) -> N
     """With n = 1 the request's own id is reported."""
     listener.expect("p")
     sender = OutcomeSender(listener.address)  # kept: what it has not sent goes with it
-    sender.send(outcome("chatcmpl-1_x-12345678", "only"))
+    sender.send(outcome("chatcmpl-1_x-12345678", "only").to_json())
     assert (await engine_over(listener).outcomes("p", (0,), 5))[0].edit == "only"
 
 
@@ -59,7 +59,7 @@ async def test_a_sample_that_never_reports_is_given_up(listener: OutcomeListener
     """The reports of others do not make the wait longer than asked."""
     engine, sender = engine_over(listener), OutcomeSender(listener.address)
     listener.expect("p")
-    sender.send(outcome("1_chatcmpl-x-12345678", "second"))
+    sender.send(outcome("1_chatcmpl-x-12345678", "second").to_json())
     began = asyncio.get_running_loop().time()
     with pytest.raises(EditNotApplied):
         await engine.outcomes("p", (0,), 0.2)

@@ -112,8 +112,9 @@ def test_logits_are_the_linear_scores_of_every_row() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"categories": ()}, "1 to 16 different categories"),
-        ({"categories": ("a", "a", "b")}, "1 to 16 different categories"),
+        ({"categories": ("a", "a", "b")}, "up to 16 different categories"),
+        ({"categories": tuple("abcdefghijklmnopq")}, "up to 16 different categories"),
+        ({"categories": ()}, r"needs weight \[1, D\]"),
         ({"categories": ("a",)}, r"needs weight \[2, D\]"),
         ({"layer": -1}, "layer must be 0 or more"),
         ({"bias": torch.zeros(4, dtype=torch.float64)}, "bias has dtype"),
