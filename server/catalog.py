@@ -14,7 +14,7 @@ from steering.plan import CategorySource, Mode, Scope
 
 if TYPE_CHECKING:  # steering.bundle imports torch, which the gateway's own process parts do without
     from steering.bundle import Bundle
-    from steering.manifest import GateSettings
+    from steering.manifest import GateSettings, ProbeRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,19 @@ class ProbeView:
     name: str
     layer: int
     categories: tuple[str, ...]
+    operating_points: tuple[PointView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseView:
+    """The response probe without its numbers: it reads up to `tokens` generated tokens at the output of `layer`, and
+    answers at or above the probability `threshold` count as refusals.
+    """
+
+    name: str
+    layer: int
+    tokens: int
+    threshold: float = 0.5
     operating_points: tuple[PointView, ...] = ()
 
 
@@ -110,6 +123,7 @@ class BundleView:
         label: `name@sha256:` and 12 digits, as answers and metrics name it.
         digest: `sha256:` and 64 digits, as plans and worker reports name it.
         respond_id: token id of the token that begins an answer, where the model has one.
+        response: says of an answer whether it refuses; None where the bundle has no such probe.
         is_transferred: its edits, probes and thresholds were measured on another model; accepted for this one by the
             operator, at the start of this server or when the bundle was made.
     """
@@ -125,7 +139,14 @@ class BundleView:
     probes: Mapping[str, ProbeView] = field(default_factory=dict)
     respond: str | None = None
     respond_id: int | None = None
+    response: ResponseView | None = None
     is_transferred: bool = False
+
+    @property
+    def reader(self) -> ResponseView | None:
+        """The response probe where answers are to be read: a model that says by a token that it refuses needs none."""
+        tells = any(category.token_id is not None for category in self.categories.values())
+        return None if tells else self.response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +234,7 @@ def _view(bundle: Bundle, *, is_transferred: bool) -> BundleView:
             operating_points=tuple(PointView(**point.model_dump()) for point in record.operating_points),
         )
         for record in manifest.probes
+        if record.tokens is None
     }
     return BundleView(
         name=manifest.name,
@@ -253,6 +275,7 @@ def _view(bundle: Bundle, *, is_transferred: bool) -> BundleView:
         probes=probes,
         respond=manifest.respond.token if manifest.respond else None,
         respond_id=manifest.respond.token_id if manifest.respond else None,
+        response=_response(manifest.response),
         is_transferred=is_transferred or manifest.transfer is not None,
     )
 
@@ -266,6 +289,20 @@ def _check_graded(bundle: BundleView, profile: ProfileView) -> None:
                 f"bundle {bundle.name!r}: the gate of profile {profile.name!r} is graded, which takes strengths from 0 "
                 f"on; its edit {name!r} is certified from {bundle.edits[name].minimum} on"
             )
+
+
+def _response(record: ProbeRecord | None) -> ResponseView | None:
+    """The first operating point is the one that is used."""
+    if record is None or record.tokens is None:
+        return None
+    points = tuple(PointView(**point.model_dump()) for point in record.operating_points)
+    return ResponseView(
+        name=record.name,
+        layer=record.layer,
+        tokens=record.tokens,
+        threshold=points[0].threshold if points else 0.5,
+        operating_points=points,
+    )
 
 
 def _gate(settings: GateSettings | None, probes: Mapping[str, ProbeView]) -> GateView | None:

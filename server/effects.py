@@ -85,7 +85,7 @@ def attach(
     """
     if resolution.report is Report.NONE:
         return
-    first = effects[0]
+    first, is_full = effects[0], resolution.report is Report.FULL
     steering: dict[str, Any] = {
         "applied": first.applied,
         "profile": resolution.profile.name,
@@ -95,14 +95,14 @@ def attach(
         "edit": first.edit,
         "strength": first.strength,
         "scope": None if first.scope is None else first.scope.value,
-        "verdict": verdicts[0].to_json(),
+        "verdict": verdicts[0].to_json(in_full=is_full),
     }
     if resolution.category_source is not None:
         steering["category_source"] = resolution.category_source.value
-    if resolution.report is Report.FULL:
+    if is_full:
         steering |= _details(resolution, first)
     if len(verdicts) > 1:
-        steering["verdicts"] = [verdict.to_json() for verdict in verdicts]
+        steering["verdicts"] = [verdict.to_json(in_full=is_full) for verdict in verdicts]
     if len({effect.decision for effect in effects}) > 1:
         steering["decisions"] = [effect.decision for effect in effects]
     if resolution.bundle.is_transferred:
@@ -111,10 +111,10 @@ def attach(
 
 
 def _details(resolution: Resolution, effect: Effect) -> dict[str, Any]:
-    assert resolution.plan is not None
-    assert resolution.plan.gate is not None
+    order = resolution.plan.gate if resolution.plan is not None else None
+    if order is None:
+        return {}
     assert effect.scores is not None
-    order = resolution.plan.gate
     return {
         "scores": {"refusal": effect.scores.refusal, "categories": dict(effect.scores.categories)},
         "thresholds": {"comply_below": order.comply_below, "refuse_above": order.refuse_above},

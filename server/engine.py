@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from steering.plan import Outcome, Plan
+from steering.plan import Outcome, Plan, Response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +86,7 @@ class WorkerReport:
         rows: how many requests can be steered at once.
         witness: layers whose op ran with an edit since the witness was last cleared.
         gates: names of the profiles whose gates are armed, by bundle digest.
+        responses: tokens that the response probe reads, by digest of the bundles that have one.
     """
 
     version: str
@@ -97,6 +98,7 @@ class WorkerReport:
     rows: int
     witness: tuple[int, ...]
     gates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    responses: Mapping[str, int] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -137,6 +139,19 @@ class Engine(Protocol):
 
         Raises:
             EditNotApplied: one did not report in time, or reported an error. An abstention of a gate is none.
+        """
+        ...
+
+    async def responses(self, plan_id: str, tokens: Mapping[int, int], wait: float) -> Mapping[int, Response]:
+        """What the response probe has read of a plan's samples.
+
+        Args:
+            plan_id: the plan's `id`.
+            tokens: how many it should have read of each sample; it is waited for no longer than for these.
+            wait: seconds after which what is there has to do.
+
+        Returns:
+            By sample; those of which nothing was read are missing. Never raises for lack of something.
         """
         ...
 

@@ -57,6 +57,7 @@ class Resolution:
         category: whose edit is applied, where that is known before a gate has decided; else None.
         category_source: who names the category of a gate's edit; None where no gate decides.
         plan: for the engine; None when nothing is to be applied.
+        observation: for the engine where there is no plan, and the answer is to be read all the same.
         report: how much of this the answer carries.
     """
 
@@ -66,7 +67,13 @@ class Resolution:
     category: str | None
     category_source: CategorySource | None = None
     plan: Plan | None
+    observation: Plan | None = None
     report: Report
+
+    @property
+    def order(self) -> Plan | None:
+        """What the engine is sent."""
+        return self.plan or self.observation
 
     @property
     def candidates(self) -> Mapping[int, str]:
@@ -100,8 +107,21 @@ def resolve(spec: SteeringSpec | None, catalog: Catalog, *, plan_id: str) -> Res
     """
     spec = spec or SteeringSpec()
     bundle, profile = catalog.profile(spec.profile)
+    resolution = _resolved(spec, bundle, profile, catalog, plan_id)
+    if bundle.reader is None:
+        return resolution
+    if resolution.plan is not None:
+        return dataclasses.replace(resolution, plan=dataclasses.replace(resolution.plan, response=True))
+    observation = Plan(id=plan_id, bundle=bundle.digest, strength=1.0, response=True)
+    return dataclasses.replace(resolution, observation=observation)
+
+
+def _resolved(
+    spec: SteeringSpec, bundle: BundleView, profile: ProfileView, catalog: Catalog, plan_id: str
+) -> Resolution:
+    """What is to be applied, whether or not the answer is read."""
     mode = spec.mode if spec.mode is not None else profile.default_mode
-    _refuse_what_needs_a_gate(spec, mode, profile, catalog)
+    _refuse_what_needs_a_gate(spec, mode, bundle, profile, catalog)
     if mode is Mode.AUTO:
         return _automatic(spec, bundle, profile, plan_id)
     category = _category(spec, bundle, profile, mode)
@@ -158,13 +178,17 @@ def _automatic(spec: SteeringSpec, bundle: BundleView, profile: ProfileView, pla
     )
 
 
-def _refuse_what_needs_a_gate(spec: SteeringSpec, mode: Mode, profile: ProfileView, catalog: Catalog) -> None:
+def _refuse_what_needs_a_gate(
+    spec: SteeringSpec, mode: Mode, bundle: BundleView, profile: ProfileView, catalog: Catalog
+) -> None:
+    # Where the answer is read, there is something to tell in full without a gate.
+    needs_gate = spec.report is Report.FULL and bundle.reader is None
     needs = {
         "steering.mode": "mode 'auto'" if mode is Mode.AUTO else None,
         "steering.thresholds": "thresholds" if (spec.comply_below, spec.refuse_above) != (None, None) else None,
         "steering.graded": "graded" if spec.is_graded is not None else None,
         "steering.category_source": "category_source" if spec.category_source is not None else None,
-        "steering.report": "report 'full', which carries a gate's scores," if spec.report is Report.FULL else None,
+        "steering.report": "report 'full', which carries a gate's scores," if needs_gate else None,
     }
     for parameter, what in needs.items():
         if what is None:

@@ -9,7 +9,7 @@ import math
 import secrets
 from collections.abc import Mapping
 
-from server.catalog import BundleView, Catalog, EditView, GateView, ProfileView
+from server.catalog import BundleView, Catalog, EditView, GateView, ProfileView, ResponseView
 from server.engine import ChatCall, Engine, WorkerReport
 from steering import __version__
 from steering.errors import PluginNotArmed
@@ -20,12 +20,12 @@ PATIENCE = 60.0
 
 
 async def self_check(engine: Engine, catalog: Catalog) -> None:
-    """Ask every worker what it is, then generate one token unsteered, one under each edit that proves a layer, and one
-    before each gate, which must read scores and edit nothing.
+    """Ask every worker what it is, then generate one token unsteered, one under each edit that proves a layer, one
+    before each gate, which must read scores and edit nothing, and two before each response probe, which must read one.
 
     Raises:
-        PluginNotArmed: a worker reports another version, lacks a bundle, layer, edit or gate, a layer's op did not run,
-            or a gate read nothing.
+        PluginNotArmed: a worker reports another version, lacks a bundle, layer, edit, gate or response probe, a layer's
+            op did not run, or a gate or response probe read nothing.
         EngineError: a token did not come.
     """
     reports = await engine.reports()
@@ -54,6 +54,8 @@ async def self_check(engine: Engine, catalog: Catalog) -> None:
         for profile in bundle.profiles.values():
             if profile.gate is not None:
                 await _check_gate(engine, bundle, profile, profile.gate)
+        if bundle.reader is not None:
+            await _check_reader(engine, bundle, bundle.reader)
 
 
 def covering_edits(edits: Mapping[str, EditView]) -> list[EditView]:
@@ -85,6 +87,20 @@ async def _check_gate(engine: Engine, bundle: BundleView, profile: ProfileView, 
         )
 
 
+async def _check_reader(engine: Engine, bundle: BundleView, reader: ResponseView) -> None:
+    plan = Plan(id=secrets.token_hex(16), bundle=bundle.digest, strength=1.0, response=True)
+    call = _call(engine, plan, tokens=2)
+    try:
+        await engine.complete(call)
+        read = await engine.responses(plan.id, {0: 1}, PATIENCE)
+    finally:
+        engine.forget(plan.id)
+    if 0 not in read:
+        raise PluginNotArmed(
+            f"the response probe {reader.name!r} of {bundle.label} read nothing finite at layer {reader.layer}"
+        )
+
+
 def _check_report(rank: int, report: WorkerReport, bundle: BundleView) -> None:
     if report.version != __version__:
         raise PluginNotArmed(f"worker {rank} runs plugin version {report.version}, the gateway is {__version__}")
@@ -99,6 +115,8 @@ def _check_report(rank: int, report: WorkerReport, bundle: BundleView) -> None:
     unarmed = gated - set(report.gates.get(bundle.digest, ()))
     if unarmed:
         raise PluginNotArmed(f"worker {rank} lacks the gates of profiles {sorted(unarmed)} of bundle {bundle.label}")
+    if bundle.response is not None and report.responses.get(bundle.digest) != bundle.response.tokens:
+        raise PluginNotArmed(f"worker {rank} lacks the response probe {bundle.response.name!r} of {bundle.label}")
     needed = {layer for edit in bundle.edits.values() for layer in edit.layers}
     if not needed <= set(report.layers):
         raise PluginNotArmed(
@@ -108,19 +126,24 @@ def _check_report(rank: int, report: WorkerReport, bundle: BundleView) -> None:
 
 async def _one_token(engine: Engine, plan: Plan | None) -> Outcome | None:
     """Generate one token; what the engine reports of it, where there is a plan."""
-    call = ChatCall(
-        request_id=f"selfcheck-{secrets.token_hex(8)}",
-        fields={
-            "model": engine.model.name,
-            "messages": [{"role": "user", "content": "Hello"}],
-            "max_tokens": 1,
-            "temperature": 0.0,
-        },
-        plan=plan,
-    )
     try:
-        await engine.complete(call)
+        await engine.complete(_call(engine, plan, tokens=1))
         return None if plan is None else (await engine.outcomes(plan.id, (0,), PATIENCE))[0]
     finally:
         if plan is not None:
             engine.forget(plan.id)
+
+
+def _call(engine: Engine, plan: Plan | None, *, tokens: int) -> ChatCall:
+    """A greedy answer of so many tokens, no fewer."""
+    return ChatCall(
+        request_id=f"selfcheck-{secrets.token_hex(8)}",
+        fields={
+            "model": engine.model.name,
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": tokens,
+            "temperature": 0.0,
+            **({"min_tokens": tokens} if tokens > 1 else {}),
+        },
+        plan=plan,
+    )

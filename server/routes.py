@@ -113,6 +113,7 @@ async def describe_steering(gateway: GatewayDep) -> Response:
     catalog = gateway.catalog
     _, profile = catalog.default
     has_gate = bool(catalog.gated_profile_names)
+    can_tell = has_gate or any(bundle.reader is not None for bundle in catalog.bundles)
     return JsonAnswer(
         {
             "object": "steering",
@@ -121,7 +122,7 @@ async def describe_steering(gateway: GatewayDep) -> Response:
             "default_mode": profile.default_mode.value,
             "modes": [mode.value for mode in Mode if has_gate or mode is not Mode.AUTO],
             "scopes": [scope.value for scope in Scope],
-            "reports": [report.value for report in Report if has_gate or report is not Report.FULL],
+            "reports": [report.value for report in Report if can_tell or report is not Report.FULL],
             "category_sources": [source.value for source in CategorySource] if has_gate else [],
             "has_gate": has_gate,
             "profiles": list(catalog.profile_names),
@@ -198,6 +199,7 @@ def _bundle(bundle: BundleView) -> dict[str, Any]:
             for profile in bundle.profiles.values()
         ],
         "probes": [dataclasses.asdict(probe) for probe in bundle.probes.values()],
+        "response_probe": None if bundle.response is None else dataclasses.asdict(bundle.response),
         "edits": [
             {
                 "name": edit.name,

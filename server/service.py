@@ -17,7 +17,7 @@ from server.effects import Effect, attach, effect_of
 from server.engine import ChatCall, Chunk, Completion, Engine
 from server.metrics import NONE, Metrics, flag
 from server.policy import Resolution, resolve
-from server.verdicts import UNKNOWN, MarkerStripper, Verdict, VerdictTable
+from server.verdicts import UNKNOWN, MarkerStripper, Verdict, VerdictTable, read_verdict
 from server.wire import ChatRequest
 from steering.errors import (
     EditNotApplied,
@@ -42,6 +42,7 @@ class Limits:
         first_token: from admission to the first token of a stream.
         between: between two chunks of a stream.
         total: from admission to the end.
+        verdict: from the last token of an answer to what the response probe read of it; then it is unknown.
     """
 
     inflight: int = 1024
@@ -49,6 +50,7 @@ class Limits:
     first_token: float = 120.0
     between: float = 60.0
     total: float = 600.0
+    verdict: float = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +127,9 @@ class ChatService:
                 self._limits.total, self._whole(request, resolution, request_id), "the answer"
             )
             effects = await self._confirm(narrowed, range(request.samples))
-            body = self._reported(completion, narrowed, [effects[index] for index in range(request.samples)])
+            verdicts = [self._tables[narrowed.bundle.name].verdict(tokens) for tokens in completion.tokens]
+            verdicts = await self._read(narrowed, verdicts, [len(tokens) for tokens in completion.tokens])
+            body = self._reported(completion, narrowed, [effects[index] for index in range(request.samples)], verdicts)
             return Answer(body=body, effect=effects[0])
 
     async def open_stream(self, request: ChatRequest, resolution: Resolution, request_id: str) -> OpenStream:
@@ -195,8 +199,9 @@ class ChatService:
                     kept = progress.cleaned(chunk)
                     if progress.is_finished:
                         effects = [progress.effects[index] for index in range(request.samples)]
-                        self._count(resolution, effects, progress.verdicts)
-                        attach(body, resolution, effects, progress.verdicts)
+                        verdicts = await self._read(resolution, progress.verdicts, progress.lengths)
+                        self._count(resolution, effects, verdicts)
+                        attach(body, resolution, effects, verdicts)
                     if kept:
                         held.append(body)
                     if progress.begun:
@@ -247,6 +252,22 @@ class ChatService:
             self._metrics.unapplied.inc()
             raise
 
+    async def _read(self, resolution: Resolution, verdicts: Sequence[Verdict], lengths: Sequence[int]) -> list[Verdict]:
+        """The verdicts, with those of the response probe where no token told; an answer never waits for one for long.
+
+        Args:
+            lengths: tokens of each answer; the last of them is not fed back, and so cannot be read.
+        """
+        reader, order = resolution.bundle.reader, resolution.order
+        if reader is None or order is None:
+            return list(verdicts)
+        wanted = {sample: min(reader.tokens, length - 1) for sample, length in enumerate(lengths) if length > 1}
+        read = await self._engine.responses(order.id, wanted, self._limits.verdict)
+        return [
+            verdict if verdict.refused is not None else read_verdict(reader, read.get(sample))
+            for sample, verdict in enumerate(verdicts)
+        ]
+
     @contextmanager
     def _in_flight(self, resolution: Resolution) -> Iterator[None]:
         if self.is_draining:
@@ -274,12 +295,13 @@ class ChatService:
         finally:
             self._tasks.discard(task)
             self._metrics.inflight.dec()
-            if resolution.plan is not None:
-                self._engine.forget(resolution.plan.id)
+            if resolution.order is not None:
+                self._engine.forget(resolution.order.id)
 
-    def _reported(self, completion: Completion, resolution: Resolution, effects: Sequence[Effect]) -> dict[str, Any]:
+    def _reported(
+        self, completion: Completion, resolution: Resolution, effects: Sequence[Effect], verdicts: Sequence[Verdict]
+    ) -> dict[str, Any]:
         table, body = self._tables[resolution.bundle.name], completion.body
-        verdicts = [table.verdict(tokens) for tokens in completion.tokens]
         for tokens, choice in zip(completion.tokens, body["choices"], strict=True):
             if content := choice["message"].get("content"):
                 stripper = MarkerStripper(table)
@@ -308,7 +330,9 @@ class ChatService:
 
 
 class _Progress:
-    """What is known of a streamed answer so far, by choice; `effects` holds those of choices that have begun."""
+    """What is known of a streamed answer so far, by choice; `effects` holds those of choices that have begun, `lengths`
+    the tokens of each.
+    """
 
     def __init__(self, table: VerdictTable, samples: int) -> None:
         self._table = table
@@ -316,6 +340,7 @@ class _Progress:
         self._verdicts = [UNKNOWN] * samples
         self._finished: set[int] = set()
         self.effects: dict[int, Effect] = {}
+        self.lengths = [0] * samples
 
     @property
     def begun(self) -> int:
@@ -344,6 +369,7 @@ class _Progress:
         """Take markers out of the chunk's text; False when nothing is left to tell the client."""
         choice = chunk.body["choices"][0]
         index, delta = choice["index"], choice["delta"]
+        self.lengths[index] += len(chunk.tokens)
         is_last = bool(choice.get("finish_reason"))
         if is_last:
             self._finished.add(index)
@@ -362,7 +388,7 @@ class _Progress:
 
 def _call(request: ChatRequest, resolution: Resolution, request_id: str) -> ChatCall:
     return ChatCall(
-        request_id=request_id, fields=request.engine_fields(), samples=request.samples, plan=resolution.plan
+        request_id=request_id, fields=request.engine_fields(), samples=request.samples, plan=resolution.order
     )
 
 

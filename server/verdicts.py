@@ -1,7 +1,8 @@
-"""Verdicts: whether an answer is a refusal, read from its first token.
+"""Verdicts: whether an answer is a refusal, read from its first token or from the residuals of its first tokens.
 
 A refusal-token model (P1.1) begins each answer with a token that names a category, or with one that says it responds.
-Where the model has no such tokens nothing is claimed. Knows nothing of HTTP, torch or vLLM.
+Where the model has no such tokens, the bundle's response probe tells, if there is one; else nothing is claimed. Knows
+nothing of HTTP, torch or vLLM.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from server.catalog import BundleView
+from server.catalog import BundleView, ResponseView
+from steering.plan import Response
 
 DETECTOR = "refusal_token"
+PROBE_DETECTOR = "response_probe"
 NO_DETECTOR = "none"
 
 
@@ -23,23 +26,45 @@ class Verdict:
         refused: None where no detector could tell.
         category: what the refusal token names; None for answers and where no detector could tell.
         detector: how it was found out.
+        probability: that it is a refusal, of how many generated tokens it was read, and what it had to reach to count
+            as one; None where no response probe told.
     """
 
     refused: bool | None
     category: str | None
     detector: str
+    probability: float | None = None
+    tokens: int | None = None
+    threshold: float | None = None
 
     @property
     def outcome(self) -> str:
         """Value of a metric label: `refusal`, `comply` or `unknown`."""
         return {True: "refusal", False: "comply", None: "unknown"}[self.refused]
 
-    def to_json(self) -> dict[str, object]:
-        """The `verdict` object of an answer."""
-        return {"refused": self.refused, "category": self.category, "detector": self.detector}
+    def to_json(self, *, in_full: bool = False) -> dict[str, object]:
+        """The `verdict` object of an answer; in full with what a response probe read."""
+        told: dict[str, object] = {"refused": self.refused, "category": self.category, "detector": self.detector}
+        if in_full and self.probability is not None:
+            told |= {"probability": self.probability, "tokens": self.tokens, "threshold": self.threshold}
+        return told
 
 
 UNKNOWN = Verdict(refused=None, category=None, detector=NO_DETECTOR)
+
+
+def read_verdict(reader: ResponseView, response: Response | None) -> Verdict:
+    """The verdict of a response probe; unknown where it has read nothing."""
+    if response is None:
+        return UNKNOWN
+    return Verdict(
+        refused=response.probability >= reader.threshold,
+        category=None,
+        detector=PROBE_DETECTOR,
+        probability=response.probability,
+        tokens=response.tokens,
+        threshold=reader.threshold,
+    )
 
 
 class VerdictTable:

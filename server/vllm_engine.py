@@ -31,7 +31,7 @@ from steering.errors import (
     UnknownModel,
     UnsupportedConfiguration,
 )
-from steering.plan import PLAN_KEY, Outcome
+from steering.plan import PLAN_KEY, Outcome, Response
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -135,6 +135,10 @@ class VllmEngine:
             if by_sample.keys() >= set(samples):
                 return by_sample
             count = len(reported) + 1  # others came first
+
+    async def responses(self, plan_id: str, tokens: Mapping[int, int], wait: float) -> Mapping[int, Response]:
+        """What the response probe has read; see `server.engine.Engine`."""
+        return await self._listener.responses(plan_id, tokens, wait)
 
     def forget(self, plan_id: str) -> None:
         """Drop what was reported under a plan."""
@@ -348,6 +352,7 @@ def _report(facts: Mapping[str, Any]) -> WorkerReport:
         rows=facts["rows"],
         witness=tuple(facts["witness"]),
         gates={digest: tuple(names) for digest, names in facts.get("gates", {}).items()},
+        responses=dict(facts.get("responses", {})),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +21,12 @@ from server.catalog import (
     PointView,
     ProbeView,
     ProfileView,
+    ResponseView,
 )
 from server.engine import ChatCall, Chunk, Completion, ServedModel, WorkerReport
 from steering import __version__
 from steering.errors import EditNotApplied, TrimtabError
-from steering.plan import Decision, GateOrder, Outcome, Plan, Scope, Scores
+from steering.plan import Decision, GateOrder, Outcome, Plan, Response, Scope, Scores
 
 SAFETY, POLITICAL, RESPOND, WORD = 10, 11, 12, 1
 MARKERS = {SAFETY: "[Safety]", POLITICAL: "[Political]", RESPOND: "[respond]"}
@@ -100,6 +102,16 @@ def make_gated_bundle(**changes: Any) -> BundleView:
     return dataclasses.replace(bundle, profiles=profiles, probes={probe.name: probe})
 
 
+def make_reading_bundle(**changes: Any) -> BundleView:
+    """The bundle of `make_bundle` for a model without refusal tokens, with a response probe of threshold 0.7."""
+    bundle = make_bundle()
+    categories = {name: CategoryView(name=name) for name in bundle.categories}
+    response = ResponseView(name="response", layer=3, tokens=4, threshold=0.7)
+    return dataclasses.replace(
+        bundle, categories=categories, respond=None, respond_id=None, **{"response": response, **changes}
+    )
+
+
 def read(refusal: float, safety: float = 0.7) -> Scores:
     """What a probe of the two categories read."""
     return Scores(refusal=refusal, categories={"Safety": safety, "Political": 1 - safety})
@@ -117,6 +129,7 @@ class FakeEngine:
     Attributes:
         unsteered: first token of what is not edited; the fake over-refuses, as the demo does.
         scores: what its probes read, by sample; the last also for samples after it.
+        answers: log-odds that its response probe reads of each sample, NaN for nothing.
         likeliest: the token it prefers where only some are allowed.
         shows_markers: the first token's text is part of the content, as in models where it is ordinary text.
         confirms: outcomes are reported; without, steered requests must fail.
@@ -124,12 +137,13 @@ class FakeEngine:
         tampered: fields in which reported outcomes differ from the plan.
         fails: raised after `fails_after` tokens.
         gate: when given, no token comes before it is set.
-        calls, aborted, forgotten: what happened, for assertions.
+        calls, aborted, forgotten, waits: what happened, for assertions.
     """
 
     words: Sequence[str] = ("Hello", " there", "!")
     unsteered: int = SAFETY
     scores: Sequence[Scores] = (read(0.95),)
+    answers: Sequence[float] = ()
     likeliest: int = POLITICAL
     shows_markers: bool = False
     confirms: bool = True
@@ -145,6 +159,7 @@ class FakeEngine:
     calls: list[ChatCall] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
+    waits: list[tuple[dict[int, int], float]] = field(default_factory=list)
     _outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict)
     _witness: set[int] = field(default_factory=set)
     bundles: Sequence[BundleView] = field(default_factory=lambda: [make_bundle(), make_gated_bundle()])
@@ -205,6 +220,14 @@ class FakeEngine:
             raise EditNotApplied(f"{sorted(found)} of {sorted(samples)} samples confirmed the edit within {wait:g} s")
         return found
 
+    async def responses(self, plan_id: str, tokens: Mapping[int, int], wait: float) -> Mapping[int, Response]:
+        self.waits.append((dict(tokens), wait))
+        return {
+            sample: Response(plan_id=plan_id, request_id=f"{sample}_sample", tokens=tokens.get(sample, 1), score=score)
+            for sample, score in enumerate(self.answers)
+            if not math.isnan(score)
+        }
+
     def forget(self, plan_id: str) -> None:
         self.forgotten.append(plan_id)
 
@@ -221,6 +244,9 @@ class FakeEngine:
             "gates": {
                 bundle.digest: tuple(name for name, profile in bundle.profiles.items() if profile.gate is not None)
                 for bundle in self.bundles
+            },
+            "responses": {
+                bundle.digest: bundle.response.tokens for bundle in self.bundles if bundle.response is not None
             },
         }
         return [WorkerReport(**{**fields, **self.report_changes})]
@@ -250,7 +276,7 @@ class FakeEngine:
                     yield index, token, MARKERS[token] if self.shows_markers else ""
 
     def _first(self, call: ChatCall, index: int) -> int:
-        if call.plan is None:
+        if call.plan is None or not call.plan.is_steering:
             allowed = call.fields.get("allowed_token_ids", [self.unsteered])
             return self.likeliest if self.likeliest in allowed else int(allowed[0])
         outcome = self._apply(call.plan, index)

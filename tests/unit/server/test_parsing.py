@@ -174,6 +174,18 @@ def test_internal_fields_are_refused_by_name_and_with_a_reason(name: str) -> Non
     assert REFUSED[name] in caught.value.message
 
 
+@pytest.mark.parametrize("field", ["vllm_xargs", "extra_args", "trimtab_capture", "capture"])
+def test_residuals_cannot_be_asked_for_over_http(field: str) -> None:
+    """Whatever could carry the engine's capture key is refused by name, also where it hides in the steering field."""
+    for value in (7, [7, 3], {"trimtab_capture": 7}):
+        with pytest.raises(CallerError) as caught:
+            parse_chat_request(body(**{field: value}))
+        assert caught.value.parameter == field
+        with pytest.raises(CallerError) as caught:
+            parse_chat_request(body(steering={field: value}))
+        assert caught.value.parameter == f"steering.{field}"
+
+
 def test_refused_fields_are_not_fields() -> None:
     """The list of refused names and the wire model cannot contradict each other."""
     assert not set(REFUSED) & set(ChatRequest.model_fields)

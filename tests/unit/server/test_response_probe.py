@@ -1,0 +1,132 @@
+"""Answers of models without refusal tokens: the response probe tells, and never holds an answer up."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from server.readiness import self_check
+from steering.errors import PluginNotArmed
+from tests.fakes import WORD, FakeEngine, make_bundle, make_catalog, make_reading_bundle
+from tests.unit.server.conftest import Make, Spoken, read_events
+
+NOTHING = math.nan
+REFUSED, ANSWERED = 3.0, 0.5
+"""Log-odds above and below the bundle's threshold of 0.7; the second is above a half."""
+
+
+@pytest.fixture
+def reading(make: Make) -> Make:
+    """Makes gateways whose model has no refusal tokens and whose bundle has a response probe."""
+
+    def build(engine: FakeEngine | None = None, **settings: Any) -> Spoken:
+        engine = engine or FakeEngine(answers=[REFUSED])
+        engine.unsteered, engine.bundles = WORD, [make_reading_bundle()]
+        return make(engine, make_catalog(make_reading_bundle()), **settings)
+
+    return build
+
+
+async def told(spoken: Spoken, *, stream: bool, **fields: Any) -> dict[str, Any]:
+    """The steering object of an answer."""
+    response = await spoken.chat(stream=stream, **fields)
+    assert response.status_code == 200, response.text
+    body = read_events(response.text)[-1] if stream else response.json()
+    steering: dict[str, Any] = body["steering"]
+    return steering
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("mode", ["off", "refuse"])
+@pytest.mark.parametrize(
+    ("score", "refused", "detector"),
+    [(REFUSED, True, "response_probe"), (ANSWERED, False, "response_probe"), (NOTHING, None, "none")],
+)
+async def test_the_probe_tells_of_every_answer(
+    reading: Make, score: float, refused: bool | None, detector: str, mode: str, stream: bool
+) -> None:
+    """Steered or left alone: refused at or above the bundle's threshold; unknown, not answered, where nothing came."""
+    engine = FakeEngine(answers=[score])
+    steering = await told(reading(engine), stream=stream, steering={"mode": mode})
+    assert steering["verdict"] == {"refused": refused, "category": None, "detector": detector}
+    (call,) = engine.calls
+    assert call.plan is not None
+    assert call.plan.response
+    assert call.plan.is_steering == (mode != "off")
+    assert engine.forgotten == [call.plan.id]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_full_report_carries_what_was_read(reading: Make, stream: bool) -> None:
+    """Without any gate: the probability, of how many tokens, and the threshold."""
+    steering = await told(reading(), stream=stream, steering={"report": "full"})
+    assert steering["verdict"]["probability"] == pytest.approx(1 / (1 + math.exp(-REFUSED)))
+    assert (steering["verdict"]["tokens"], steering["verdict"]["threshold"]) == (3, 0.7)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_it_is_waited_for_as_many_tokens_as_can_be_read(reading: Make, stream: bool) -> None:
+    """Four tokens of each of two samples were generated, so three were fed back; and for 50 ms at most."""
+    engine = FakeEngine(answers=[REFUSED, ANSWERED])
+    steering = await told(reading(engine), stream=stream, n=2)
+    assert engine.waits == [({0: 3, 1: 3}, 0.05)]
+    assert [verdict["refused"] for verdict in steering["verdicts"]] == [True, False]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_of_one_token_is_not_waited_for(reading: Make, stream: bool) -> None:
+    """It was never fed back: what refuses is unknown."""
+    engine = FakeEngine()
+    steering = await told(reading(engine), stream=stream, max_tokens=1)
+    assert engine.waits == [({}, 0.05)]
+    assert steering["verdict"]["refused"] is None
+
+
+async def test_metrics_count_by_detector(reading: Make) -> None:
+    """Refusals and answers are counted under the probe's name, and what it could not read as unknown."""
+    spoken = reading(FakeEngine(answers=[REFUSED, ANSWERED, NOTHING]))
+    await spoken.chat(n=3, steering={"mode": "refuse"})
+    exposition = (await spoken.client.get("/metrics")).text
+    for outcome, detector in (("refusal", "response_probe"), ("comply", "response_probe"), ("unknown", "none")):
+        labels = f'category="Safety",decision="refuse",detector="{detector}",outcome="{outcome}"'
+        assert f"steering_outcomes_total{{{labels}}} 1.0" in exposition
+
+
+async def test_refusal_tokens_come_first(make: Make) -> None:
+    """A model that says it by a token is not read, even where the bundle has a probe."""
+    bundle = make_bundle(response=make_reading_bundle().response)
+    engine = FakeEngine(answers=[ANSWERED], bundles=[bundle])
+    response = await make(engine, make_catalog(bundle)).chat()
+    assert response.json()["steering"]["verdict"]["detector"] == "refusal_token"
+    assert engine.calls[0].plan is None
+    assert engine.waits == []
+
+
+async def test_the_description_names_the_probe(reading: Make) -> None:
+    """`GET /v1/steering` says where it reads, how much, and from where on an answer counts as refused."""
+    described = (await reading().client.get("/v1/steering")).json()
+    assert described["reports"] == ["none", "decision", "full"]
+    (bundle,) = described["bundles"]
+    assert bundle["response_probe"] == {
+        "name": "response",
+        "layer": 3,
+        "tokens": 4,
+        "threshold": 0.7,
+        "operating_points": [],
+    }
+
+
+async def test_a_probe_that_reads_nothing_keeps_the_server_from_starting() -> None:
+    """Two tokens are generated, of which one is read; a worker without the probe is found before that."""
+    catalog, bundle = make_catalog(make_reading_bundle()), make_reading_bundle()
+    engine = FakeEngine(answers=[REFUSED], bundles=[bundle], unsteered=WORD)
+    await self_check(engine, catalog)
+    (call,) = [call for call in engine.calls if call.plan and not call.plan.is_steering]
+    assert call.fields["min_tokens"] == call.fields["max_tokens"] == 2
+    with pytest.raises(PluginNotArmed, match="read nothing finite at layer 3"):
+        await self_check(FakeEngine(bundles=[bundle], unsteered=WORD), catalog)
+    unarmed = FakeEngine(answers=[REFUSED], bundles=[bundle], report_changes={"responses": {}})
+    with pytest.raises(PluginNotArmed, match="lacks the response probe 'response'"):
+        await self_check(unarmed, catalog)
