@@ -110,7 +110,7 @@ def _verified(report: Mapping[str, Any]) -> list[str]:
         return []
     return _paragraph(
         f"Run by the engine, the gate of `{found['profile']}` made the decision it was chosen by on",
-        f"{found['same_decision']} of {found['n']} of these prompts; {found['same_verdict']} answers had the same verdict.",
+        f"{found['same_decision']} of {found['n']} of them, and {found['same_verdict']} verdicts were the same.",
     )
 
 

@@ -31,7 +31,7 @@ from steering.fit.topic_settings import (
 from steering.fit.topics import TopicStage, fit_topics
 from tests.unit.fit.planted import DEPTH, HARM, PLAIN, REFUSAL, RESPOND, TOPIC, Planted, model_folder, opener, prompts
 
-SMALL = TopicSettings(
+WHOLE = TopicSettings(
     samples=3,
     max_tokens=64,
     counts=(1, 2),
@@ -44,6 +44,9 @@ SMALL = TopicSettings(
     bootstrap=2,
     least=4,
 )
+SMALL = replace(WHOLE, methods=(Method.MD, Method.WRMD), alphas=(1.0, 2.0), repositions=False, bootstrap=0)
+"""Half the methods and a fraction of the configurations, for tests that look at something else."""
+
 COUNT = 80
 """Prompts of each kind."""
 
@@ -110,7 +113,7 @@ def planted_fit(
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     """A fit that ran to its end, pictures and all."""
-    fitted = planted_fit(tmp_path_factory.mktemp("whole"))
+    fitted = planted_fit(tmp_path_factory.mktemp("whole"), WHOLE)
     fitted.run()
     return fitted
 
