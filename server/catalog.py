@@ -88,7 +88,9 @@ class GateView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileView:
-    """A ready-to-use setting; `refuse` and `comply` name an edit by category, `gate` decides between them."""
+    """A ready-to-use setting; `refuse` and `comply` name an edit by category, `gate` decides between them, `reasoning`
+    says whether that of a thinking model is edited as well.
+    """
 
     name: str
     description: str
@@ -98,6 +100,7 @@ class ProfileView:
     strength: float
     scope: Scope
     gate: GateView | None = None
+    reasoning: str = "edited"
 
     @property
     def default_mode(self) -> Mode:
@@ -124,6 +127,7 @@ class BundleView:
         digest: `sha256:` and 64 digits, as plans and worker reports name it.
         respond_id: token id of the token that begins an answer, where the model has one.
         response: says of an answer whether it refuses; None where the bundle has no such probe.
+        is_thinking: the model reasons before it answers.
         is_transferred: its edits, probes and thresholds were measured on another model; accepted for this one by the
             operator, at the start of this server or when the bundle was made.
     """
@@ -140,6 +144,7 @@ class BundleView:
     respond: str | None = None
     respond_id: int | None = None
     response: ResponseView | None = None
+    is_thinking: bool = False
     is_transferred: bool = False
 
     @property
@@ -268,6 +273,7 @@ def _view(bundle: Bundle, *, is_transferred: bool) -> BundleView:
                 strength=profile.strength,
                 scope=profile.scope,
                 gate=_gate(profile.gate, probes),
+                reasoning=profile.reasoning,
             )
             for profile in manifest.profiles
         },
@@ -276,6 +282,7 @@ def _view(bundle: Bundle, *, is_transferred: bool) -> BundleView:
         respond=manifest.respond.token if manifest.respond else None,
         respond_id=manifest.respond.token_id if manifest.respond else None,
         response=_response(manifest.response),
+        is_thinking=manifest.reasoning_end is not None,
         is_transferred=is_transferred or manifest.transfer is not None,
     )
 

@@ -99,6 +99,8 @@ def attach(
     }
     if resolution.category_source is not None:
         steering["category_source"] = resolution.category_source.value
+    if resolution.bundle.is_thinking and first.applied:
+        steering["reasoning"] = resolution.profile.reasoning
     if is_full:
         steering |= _details(resolution, first)
     if len(verdicts) > 1:

@@ -67,6 +67,13 @@ class RespondToken(_Strict):
     token_id: int = Field(ge=0)
 
 
+class ReasoningEnd(_Strict):
+    """The token at which a thinking model's reasoning ends and its answer begins."""
+
+    token: str
+    token_id: int = Field(ge=0)
+
+
 class StrengthRange(_Strict):
     """Strengths an edit is certified for, and how that was measured."""
 
@@ -208,6 +215,8 @@ class Profile(_Strict):
         strength: default multiplier.
         scope: default positions.
         gate: how it decides by itself; None for a profile whose mode the client must name.
+        reasoning: whether the reasoning of a thinking model is `edited` like the answer, as P2 edits every token, or
+            `spared`, so that the edit begins with the answer.
     """
 
     name: Name
@@ -218,12 +227,14 @@ class Profile(_Strict):
     strength: Number = Field(default=1.0, gt=0.0)
     scope: Scope = Scope.GENERATED
     gate: GateSettings | None = None
+    reasoning: Literal["edited", "spared"] = "edited"
 
 
 class Manifest(_Strict):
     """`manifest.json`, validated; field meanings are those of the classes it is made of.
 
     `response_probe` names the probe that says of every answer whether it refuses; None where there is none.
+    `reasoning_end` is None for models that do not think.
     """
 
     format: Literal[1] = 1
@@ -234,6 +245,7 @@ class Manifest(_Strict):
     respond: RespondToken | None = None
     probes: tuple[ProbeRecord, ...] = ()
     response_probe: Name | None = None
+    reasoning_end: ReasoningEnd | None = None
     edits: tuple[EditRecord, ...] = Field(min_length=1)
     profiles: tuple[Profile, ...] = Field(min_length=1)
     default_profile: Name
@@ -295,6 +307,8 @@ class Manifest(_Strict):
                     )
 
     def _check_gate(self, profile: Profile) -> None:
+        if profile.reasoning == "spared" and self.reasoning_end is None:
+            raise ValueError(f"profile {profile.name!r} spares reasoning, and no reasoning_end says where it ends")
         gate = profile.gate
         if gate is None:
             return

@@ -13,24 +13,23 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from steering.bundle import Bundle, load_bundle
 from steering.engine.asks import Answer, Ask, BundleGate, EditOrder, Sample
-from steering.engine.capture import CAPTURE_KEY
 from steering.engine.capture_notes import CaptureNotes
 from steering.engine.options import CAPTURE_FOLDER_VARIABLE, CaptureSettings, engine_arguments
-from steering.engine.outcomes import OutcomeInbox, sample_of
+from steering.engine.outcomes import OutcomeInbox
+from steering.engine.questions import Question, Reports, answer_of, confirmed, fed, parameters_of, plan_of_ask
 from steering.errors import CaptureError, EditNotApplied, EngineError, InvalidSpec, UnsupportedConfiguration
 from steering.fingerprint import fingerprint_of
 from steering.fit.captured import CapturedShards
-from steering.plan import PLAN_KEY, Outcome, Plan, Response
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
+    from vllm import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
 __all__ = ["Answer", "Ask", "BundleGate", "CaptureSettings", "EditOrder", "OfflineEngine", "Sample"]
@@ -46,22 +45,6 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 """What vLLM reads when imported; what the operator set stays."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Question:
-    """An ask on its way: its plan, if anything is to be done, and the index its residuals are kept under."""
-
-    ask: Ask
-    plan: Plan | None
-    index: int | None
-
-
-class _Reports(NamedTuple):
-    """What the engine said it did, and what its response probe read, by plan and by its id of the sample."""
-
-    outcomes: dict[str, dict[str, Outcome]]
-    responses: dict[str, dict[str, Response]]
 
 
 class OfflineEngine:
@@ -145,12 +128,17 @@ class OfflineEngine:
 
         Raises:
             InvalidSpec: an ask is too long for the model, or names what is not loaded.
+            EngineError: the engine rejected an ask.
             EditNotApplied: the engine did not confirm an edit, or a gate could not decide.
             CaptureError: residuals could not be written, or the folder holds those of other asks.
         """
         questions = self._questions(asks)
         try:
-            return self._answers(questions, on_progress)
+            outputs, reports = self._run(questions, on_progress)
+            return [
+                answer_of(question, outputs[number], reports, confirmed(number, question, reports))
+                for number, question in enumerate(questions)
+            ]
         finally:
             if any(question.index is not None for question in questions):
                 self._flush()
@@ -168,10 +156,12 @@ class OfflineEngine:
         if not self._capture.generated:
             asks = [replace(ask, samples=1, temperature=0.0, max_tokens=1, answer=None) for ask in asks]
         questions = self._questions([replace(ask, capture=True) for ask in asks])
-        missing = [question for question in questions if question.index is not None]
+        missing = [replace(question, is_silent=True) for question in questions if question.index is not None]
         done = len(asks) - len(missing)
         try:
-            self._answers(missing, lambda answered: on_progress(done + answered))
+            _, reports = self._run(missing, lambda answered: on_progress(done + answered))
+            for number, question in enumerate(missing):
+                confirmed(number, question, reports)
         finally:
             self._flush()
         return self.captured()
@@ -215,78 +205,24 @@ class OfflineEngine:
         gc.collect()
         cleanup_dist_env_and_memory()
 
-    def _plan(self, ask: Ask) -> Plan | None:
-        """What the engine is to do for an ask."""
-        given: dict[str, Any] = {} if ask.answer is None else {"prompt_length": len(ask.prompt)}
-        if ask.gate is not None:
-            order: EditOrder | BundleGate = ask.gate
-            what: dict[str, Any] = {"gate": ask.gate.order}
-        elif ask.edit is not None and ask.edit.strength != 0:
-            order, what = ask.edit, {"edit": ask.edit.edit, "scope": ask.edit.scope}
-        else:
-            observing = [bundle for bundle in self.bundles if bundle.manifest.response is not None]
-            if not observing:
-                return None
-            digest = observing[0].digest
-            return Plan(id=secrets.token_hex(16), bundle=digest, strength=1.0, response=True, **given)
-        loaded = {bundle.digest: bundle for bundle in self.bundles}
-        if order.bundle not in loaded:
-            raise InvalidSpec(f"no bundle {order.bundle} is loaded; loaded: {sorted(loaded)}")
-        response = loaded[order.bundle].manifest.response is not None
-        return Plan(
-            id=secrets.token_hex(16),
-            bundle=order.bundle,
-            strength=order.strength,
-            response=response,
-            **what,
-            **given,
-        )
-
-    def _parameters(self, question: _Question) -> SamplingParams:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        ask = question.ask
-        extra: dict[str, Any] = {}
-        if question.plan is not None:
-            extra[PLAN_KEY] = question.plan.to_json()
-        if question.index is not None:
-            end = [] if ask.answer is None else [len(ask.prompt)]
-            extra[CAPTURE_KEY] = [question.index, *end]
-        if ask.answer is not None:
-            return SamplingParams(
-                temperature=0.0,
-                max_tokens=1,
-                prompt_logprobs=0,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args=extra or None,
-            )
-        return SamplingParams(
-            n=ask.samples,
-            temperature=ask.temperature,
-            seed=ask.seed,
-            max_tokens=ask.max_tokens,
-            logprobs=0,
-            detokenize=not self._engine.model_config.skip_tokenizer_init,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=extra or None,
-        )
-
-    def _answers(self, questions: Sequence[_Question], on_progress: Callable[[int], None]) -> list[Answer]:
+    def _run(
+        self, questions: Sequence[Question], on_progress: Callable[[int], None]
+    ) -> tuple[dict[int, RequestOutput], Reports]:
+        """Have the engine answer everything together; what it said of it by then."""
+        has_text = not self._engine.model_config.skip_tokenizer_init
         most = self._engine.model_config.max_model_len
         for number, question in enumerate(questions):
             needed = len(question.ask.tokens) + 1
             if needed > most:
                 raise InvalidSpec(f"ask {number} has {needed - 1} tokens, the engine's context is {most}")
         outputs: dict[int, RequestOutput] = {}
-        reports = _Reports(outcomes=defaultdict(dict), responses=defaultdict(dict))
+        reports = Reports(outcomes=defaultdict(dict), responses=defaultdict(dict))
         mine = secrets.token_hex(4)
         names = {f"ask-{mine}-{number}": number for number in range(len(questions))}
         try:
             for name, question in zip(names, questions, strict=True):
                 self._engine.add_request(
-                    name, {"prompt_token_ids": list(question.ask.tokens)}, self._parameters(question)
+                    name, {"prompt_token_ids": list(question.ask.tokens)}, parameters_of(question, detokenize=has_text)
                 )
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
@@ -297,10 +233,13 @@ class OfflineEngine:
         except BaseException:
             self._engine.abort_request([name for name, number in names.items() if number not in outputs])
             raise
+        for number, output in outputs.items():
+            if any(sample.finish_reason in ("error", "abort") for sample in output.outputs):
+                raise EngineError(f"the engine rejected ask {number}; its log says why")
         self._await(questions, reports, outputs)
-        return [_answer(number, question, outputs[number], reports) for number, question in enumerate(questions)]
+        return outputs, reports
 
-    def _await(self, questions: Sequence[_Question], reports: _Reports, outputs: Mapping[int, RequestOutput]) -> None:
+    def _await(self, questions: Sequence[Question], reports: Reports, outputs: Mapping[int, RequestOutput]) -> None:
         """Wait for what the engine did to each sample of each question that is steered, and for what it observed."""
         end = time.monotonic() + OUTCOME_PATIENCE
         steered = {
@@ -308,28 +247,34 @@ class OfflineEngine:
             for question in questions
             if question.plan and question.plan.is_steering
         }
-        observed = {
-            question.plan.id: [_fed(question.ask, sample) for sample in outputs[number].outputs]
-            for number, question in enumerate(questions)
-            if question.plan is not None and question.plan.response
-        }
+        readable = {bundle.digest: bundle.manifest.response for bundle in self.bundles}
+        wanted: dict[str, dict[int, int]] = {}
+        for number, question in enumerate(questions):
+            plan = question.plan
+            if plan is not None and (record := readable.get(plan.bundle)) is not None and record.tokens is not None:
+                lengths = {sample.index: fed(question.ask, sample) for sample in outputs[number].outputs}
+                wanted[plan.id] = {sample: min(record.tokens, length) for sample, length in lengths.items() if length}
         while True:
             self._inbox.drain_into(*reports)
             lacking = [plan for plan, samples in steered.items() if len(reports.outcomes[plan]) < samples]
-            unread = [plan for plan, fed in observed.items() if len(reports.responses[plan]) < sum(map(bool, fed))]
-            if not (lacking or unread) or (not lacking and time.monotonic() > end):
+            if not lacking and all(reports.has_read(plan, tokens) for plan, tokens in wanted.items()):
                 return
             if time.monotonic() > end:
+                if not lacking:  # what could not be read is told as None
+                    return
                 raise EditNotApplied(f"the engine did not confirm the edits of {len(lacking)} of {len(steered)} asks")
             time.sleep(0.01)
 
-    def _questions(self, asks: Sequence[Ask]) -> list[_Question]:
+    def _questions(self, asks: Sequence[Ask]) -> list[Question]:
         indexes: Sequence[int | None] = [None] * len(asks)
         if any(ask.capture for ask in asks):
             if self._notes is None:
                 raise CaptureError("an ask captures, and the engine was started without capture")
             indexes = self._notes.indexes(asks)
-        return [_Question(ask=ask, plan=self._plan(ask), index=index) for ask, index in zip(asks, indexes, strict=True)]
+        return [
+            Question(ask=ask, plan=plan_of_ask(ask, self.bundles), index=index)
+            for ask, index in zip(asks, indexes, strict=True)
+        ]
 
     def _flush(self) -> None:
         assert self._notes is not None
@@ -340,48 +285,6 @@ class OfflineEngine:
         except Exception as error:
             raise EngineError(f"the engine does not say whether it has written what it captured: {error}") from error
         self._notes.refresh()
-
-
-def _fed(ask: Ask, sample: Any) -> int:
-    """How many tokens of an answer were fed back, so that a probe could read them."""
-    return len(ask.answer) if ask.answer is not None else len(sample.token_ids) - 1
-
-
-def _answer(number: int, question: _Question, output: RequestOutput, reports: _Reports) -> Answer:
-    ask, plan = question.ask, question.plan
-    if any(sample.finish_reason in ("error", "abort") for sample in output.outputs):
-        raise EngineError(f"the engine rejected ask {number}; its log says why")
-    reported: tuple[Outcome, ...] = ()
-    response = None
-    if plan is not None and plan.response:
-        read = {sample_of(name): each.probability for name, each in reports.responses[plan.id].items()}
-        response = tuple(read.get(sample) for sample in range(ask.samples))
-    if plan is not None and plan.is_steering:
-        by_sample = {sample_of(request_id): outcome for request_id, outcome in reports.outcomes[plan.id].items()}
-        reported = tuple(by_sample[sample] for sample in range(ask.samples))
-        for outcome in reported:
-            if outcome.error or not (outcome.applied or outcome.decision):
-                raise EditNotApplied(f"ask {number}: the engine did not apply edit {plan.edit!r}: {outcome.error}")
-    if ask.answer is not None:
-        assert output.prompt_logprobs is not None
-        places = output.prompt_logprobs[len(ask.prompt) : len(ask.tokens)]
-        given = [place[token].logprob for place, token in zip(places, ask.answer, strict=True) if place is not None]
-        assert len(given) == len(ask.answer)
-        return Answer(given=tuple(given), outcomes=reported, response=response)
-    samples = []
-    for sample in sorted(output.outputs, key=lambda sample: sample.index):
-        assert sample.logprobs is not None
-        pairs = zip(sample.logprobs, sample.token_ids, strict=True)
-        logprobs = [place[token].logprob for place, token in pairs if place is not None]
-        samples.append(
-            Sample(
-                tokens=tuple(sample.token_ids),
-                logprobs=tuple(logprobs),
-                text=sample.text,
-                finish=str(sample.finish_reason),
-            )
-        )
-    return Answer(samples=tuple(samples), outcomes=reported, response=response)
 
 
 class _environment:  # noqa: N801 - used as a function is

@@ -9,18 +9,20 @@ from typing import Any
 import pytest
 
 from steering import __version__
-from steering.bundle import MANIFEST, load_bundle
+from steering.bundle import MANIFEST, load_bundle, save_bundle
 from steering.engine.options import (
+    CAPTURE_FOLDER_VARIABLE,
     CONFIG_KEY,
     DEFAULT_TERMS_PER_LAYER,
     SCHEDULER_CLASS,
     WORKER_CLASS,
+    CaptureSettings,
     engine_arguments,
     enter_compile_key,
     options_from,
 )
 from steering.errors import BundleDigestError, BundleFormatError, UnsupportedConfiguration
-from tests.samples import random_edit, write_bundle
+from tests.samples import manifest_of, random_edit, write_bundle
 
 
 @pytest.fixture
@@ -110,3 +112,52 @@ def test_compile_key_holds_version_layers_and_digests(bundles: list[Path]) -> No
     again = options_from(config)
     assert again is not None
     assert again.layers == options.layers
+
+
+def test_reasoning_that_is_to_be_spared_stops_the_start(tmp_path: Path) -> None:
+    """Edits begin with the reasoning here; a bundle that wants it spared is refused by name, never served otherwise."""
+    edits = {"a": random_edit("a", ranks={1: 1})}
+    manifest = manifest_of(edits)
+    manifest["profiles"][0]["reasoning"] = "spared"
+    with pytest.raises(BundleFormatError, match="no reasoning_end says where it ends"):
+        save_bundle(tmp_path / "unsaid", manifest, edits)
+    manifest["reasoning_end"] = {"token": "</think>", "token_id": 7}
+    save_bundle(tmp_path / "spared", manifest, edits)
+    with pytest.raises(UnsupportedConfiguration, match=r"profile 'default' of bundle .* has reasoning 'spared'"):
+        engine_arguments([tmp_path / "spared"])
+    given = {CONFIG_KEY: {"bundles": [str(tmp_path / "spared")]}}
+    arguments = {"worker_cls": WORKER_CLASS, "scheduler_cls": SCHEDULER_CLASS, "additional_config": given}
+    with pytest.raises(UnsupportedConfiguration, match="reasoning 'spared'"):
+        options_from(config_of(arguments))
+
+
+def test_capture_is_chosen_where_the_engine_starts(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers travel in the options and so into the compile key, the folder in the environment; without it no start."""
+    settings = CaptureSettings(folder=tmp_path / "captured", layers=(0, 2), generated=3, shard_bytes=1000)
+    for given in (bundles, []):
+        monkeypatch.delenv(CAPTURE_FOLDER_VARIABLE, raising=False)
+        config = config_of(engine_arguments(given, capture=settings))
+        assert str(tmp_path / "captured") not in str(config.additional_config)
+        with pytest.raises(UnsupportedConfiguration, match=CAPTURE_FOLDER_VARIABLE):
+            options_from(config)
+        monkeypatch.setenv(CAPTURE_FOLDER_VARIABLE, str(tmp_path / "captured"))
+        options = options_from(config)
+        assert options is not None
+        assert options.capture == settings
+        enter_compile_key(config, options)
+        assert config.additional_config[CONFIG_KEY]["capture"]["layers"] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "capture",
+    [{"layer": [1]}, {"layers": "all"}, {"layers": [1.0]}, {"layers": []}, {"layers": [2, 1]}, {"generated": -1}, [1]],
+)
+def test_capture_that_cannot_be_followed_stops_the_start(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capture: object
+) -> None:
+    """Unknown keys, wrong types and ranges."""
+    monkeypatch.setenv(CAPTURE_FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(UnsupportedConfiguration, match="capture"):
+        options_from(config_of(engine_arguments(bundles), additional_config={CONFIG_KEY: {"capture": capture}}))

@@ -130,3 +130,12 @@ async def test_a_probe_that_reads_nothing_keeps_the_server_from_starting() -> No
     unarmed = FakeEngine(answers=[REFUSED], bundles=[bundle], report_changes={"responses": {}})
     with pytest.raises(PluginNotArmed, match="lacks the response probe 'response'"):
         await self_check(unarmed, catalog)
+
+
+@pytest.mark.parametrize(("is_thinking", "told_of"), [(True, "edited"), (False, None)])
+async def test_answers_say_whether_reasoning_was_edited(make: Make, is_thinking: bool, told_of: str | None) -> None:
+    """Where the model reasons and something was edited; nothing is said where nothing was."""
+    bundle = make_bundle(is_thinking=is_thinking)
+    spoken = make(FakeEngine(bundles=[bundle]), make_catalog(bundle))
+    assert (await told(spoken, stream=False, steering={"mode": "refuse"})).get("reasoning") == told_of
+    assert "reasoning" not in await told(spoken, stream=False)
