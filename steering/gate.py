@@ -13,6 +13,7 @@ Shapes: `T` prompts, `C` categories, `D` width of the residual stream.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,8 +132,16 @@ def _share(score: float, decision: Decision, order: GateOrder) -> float:
     return min(1.0, max(0.0, way / room)) if room > 0.0 else 1.0
 
 
-def probabilities(logits: Tensor, categories: tuple[str, ...]) -> Scores:
-    """Scores [1 + C] as probabilities: a sigmoid for refusal, a softmax over the categories."""
-    shares = torch.softmax(logits[1:].to(torch.float64), dim=0).tolist()
-    refusal = float(torch.sigmoid(logits[0].to(torch.float64)))
-    return Scores(refusal=refusal, categories=dict(zip(categories, shares, strict=True)))
+def probabilities(logits: Sequence[float], categories: tuple[str, ...]) -> Scores:
+    """Finite scores [1 + C] as probabilities: a sigmoid for refusal, a softmax over the categories.
+
+    Plain Python: for a handful of numbers a tensor costs more than it saves, once for every gated request.
+    """
+    score, *of_categories = logits
+    # Of two equal forms the one that does not overflow.
+    refusal = 1.0 / (1.0 + math.exp(-score)) if score >= 0 else math.exp(score) / (1.0 + math.exp(score))
+    largest = max(of_categories, default=0.0)
+    weights = [math.exp(value - largest) for value in of_categories]
+    total = sum(weights)
+    shares = {name: weight / total for name, weight in zip(categories, weights, strict=True)}
+    return Scores(refusal=refusal, categories=shares)

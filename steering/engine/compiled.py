@@ -181,8 +181,37 @@ def _add(x: Any, row: Any, table: Any, new: Any) -> None:
         new[d] += total[d]
 
 
+_COUNTS = numba.types.Array(numba.int64, 1, "C")
+_TOKENS = numba.types.Array(numba.int32, 1, "C")
+
+
+@_compiled(numba.int64(_TOKENS, _COUNTS, _COUNTS, _COUNTS, _COUNTS))
+def fill(target: Any, of_request: Any, first_edited: Any, tokens: Any, computed: Any) -> Any:
+    """Write the row of every token of a step: that of its request from the first edited position on, else 0.
+
+    Args:
+        target: [M] int32, written up to the step's number of tokens.
+        of_request: [B] row of each request.
+        first_edited: [S] position of the first edited token, by row.
+        tokens: [B] tokens of each request in this step.
+        computed: [B] tokens of each request computed before it.
+
+    Returns:
+        How many tokens have a row.
+    """
+    place, touched = 0, 0
+    for n in range(len(of_request)):
+        row, count = of_request[n], tokens[n]
+        untouched = min(max(first_edited[row] - computed[n], 0), count) if row else count
+        for k in range(count):
+            target[place + k] = row if k >= untouched else 0
+        touched += count - untouched
+        place += count
+    return touched
+
+
 _FLOATS, _BITS = numba.types.Array(numba.float32, 2, "A"), numba.types.Array(numba.uint16, 2, "A")
-_TABLE, _TOKENS = numba.types.Array(numba.float32, 2, "C"), numba.types.Array(numba.int32, 1, "C")
+_TABLE = numba.types.Array(numba.float32, 2, "C")
 
 
 @_compiled(numba.void(_FLOATS, _FLOATS, _BITS, _BITS, _TOKENS, _TABLE, _TABLE))

@@ -88,7 +88,7 @@ def table_width(width: int) -> int:
 
 def edit_compiled(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:
     """The CPU's: leaves at once where no token is steered, else one compiled loop over them."""
-    if token_rows[-2:].numpy()[0]:
+    if token_rows.numpy()[-2]:
         from steering.engine.compiled import run
 
         run(hidden, residual, token_rows, rows, table)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from steering.engine import kernels
 from steering.engine.bank import Bank, BankedGate, BankedResponse
+from steering.engine.compiled import fill
 from steering.engine.kernels import PLACE, RESPONSE, ROW_WIDTH, Latch
 from steering.engine.uploads import MapUpload, RowUpload
 from steering.errors import CapacityExceeded, UnknownName
@@ -199,29 +200,29 @@ class Rows:
         if not self._row_of:
             self._clear()
             return Due([], [])
-        of_request = np.fromiter(
-            (self._row_of.get(request_id, 0) for request_id in request_ids), dtype=np.int64, count=len(request_ids)
-        )
-        if not of_request.any():
+        of_request = [self._row_of.get(request_id, 0) for request_id in request_ids]
+        if not any(of_request):
             self._clear()
             return Due([], [])
-        untouched = np.clip(self._first_edited[of_request] - computed, 0, tokens)
-        runs = np.empty(2 * len(of_request), dtype=np.int64)
-        runs[0::2], runs[1::2] = untouched, tokens - untouched
-        values = np.zeros_like(runs)
-        values[1::2] = of_request
-        touched = int(runs[1::2][of_request > 0].sum())
-        total = int(runs.sum())
-        due, deciding = self._due(request_ids, tokens, computed) if self._waiting else ([], [])
-        observed = self._observed(request_ids, tokens, computed) if self._observing else {}
+        spans, total = _spans(request_ids, tokens, computed)
+        due, deciding = self._due(spans) if self._waiting else ([], [])
+        observed = self._observed(spans) if self._observing else {}
         if self._changed:
             self._rows_upload.send(sorted(self._changed), self._host_rows)
             self._changed.clear()
         length = max(total, self._written)
         target = self._tokens_upload.array()
-        target[:total] = np.repeat(values, runs)
-        target[total:length] = 0
-        target[deciding] = -target[deciding]
+        touched = fill(
+            target,
+            np.array(of_request, dtype=np.int64),
+            self._first_edited,
+            np.asarray(tokens, dtype=np.int64),
+            np.asarray(computed, dtype=np.int64),
+        )
+        if length > total:
+            target[total:length] = 0
+        for place in deciding:
+            target[place] = -target[place]
         responses = []
         for steered, (place, start, count) in observed.items():
             target[start : start + count] = steered.row | (np.arange(place, place + count, dtype=np.int32) << PLACE)
@@ -250,7 +251,7 @@ class Rows:
         if state is Latch.FAILED:
             return self._reported(steered, error="the probe's scores are not finite")
         edit = self._bank.name(int(row[kernels.EDIT]))
-        scores = torch.from_numpy(row[kernels.SCORES : kernels.SCORES + len(gate.categories) + 1])
+        scores = row[kernels.SCORES : kernels.SCORES + len(gate.categories) + 1].tolist()
         return self._reported(
             steered,
             is_applied=edit is not None,
@@ -332,40 +333,54 @@ class Rows:
             steered.is_over = True
             self.preempt(request_id)
 
-    def _observed(
-        self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
-    ) -> dict[Steered, tuple[int, int, int]]:
+    def _observed(self, spans: Sequence[_Span]) -> dict[Steered, tuple[int, int, int]]:
         """Requests of whose first generated tokens some are in this step: which generated token the first of them is,
         counted from 1, its place in the step, and how many they are.
         """
         found = {}
-        starts = np.cumsum(tokens) - tokens
-        for request_id, start, first, count in zip(request_ids, starts, computed, tokens, strict=True):
+        for request_id, start, first, count in spans:
             steered = self._observing.get(request_id)
             if steered is None or steered.response is None:
                 continue
             begin, end = steered.prompt_length, steered.prompt_length + steered.response.tokens
-            low, high = max(begin, int(first)), min(end, int(first + count))
+            low, high = max(begin, first), min(end, first + count)
             if low < high:
-                found[steered] = (low - begin + 1, int(start) + low - int(first), high - low)
+                found[steered] = (low - begin + 1, start + low - first, high - low)
             if first + count >= end:
                 del self._observing[request_id]
                 if not steered.plan.is_steering:
                     self._over.append(request_id)
         return found
 
-    def _due(
-        self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
-    ) -> tuple[list[Steered], list[int]]:
+    def _due(self, spans: Sequence[_Span]) -> tuple[list[Steered], list[int]]:
         """Requests whose last prompt token is in this step, and the places of those tokens that a gate decides on."""
         due, deciding = [], []
-        starts = np.cumsum(tokens) - tokens
-        for request_id, start, first, count in zip(request_ids, starts, computed, tokens, strict=True):
+        for request_id, start, first, count in spans:
             steered = self._waiting.get(request_id)
             if steered is not None and first + count >= steered.prompt_length:
                 del self._waiting[request_id]
                 steered.is_due = True
                 due.append(steered)
                 if steered.gate is not None:
-                    deciding.append(int(start + steered.prompt_length - 1 - first))
+                    deciding.append(start + steered.prompt_length - 1 - first)
         return due, deciding
+
+
+class _Span(NamedTuple):
+    """A request's tokens in a step: where they begin in it, the position of the first, and how many they are."""
+
+    request_id: str
+    start: int
+    first: int
+    length: int
+
+
+def _spans(
+    request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
+) -> tuple[list[_Span], int]:
+    """Every request's span, and the number of tokens of the step."""
+    spans, start = [], 0
+    for request_id, first, count in zip(request_ids, computed.tolist(), tokens.tolist(), strict=True):
+        spans.append(_Span(request_id, start, first, count))
+        start += count
+    return spans, start
