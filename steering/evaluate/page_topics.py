@@ -109,10 +109,11 @@ def _found(report: Report) -> str:
     if not found:
         return ""
     told = paragraph(
-        f"{len(found['candidates'])} configurations, each screened on {found['screened']} prompts for either signal. "
-        f"{found['measured']} of them were measured in full, by rising shift until one reached the target of "
-        f"{found['target']:.3f}: the shift on {found['conversations']} answered conversations, without generation, and "
-        f"removal on {found['prompts']} refused prompts (E[c] = {found['unsteered']:.3f} unsteered)."
+        f"{len(found['candidates'])} configurations, each screened on {found['screened']} prompts, the shift only of "
+        f"those that removed nearly enough. {found['measured']} were measured in full, by rising shift until one "
+        f"reached the target of {found['target']:.3f}: removal on {found['prompts']} refused prompts (E[c] = "
+        f"{found['unsteered']:.3f} unsteered), the shift on {found['conversations']} answered conversations, without "
+        "generation."
     )
     for variant in dict.fromkeys(one["variant"] for one in found["candidates"]):
         told += figure(_plane(found, variant), f"{variant}: shift against removal; hollow ones were only screened.")
@@ -134,7 +135,11 @@ def _found(report: Report) -> str:
 
 
 def _plane(found: Mapping[str, Any], variant: str) -> str:
-    mine = [(index, one) for index, one in enumerate(found["candidates"]) if one["variant"] == variant]
+    mine = [
+        (index, one)
+        for index, one in enumerate(found["candidates"])
+        if one["variant"] == variant and one["shift"] is not None
+    ]
     chosen = {row["candidate"] for row in found["chosen"]}
     heights = [_height(one) for _, one in mine]
     # Doses beyond reason would press all others into a corner.

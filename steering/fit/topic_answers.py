@@ -31,7 +31,7 @@ PART = 256
 """Prompts of one part."""
 LONGEST_FIXED = 256
 """Tokens of a fixed answer at most: log-probabilities of more tell little and cost as much."""
-_END_OF_REASONING = "</think>"
+END_OF_REASONING = "</think>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,7 @@ def measured(fit: TopicFit, prompts: TopicPrompts, prompt_facts: Result) -> Meas
 
 def end_of_reasoning(engine: Engine) -> tuple[int, ...]:
     """Token ids of the mark that ends a reasoning trace."""
-    return tuple(engine.tokenizer.encode(_END_OF_REASONING, add_special_tokens=False))
+    return tuple(engine.tokenizer.encode(END_OF_REASONING, add_special_tokens=False))
 
 
 def segment_logprob(
@@ -187,6 +187,7 @@ def _answers(fit: TopicFit, prompts: TopicPrompts, folder: Path, digest: str) ->
         "kept": kept,
         "too_long": len(ids) - len(kept),
         "thinks": thinks,
+        "end_of_reasoning": list(end) if thinks else [],
         "parts": parts,
         "folder": captured.name,
         "contents": [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in parts],

@@ -14,6 +14,7 @@ from steering.errors import FitError
 from steering.fit.categories import CATEGORIES
 from steering.fit.control_bundle import code_version
 from steering.fit.stages import Result, plain
+from steering.fit.topic_answers import END_OF_REASONING
 from steering.fit.topic_candidates import FREE, GATED, Candidate
 from steering.fit.topic_card import card
 from steering.fit.topic_compare import Arm, Comparison
@@ -103,6 +104,7 @@ def _manifest(contents: TopicContents, *, name: str, version: str) -> dict[str, 
     if not profiles:
         raise FitError("no edit of this fit can be certified, so that there is nothing to put into a bundle")
     named = dict(fit.refusal_tokens)
+    end = contents.results["answers"].get("end_of_reasoning", [])
     categories = [fit.settings.category, *(one for one in CATEGORIES if one in named and one != fit.settings.category)]
     return {
         "name": name,
@@ -113,6 +115,8 @@ def _manifest(contents: TopicContents, *, name: str, version: str) -> dict[str, 
             for one in categories
         ],
         "respond": {"token": "[respond]", "token_id": fit.respond} if fit.respond is not None else None,
+        # An edit of every token covers the reasoning too, as in the paper; a client learns from this where it ends.
+        "reasoning_end": {"token": END_OF_REASONING, "token_id": end[0]} if len(end) == 1 else None,
         "probes": [_probe(contents, gate) for gate in _gates(contents)],
         "edits": [_edit(contents, key, one) for key, one in contents.edits.items()],
         "profiles": profiles,

@@ -123,10 +123,11 @@ def choose_default(arms: Sequence[Arm], unsteered: Mapping[str, Mapping[str, Map
         )
         free = [arm for arm in arms if not arm.is_gated]
         if best.is_gated and free:
-            lost = min(free, key=lambda arm: base.get(Role.SAFETY, 0.0) - refused(arm, Role.SAFETY))
+            other = min(free, key=lambda arm: refused(arm, Role.REFUSED))
             why += (
-                f"; ungated, harmful refusal falls from {100 * base.get(Role.SAFETY, 0.0):.1f} % to "
-                f"{100 * refused(lost, Role.SAFETY):.1f} % at best"
+                f"; ungated, {other.name} leaves {100 * refused(other, Role.REFUSED):.1f} % of topic refusals, and of "
+                f"harmful ones {100 * refused(other, Role.SAFETY):.1f} % (unsteered "
+                f"{100 * base.get(Role.SAFETY, 0.0):.1f} %)"
             )
         if not has_safety:
             why += "; no --safety prompts were given, so that nothing is known of harmful ones"

@@ -3,9 +3,10 @@
     removal  Δc = E[c] - E[c_g] on refused calibration prompts, judged
     shift    L = E|Δ(x)|, Δ = steered - unsteered mean log-probability of a fixed answer, on answered conversations
 
-Both are first measured on a few prompts for every configuration. Those that look as if they removed enough are then
-measured on all prompts, a wave of each method at a time by rising shift, until a wave holds one that does: the choice
-is the least shift among all that were measured and remove enough. What lies beyond that wave is not measured.
+Removal is first measured on a few prompts for every configuration, and the shift on a few for those that look as if
+they removed enough. These are then measured on all prompts, a wave of each method at a time by rising shift, until a
+wave holds one that does remove enough: the choice is the least shift among all that were measured and do. What lies
+beyond that wave is not measured.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from steering.fit.topic_candidates import Candidate
 from steering.fit.topic_fit import Case, Engine, Session, TopicFit, cases_of
 from steering.fit.topic_prompts import Role
 
-SCREENED = 24
-"""Prompts on which every configuration's removal is measured first."""
+SCREENED = 16
+"""Prompts on which either signal is measured first."""
 NEAR = 0.75
 """Share of the target that a configuration must reach there to be measured on all prompts."""
 MOST_ASKS = 8192
@@ -152,7 +153,6 @@ def shifts(
 def _find(fit: TopicFit, measured: Measured, candidates: Sequence[Candidate], engine: Engine, digest: str) -> Result:
     settings = fit.settings
     orders = [one.order(digest) for one in candidates]
-    rough, _ = shifts(fit, measured, engine, orders, min(SCREENED, settings.shift_prompts))
     texts = _refused(fit, measured)
     few = texts[:SCREENED]
     base = _confidences(fit, engine, [(text, None) for text in texts])
@@ -163,7 +163,13 @@ def _find(fit: TopicFit, measured: Measured, candidates: Sequence[Candidate], en
     groups: dict[tuple[str, str], list[int]] = {}
     for index, one in enumerate(candidates):
         groups.setdefault((one.variant, one.method), []).append(index)
-    waiting = {key: _promising(members, screened, rough, target) for key, members in groups.items()}
+    promising = {key: _promising(members, screened, target) for key, members in groups.items()}
+    looked = [index for members in promising.values() for index in members]
+    lengths, _ = shifts(
+        fit, measured, engine, [orders[index] for index in looked], min(SCREENED, settings.shift_prompts)
+    )
+    rough = dict(zip(looked, lengths, strict=True))
+    waiting = {key: sorted(members, key=lambda index: (rough[index], index)) for key, members in promising.items()}
     removal: dict[int, float] = {}
     moved: dict[int, float] = {}
     conversations = 0
@@ -206,7 +212,7 @@ def _find(fit: TopicFit, measured: Measured, candidates: Sequence[Candidate], en
         "candidates": [
             {
                 **one.to_json(),
-                "shift": moved.get(index, rough[index]),
+                "shift": moved.get(index, rough.get(index)),
                 "screened_removal": screened[index],
                 "removal": removal.get(index),
             }
@@ -215,12 +221,10 @@ def _find(fit: TopicFit, measured: Measured, candidates: Sequence[Candidate], en
     }
 
 
-def _promising(members: Sequence[int], screened: Sequence[float], rough: Sequence[float], target: float) -> list[int]:
-    """Configurations worth measuring, by rising shift; where none looks good, those that remove most."""
+def _promising(members: Sequence[int], screened: Sequence[float], target: float) -> list[int]:
+    """Configurations worth measuring; where none looks good, those that remove most."""
     kept = [index for index in members if screened[index] >= NEAR * target]
-    if not kept:
-        kept = sorted(members, key=lambda index: -screened[index])[:4]
-    return sorted(kept, key=lambda index: (rough[index], index))
+    return kept or sorted(members, key=lambda index: -screened[index])[:4]
 
 
 def _refused(fit: TopicFit, measured: Measured) -> list[str]:

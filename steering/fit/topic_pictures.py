@@ -78,7 +78,7 @@ def finder(found: Facts, path: Path) -> None:
         for number, method in enumerate(methods):
             colour = f"C{number}"
             for index, one in enumerate(found["candidates"]):
-                if (one["variant"], one["method"]) != (variant, method):
+                if (one["variant"], one["method"]) != (variant, method) or one["shift"] is None:
                     continue
                 is_known = one["removal"] is not None
                 height = one["removal"] if is_known else one["screened_removal"]

@@ -66,7 +66,8 @@ class TopicSettings:
         ridge, is_literal: of RMD and WRMD; see `steering.fit.topic_directions`.
         is_centred: projections are measured from the neutral point, not from zero as printed.
         counts: numbers of layers tried; those the depth does not allow are left out.
-        alphas: doses tried, without their sign.
+        alphas: doses tried, without their sign. RMD and WRMD lie where residuals vary little, so that their scales
+            are small and their doses large.
         repositions: repositioning edits are tried beside additive ones.
         doses: configurations by method that are given instead of searched for; empty to search.
         removal: share of what there is to remove that an edit must remove: Δc >= removal · (E[c] + 1).
@@ -105,7 +106,7 @@ class TopicSettings:
     is_literal: bool = False
     is_centred: bool = True
     counts: tuple[int, ...] = (1, 2, 4, 8, 16)
-    alphas: tuple[float, ...] = (0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+    alphas: tuple[float, ...] = (0.1, 0.2, 0.35, 0.6, 1.0, 1.7, 3.0, 5.0, 9.0, 16.0)
     repositions: bool = True
     doses: Mapping[Method, Dose] = field(default_factory=dict)
     removal: float = 0.75

@@ -31,6 +31,9 @@ from steering.fit.topic_ranges import certify, require_certified
 from steering.fit.topic_vectors import Vectors, analyse, make_vectors
 from steering.fit.topic_verify import verify
 
+SMALL_WIDTH = 512
+"""Up to this width vectors are made in a blink, so that the stability of every layer's is looked at."""
+
 
 class TopicStage(StrEnum):
     """The stages, in order; `--stage` stops after one."""
@@ -203,6 +206,8 @@ def _steer(
 
     looked = {layer for one in edits.values() for layer in one.layers}
     looked |= {vectors.ranking(method)[0].layer for method in settings.methods}
+    if fit.width <= SMALL_WIDTH:
+        looked = set(range(fit.depth))
     analysed = analyse(fit, asked, vectors, looked)
     run.done(TopicStage.ANALYSIS, analysed, lambda path: pictures.analysis(analysed, path))
     contents = TopicContents(
