@@ -5,6 +5,9 @@ Anything not listed and proved by a test is refused at start, by name. Knows not
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,6 +50,23 @@ def class_location(architecture: str) -> tuple[str, str]:
         raise UnsupportedArchitecture(f"this vLLM has no model class for {architecture!r}")
     module, name = found
     return (module if "." in module else f"vllm.model_executor.models.{module}"), name
+
+
+@contextmanager
+def startable() -> Iterator[None]:
+    """While inside, an engine can be started in a process that has loaded Numba, as one that steered before has.
+
+    On the CPU vLLM 0.32 looks at `vars()` of every value of every module (`triton_utils.dispatcher._rebind_kernels`),
+    and a value of this module of Numba's compiler answers that with a function. It is hidden meanwhile: those who use
+    it hold it already.
+    """
+    name = "llvmlite.binding.ffi"
+    hidden = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules[name] = hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

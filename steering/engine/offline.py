@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 from steering.bundle import Bundle, load_bundle
 from steering.engine.asks import Answer, Ask, BundleGate, EditOrder, Sample
 from steering.engine.capture_notes import CaptureNotes
+from steering.engine.compat import startable
 from steering.engine.options import CAPTURE_FOLDER_VARIABLE, CaptureSettings, engine_arguments
 from steering.engine.outcomes import OutcomeInbox
 from steering.engine.questions import Question, Reports, answer_of, confirmed, fed, parameters_of, plan_of_ask
@@ -195,7 +196,8 @@ class OfflineEngine:
             raise UnsupportedConfiguration(f"vLLM's options {taken} are set by the plugin")
         defaults = {"seed": 0, "disable_log_stats": True, "enforce_eager": current_platform.is_cpu()}
         arguments = EngineArgs(**{**defaults, **self._options, **own, "model": str(self._model)})
-        return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+        with startable():
+            return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
 
     def _stop(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory

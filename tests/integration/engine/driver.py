@@ -258,6 +258,7 @@ def _run(question: Path, listener: Any) -> Result:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from steering.bundle import load_bundle
+    from steering.engine.compat import startable
     from steering.engine.plugin import engine_arguments
 
     fields = json.loads(question.read_text())
@@ -266,19 +267,16 @@ def _run(question: Path, listener: Any) -> Result:
     digest, steering = "", {}
     if scenario.bundle is not None:
         digest, steering = load_bundle(Path(scenario.bundle)).digest, engine_arguments([Path(scenario.bundle)])
-    engine = LLM(
-        model=scenario.model,
-        skip_tokenizer_init=True,
-        disable_log_stats=False,
-        **{
-            "dtype": "float32",
-            "max_model_len": 512,
-            "enforce_eager": True,
-            "seed": 0,
-            **steering,
-            **scenario.arguments,
-        },
-    )
+    options = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "enforce_eager": True,
+        "seed": 0,
+        **steering,
+        **scenario.arguments,
+    }
+    with startable():
+        engine = LLM(model=scenario.model, skip_tokenizer_init=True, disable_log_stats=False, **options)
     try:
         played, steps = [], [_steps(engine)]
         for number, round_ in enumerate(rounds):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from steering.engine.compat import ARCHITECTURES, check_configuration, class_location
+from steering.engine.compat import ARCHITECTURES, check_configuration, class_location, startable
 from steering.errors import UnsupportedArchitecture, UnsupportedConfiguration
 
 
@@ -130,3 +130,20 @@ def test_the_families_of_the_design_are_in_the_table() -> None:
         "GptOss",
     ):
         assert f"{family}ForCausalLM" in ARCHITECTURES
+
+
+def test_an_engine_can_be_started_where_numba_is_loaded() -> None:
+    """VLLM looks at every value of every module when it starts on a CPU: inside `startable` it gets through."""
+    import numba  # noqa: F401 - loads what stands in the way
+
+    def scan() -> None:
+        for module in list(sys.modules.values()):
+            for value in list((getattr(module, "__dict__", None) or {}).values()):
+                if hasattr(value, "__dict__"):
+                    vars(value).get("kernel")
+
+    with pytest.raises(AttributeError, match="_lib_fn_wrapper"):
+        scan()
+    with startable():
+        scan()
+    assert "llvmlite.binding.ffi" in sys.modules
