@@ -19,7 +19,8 @@ from steering.fit.response import (
     share_of,
     smoothed_platt,
 )
-from steering.fit.response_stage import MOST_LAYERS, candidate_layers, label_answers
+from steering.fit.response_stage import MOST_LAYERS, candidate_layers, label_answers, response_record
+from steering.manifest import ProbeRecord
 from steering.terms import Edit, added_direction
 
 N, G, D = 400, 4, 6
@@ -166,6 +167,18 @@ def test_labels_come_from_tokens_or_from_the_keyword_judge(tiny: LoadedModel) ->
     assert found.refused == [True, False, None]
     assert found.openings_agree is not None
     assert (found.openings_agree["count"], found.openings_agree["n"]) == (0, 2)
+
+
+def test_record_is_what_a_manifest_takes() -> None:
+    """Its fields are those of a probe of generated tokens; the operating point is at a half."""
+    residuals, mask, refused, groups = made_up(12.0)
+    probe = fit_response_probe(residuals.__getitem__, [0, 1], mask, refused, groups)
+    told = {"labels": "made up", "verdicts": {}, "answers": {}, "edits": []}
+    record = ProbeRecord(**response_record({**told, **probe.facts}, {"seed": 1}))
+    assert (record.position, record.layer, record.tokens, record.categories) == ("generated_tokens", 1, 1, ())
+    assert [point.threshold for point in record.operating_points] == [0.5]
+    assert record.provenance["seed"] == 1
+    assert record.calibration["expected_calibration_error"] < 0.1
 
 
 def test_few_layers_of_a_deep_model_are_tried() -> None:
