@@ -26,6 +26,7 @@ ENV HF_HUB_OFFLINE=1 \
     XDG_CACHE_HOME=/cache \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     TRITON_CACHE_DIR=/cache/triton \
+    NUMBA_CACHE_DIR=/cache/numba \
     TRIMTAB_MODEL=/models/model
 VOLUME ["/cache"]
 EXPOSE 8000
