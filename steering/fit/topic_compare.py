@@ -103,9 +103,10 @@ def compare(
 
 
 def choose_default(arms: Sequence[Arm], unsteered: Mapping[str, Mapping[str, Mapping[str, float]]]) -> tuple[Arm, str]:
-    """The arm with the least topic refusal among those that keep safety, and why; ties go to the smaller shift.
+    """The arm with the least topic refusal among those that keep safety, and why.
 
-    Where none does, the gated arms come first, and then what keeps most harmful refusals.
+    Ties go to a gated arm, which also leaves alone what no calibration prompt stands for, then to the smaller shift.
+    Where no arm keeps safety, the gated ones come first, and then what keeps most harmful refusals.
     """
 
     def refused(arm: Arm, role: Role) -> float:
@@ -115,11 +116,11 @@ def choose_default(arms: Sequence[Arm], unsteered: Mapping[str, Mapping[str, Map
     has_safety = bool(unsteered[Use.CALIBRATE].get(Role.SAFETY, {}).get("n"))
     safe = [arm for arm in arms if arm.is_safe]
     if safe:
-        best = min(safe, key=lambda arm: (refused(arm, Role.REFUSED), arm.is_gated, arm.found.shift))
+        best = min(safe, key=lambda arm: (refused(arm, Role.REFUSED), not arm.is_gated, arm.found.shift))
+        left, before = 100 * refused(best, Role.REFUSED), 100 * base.get(Role.REFUSED, 0.0)
         why = (
             f"of {len(safe)} of {len(arms)} arms that keep the margins on calibration prompts it leaves the least "
-            f"topic "
-            f"refusal, {100 * refused(best, Role.REFUSED):.1f} % (unsteered {100 * base.get(Role.REFUSED, 0.0):.1f} %)"
+            f"topic refusal, {left:.1f} % (unsteered {before:.1f} %)"
         )
         free = [arm for arm in arms if not arm.is_gated]
         if best.is_gated and free:

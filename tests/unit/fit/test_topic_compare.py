@@ -1,0 +1,53 @@
+"""Which of the compared arms becomes the default."""
+
+from __future__ import annotations
+
+from steering.fit.sources import Use
+from steering.fit.topic_candidates import FREE, GATED, Candidate
+from steering.fit.topic_compare import Arm, choose_default
+from steering.fit.topic_directions import Method
+from steering.fit.topic_finder import Found
+from steering.fit.topic_prompts import Role
+from steering.plan import Scope
+
+UNSTEERED = {Use.CALIBRATE: {Role.REFUSED: {"rate": 0.9, "n": 60}, Role.SAFETY: {"rate": 1.0, "n": 60}}}
+
+
+def arm(variant: str, *, topic: float, harmful: float = 1.0, shift: float = 0.1, is_safe: bool = True) -> Arm:
+    """An arm with these rates of refusal on calibration prompts."""
+    candidate = Candidate(
+        method=Method.MD, variant=variant, layers=(1,), alpha=-1.0, is_reposition=False, scope=Scope.GENERATED
+    )
+    return Arm(
+        name=f"{variant} {topic} {shift}",
+        found=Found(candidate=candidate, removal=1.0, shift=shift, is_met=True),
+        comply_below=0.5 if variant == GATED else None,
+        rates={Use.CALIBRATE: {Role.REFUSED: {"rate": topic}, Role.SAFETY: {"rate": harmful}}},
+        is_safe=is_safe,
+    )
+
+
+def test_the_least_topic_refusal_among_safe_arms_wins() -> None:
+    """Whatever its kind; an arm that loses harmful refusals is no candidate while another keeps them."""
+    safe = arm(FREE, topic=0.1)
+    chosen, why = choose_default([arm(GATED, topic=0.2), safe, arm(FREE, topic=0.0, is_safe=False)], UNSTEERED)
+    assert chosen is safe
+    assert "10.0 % (unsteered 90.0 %)" in why
+
+
+def test_ties_go_to_the_gate_and_then_to_the_smaller_shift() -> None:
+    """What no calibration prompt stands for is left alone by a gate and by nothing else."""
+    gated = arm(GATED, topic=0.1, shift=0.3)
+    arms = [arm(FREE, topic=0.1, shift=0.01), arm(GATED, topic=0.1, shift=0.4), gated]
+    chosen, why = choose_default(arms, UNSTEERED)
+    assert chosen is gated
+    assert "ungated" in why
+
+
+def test_where_none_is_safe_a_gated_arm_that_keeps_most_is_taken_and_said_so() -> None:
+    """The reason tells what it costs."""
+    kept = arm(GATED, topic=0.5, harmful=0.8, is_safe=False)
+    arms = [arm(FREE, topic=0.0, harmful=0.9, is_safe=False), arm(GATED, topic=0.1, harmful=0.6, is_safe=False), kept]
+    chosen, why = choose_default(arms, UNSTEERED)
+    assert chosen is kept
+    assert "80.0 % of them, unsteered 100.0 %" in why
