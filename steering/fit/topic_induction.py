@@ -139,7 +139,8 @@ def _induce(
             threshold = _threshold(probability, base, codes, general, most)
             kept = np.where(probability >= threshold, codes, base)
         gap = _share(kept, topic) - _share(kept, general)
-        scored.append((gap, -one.alpha, index))
+        # Of equals the one that moves the residual least in all.
+        scored.append((gap, -one.alpha * len(one.layers), index))
         rows.append(
             {
                 **one.to_json(),
