@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from steering.errors import BundleFormatError, UnknownName
-from steering.plan import CategorySource, Mode, Scope
+from steering.plan import CategorySource, Mode, Reasoning, Scope
 
 if TYPE_CHECKING:  # steering.bundle imports torch, which the gateway's own process parts do without
     from steering.bundle import Bundle
@@ -100,7 +100,7 @@ class ProfileView:
     strength: float
     scope: Scope
     gate: GateView | None = None
-    reasoning: str = "edited"
+    reasoning: Reasoning = Reasoning.EDITED
 
     @property
     def default_mode(self) -> Mode:
@@ -273,7 +273,7 @@ def _view(bundle: Bundle, *, is_transferred: bool) -> BundleView:
                 strength=profile.strength,
                 scope=profile.scope,
                 gate=_gate(profile.gate, probes),
-                reasoning=profile.reasoning,
+                reasoning=Reasoning(profile.reasoning),
             )
             for profile in manifest.profiles
         },

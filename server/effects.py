@@ -13,7 +13,7 @@ from typing import Any
 from server.policy import Report, Resolution
 from server.verdicts import Verdict
 from steering.errors import EditNotApplied
-from steering.plan import Decision, GateOrder, Mode, Outcome, Plan, Scope, Scores
+from steering.plan import Decision, GateOrder, Mode, Outcome, Plan, Reasoning, Scope, Scores
 
 TOLERANCE = 1e-4
 """How near a threshold, as a probability, the engine's rounding may decide otherwise than ours."""
@@ -28,6 +28,7 @@ class Effect:
         category: of the edit, or what the gate took the prompt for; None for `off`.
         edit: name of the edit; None where nothing was edited.
         strength, scope: as applied; None where nothing was edited.
+        reasoning: as applied.
         scores: what the gate's probe read; None where no gate decided.
     """
 
@@ -36,6 +37,7 @@ class Effect:
     edit: str | None = None
     strength: float | None = None
     scope: Scope | None = None
+    reasoning: Reasoning = Reasoning.EDITED
     scores: Scores | None = None
 
     @property
@@ -59,6 +61,11 @@ def effect_of(resolution: Resolution, outcome: Outcome | None) -> Effect:
         return Effect(decision=Mode.OFF.value)
     if outcome.error:
         raise EditNotApplied(f"the engine could not do what was asked: {outcome.error}; the answer is withheld")
+    if outcome.reasoning != plan.reasoning:
+        raise EditNotApplied(
+            f"the engine reports reasoning {outcome.reasoning.value}, where {plan.reasoning.value} was asked; "
+            "the answer is withheld"
+        )
     if plan.gate is None:
         _check_edit(plan, outcome)
         decision, category = resolution.mode.value, resolution.category
@@ -72,6 +79,7 @@ def effect_of(resolution: Resolution, outcome: Outcome | None) -> Effect:
         edit=outcome.edit,
         strength=None if outcome.edit is None else outcome.strength,
         scope=None if outcome.edit is None else outcome.scope,
+        reasoning=outcome.reasoning,
         scores=outcome.scores,
     )
 
@@ -100,7 +108,7 @@ def attach(
     if resolution.category_source is not None:
         steering["category_source"] = resolution.category_source.value
     if resolution.bundle.is_thinking and first.applied:
-        steering["reasoning"] = resolution.profile.reasoning
+        steering["reasoning"] = first.reasoning.value
     if is_full:
         steering |= _details(resolution, first)
     if len(verdicts) > 1:

@@ -136,6 +136,7 @@ def _resolved(
         edit=edit.name,
         strength=strength,
         scope=profile.scope if spec.scope is None else spec.scope,
+        reasoning=profile.reasoning,
     )
     return Resolution(bundle=bundle, profile=profile, mode=mode, category=category, plan=plan, report=spec.report)
 
@@ -173,7 +174,7 @@ def _automatic(spec: SteeringSpec, bundle: BundleView, profile: ProfileView, pla
         mode=Mode.AUTO,
         category=allowed[0] if len(allowed) == 1 else None,
         category_source=source,
-        plan=Plan(id=plan_id, bundle=bundle.digest, gate=order, strength=strength),
+        plan=Plan(id=plan_id, bundle=bundle.digest, gate=order, strength=strength, reasoning=profile.reasoning),
         report=spec.report,
     )
 

@@ -81,7 +81,6 @@ def load_catalog(model: Path, bundles: Sequence[Path], *, accept_transfer: bool)
         OperatorError: names the bundle, the field, what was found and what is needed.
     """
     from steering.bundle import load_bundle
-    from steering.engine.options import check_reasoning
     from steering.fingerprint import fingerprint_of
 
     if not bundles:
@@ -90,7 +89,6 @@ def load_catalog(model: Path, bundles: Sequence[Path], *, accept_transfer: bool)
     loaded = []
     for path in bundles:
         bundle = load_bundle(path)
-        check_reasoning(bundle)
         is_own = bundle.manifest.model.check(found, bundle=bundle.manifest.name, accept_transfer=accept_transfer)
         loaded.append((bundle, not is_own))
     return catalog_of(loaded)

@@ -68,10 +68,13 @@ class RespondToken(_Strict):
 
 
 class ReasoningEnd(_Strict):
-    """The token at which a thinking model's reasoning ends and its answer begins."""
+    """The token at which a thinking model's reasoning ends and its answer begins.
+
+    The engine keeps one more than its id in float32, exact up to 2^24.
+    """
 
     token: str
-    token_id: int = Field(ge=0)
+    token_id: int = Field(ge=0, lt=2**24)
 
 
 class StrengthRange(_Strict):
@@ -216,7 +219,7 @@ class Profile(_Strict):
         scope: default positions.
         gate: how it decides by itself; None for a profile whose mode the client must name.
         reasoning: whether the reasoning of a thinking model is `edited` like the answer, as P2 edits every token, or
-            `spared`, so that the edit begins with the answer.
+            `spared`, so that the edit begins with the answer: see `steering.plan.Plan.reasoning`.
     """
 
     name: Name
@@ -251,6 +254,11 @@ class Manifest(_Strict):
     default_profile: Name
     transfer: Transfer | None = None
     tensors_digest: str
+
+    @property
+    def is_sparing(self) -> bool:
+        """Whether a profile spares the reasoning of a thinking model."""
+        return any(profile.reasoning == "spared" for profile in self.profiles)
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Manifest:
@@ -309,6 +317,8 @@ class Manifest(_Strict):
     def _check_gate(self, profile: Profile) -> None:
         if profile.reasoning == "spared" and self.reasoning_end is None:
             raise ValueError(f"profile {profile.name!r} spares reasoning, and no reasoning_end says where it ends")
+        if profile.reasoning == "spared" and profile.scope is not Scope.GENERATED:
+            raise ValueError(f"profile {profile.name!r} spares reasoning, so that its scope must be 'generated'")
         gate = profile.gate
         if gate is None:
             return

@@ -293,6 +293,7 @@ class FakeEngine:
             "edit": plan.edit,
             "strength": plan.strength,
             "scope": plan.scope,
+            "reasoning": plan.reasoning,
         }
         if plan.gate is not None:
             fields |= self._ruled(plan.gate, plan.strength, bundle, self.scores[min(index, len(self.scores) - 1)])

@@ -41,13 +41,16 @@ class Oracle:
         edit: str | None = None,
         strength: float = 1.0,
         scope: str = "generated",
+        begin: int | None = None,
     ) -> Score:
         """How likely each of `tokens` is after `prompt` and those before it, under the edit.
+
+        `begin` is the first edited position, where it is not the one that `scope` says.
 
         One forward pass over the whole text: what an engine did in steps, with caches, in any batch, must agree.
         """
         first = 0 if scope == Scope.ALL else len(prompt) - 1
-        with self._edited(edit, strength, first), torch.inference_mode():
+        with self._edited(edit, strength, first if begin is None else begin), torch.inference_mode():
             logits = self._model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
         logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
         given = logprobs.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)

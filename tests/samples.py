@@ -167,9 +167,15 @@ def bundle_in_memory(
     digest: str = DIGEST,
     gates: dict[str, tuple[Probe, dict[str, str], dict[str, str]]] | None = None,
     response: tuple[Probe, int] | None = None,
+    reasoning_end: int | None = None,
 ) -> Bundle:
-    """A bundle without files; its digest is whatever the test calls it. `response`: a probe, and how many tokens."""
+    """A bundle without files; its digest is whatever the test calls it. `response`: a probe, and how many tokens;
+    `reasoning_end`: the id of a token, up to which its first profile spares reasoning.
+    """
     fields = with_gates(manifest_of(edits, width=width, layers=layers), gates or {}) | {"tensors_digest": DIGEST}
+    if reasoning_end is not None:
+        fields["reasoning_end"] = {"token": "</think>", "token_id": reasoning_end}
+        fields["profiles"][0]["reasoning"] = "spared"
     if response is not None:
         fields = with_response(fields, *response)
     fields["edits"] = [

@@ -86,6 +86,7 @@ class Bank:
         self._names: list[str | None] = [None]
         self._gates: dict[tuple[str, str], BankedGate] = {}
         self._responses: dict[str, BankedResponse] = {}
+        self._reasoning_ends: dict[str, int] = {}
 
     @property
     def bundles(self) -> dict[str, list[str]]:
@@ -96,6 +97,11 @@ class Bank:
     def gates(self) -> dict[str, list[str]]:
         """Names of the profiles with a gate by bundle digest; every loaded bundle has an entry."""
         return {digest: [] for digest in self.bundles} | _by_digest(self._gates)
+
+    @property
+    def is_sparing(self) -> bool:
+        """Whether a loaded bundle has a profile that spares reasoning."""
+        return bool(self._reasoning_ends)
 
     @property
     def responses(self) -> dict[str, int]:
@@ -131,6 +137,8 @@ class Bank:
         if record is not None and record.tokens is not None:
             number, _, _ = self._load_scores(bundle.probes[record.name])
             self._responses[bundle.digest] = BankedResponse(number=number, tokens=record.tokens)
+        if bundle.manifest.is_sparing and bundle.manifest.reasoning_end is not None:
+            self._reasoning_ends[bundle.digest] = bundle.manifest.reasoning_end.token_id
 
     def _load_gate(self, digest: str, profile: Profile, probe: Probe) -> None:
         (number, table, span), scalars = self._load_scores(probe), 2 * self.width
@@ -186,6 +194,19 @@ class Bank:
             return self._gates[bundle, profile]
         except KeyError:
             raise UnknownName(f"no gate {profile!r} of bundle {bundle} in the bank; loaded: {self.gates}") from None
+
+    def reasoning_end(self, *, bundle: str) -> int:
+        """Id of the token at which reasoning ends.
+
+        Raises:
+            UnknownName: no such bundle is loaded, or none of its profiles spares reasoning.
+        """
+        try:
+            return self._reasoning_ends[bundle]
+        except KeyError:
+            raise UnknownName(
+                f"no profile of bundle {bundle} spares reasoning; bundles that do: {sorted(self._reasoning_ends)}"
+            ) from None
 
     def response(self, *, bundle: str) -> BankedResponse:
         """The response probe of a bundle.

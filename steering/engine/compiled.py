@@ -19,6 +19,7 @@ from torch import Tensor
 
 from steering.engine.kernels import (
     ALLOWED,
+    AWAITED,
     BIAS,
     CATEGORY,
     COMPLY_EDIT,
@@ -33,6 +34,7 @@ from steering.engine.kernels import (
     GRADED,
     HIGH,
     LOW,
+    MUTED,
     PLACE,
     REFUSE_EDIT,
     RESPONSE,
@@ -44,7 +46,7 @@ from steering.engine.kernels import (
 )
 
 _REFUSE, _COMPLY, _ABSTAIN, _FAILED = (int(each) for each in (Latch.REFUSE, Latch.COMPLY, Latch.ABSTAIN, Latch.FAILED))
-_ROW = (1 << PLACE) - 1
+_ROW, _PLACES, _MUTE = (1 << PLACE) - 1, (1 << (MUTED - PLACE)) - 1, 1 << MUTED
 _NO_FLOATS, _NO_BITS = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint16)
 
 
@@ -62,6 +64,12 @@ def run(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, tabl
     _steer(wide.numpy(), residual.to(torch.float32).numpy(), _NO_BITS, _NO_BITS, of_token, rows.numpy(), table.numpy())
     if wide is not hidden:
         hidden.copy_(wide)
+
+
+def spare(input_ids: Tensor, token_rows: Tensor, rows: Tensor) -> None:
+    """The op that keeps edits off reasoning, on the CPU's tensors."""
+    ids = input_ids.numpy().astype(np.int32, copy=False)
+    _spare(ids, token_rows.numpy()[: len(ids)], rows.numpy())
 
 
 def _compiled(*signature: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -214,6 +222,20 @@ _FLOATS, _BITS = numba.types.Array(numba.float32, 2, "A"), numba.types.Array(num
 _TABLE = numba.types.Array(numba.float32, 2, "C")
 
 
+@_compiled(numba.void(_TOKENS, _TOKENS, _TABLE))
+def _spare(ids: Any, of_token: Any, rows: Any) -> None:
+    """Mute [T] tokens of rows that wait for the end of reasoning; one at which it ends makes its row wait no more."""
+    for token in range(len(ids)):
+        entry = abs(of_token[token])
+        row = rows[entry & _ROW]
+        awaited = int(row[AWAITED])
+        if awaited and ids[token] + 1 == awaited:
+            row[AWAITED] = 0
+        elif awaited:
+            muted = entry | _MUTE
+            of_token[token] = muted if of_token[token] > 0 else -muted
+
+
 @_compiled(numba.void(_FLOATS, _FLOATS, _BITS, _BITS, _TOKENS, _TABLE, _TABLE))
 def _steer(
     hidden: Any, residual: Any, hidden_bits: Any, residual_bits: Any, of_token: Any, rows: Any, table: Any
@@ -224,7 +246,7 @@ def _steer(
     has_gates = table[0, 2 * width + GATE_COUNT] != 0
     for token in range(len(of_token)):
         entry = abs(of_token[token])
-        row, place = rows[entry & _ROW], entry >> PLACE
+        row, place, is_muted = rows[entry & _ROW], (entry >> PLACE) & _PLACES, (entry & _MUTE) != 0
         gate = probe = 0
         if has_gates and of_token[token] < 0:
             gate = int(row[GATE])
@@ -232,7 +254,8 @@ def _steer(
             probe = int(row[RESPONSE])
         is_deciding = gate != 0 and table[gate, 2 * width + GATE_COUNT] != 0
         is_observed = probe != 0 and table[probe, 2 * width + GATE_COUNT] != 0
-        if entry == 0 or not (is_deciding or is_observed or table[int(row[EDIT]), 2 * width + COUNT] != 0):
+        is_edited = not is_muted and table[int(row[EDIT]), 2 * width + COUNT] != 0
+        if entry == 0 or not (is_deciding or is_observed or is_edited):
             continue
         _load(hidden, hidden_bits, token, old)
         _load(residual, residual_bits, token, x)
@@ -243,7 +266,7 @@ def _steer(
         if is_observed:
             term = int(table[probe, 2 * width + GATE_FIRST])
             row[RESPONSE + place] = _read(x, table, term) + table[term, 2 * width + BIAS]
-        if table[int(row[EDIT]), 2 * width + COUNT] != 0:
+        if not is_muted and table[int(row[EDIT]), 2 * width + COUNT] != 0:
             _add(x, row, table, old)
             _store(hidden, hidden_bits, token, old)
             table[0, 2 * width + FIRST] = 1

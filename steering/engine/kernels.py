@@ -1,4 +1,5 @@
-"""The steering op: one call per steered layer lets gates decide and edits every steered token of the step.
+"""The steering ops: one call per steered layer lets gates decide and edits every steered token of the step; one call
+per step, where reasoning can be spared, keeps the edit off it.
 
 `torch.ops.trimtab.edit(hidden, residual, token_rows, rows, table)` has two implementations with one contract: a loop
 that Numba compiles (CPU, `compiled.py`) and a Triton kernel (CUDA, `triton_kernel.py`); the reference of both is
@@ -12,8 +13,10 @@ Shapes: `T` tokens of the step, `M` most tokens of a step, `S` rows, `N` terms o
     token_rows  [M + 2]     int32, row of each token; 0 means untouched, a negative number that the gate of that row
                             decides on this token. From bit `PLACE` on it holds 1 to 8 where the response probe of the
                             row reads this token: the how manieth generated token it is. On the CPU the last two entries
-                            are the numbers of touched and of deciding tokens, so that an idle step costs one comparison
-    rows        [S, 36]     float32, what differs per live request, laid out as below; row 0 is zero
+                            are the numbers of touched and of deciding tokens, so that an idle step costs one
+                            comparison. Bit `MUTED` of the absolute value keeps the edit, and nothing else, off this
+                            token
+    rows        [S, 40]     float32, what differs per live request, laid out as below; row 0 is zero
     table       [N, 2D + 8] float32, one layer's bank: columns 0…D-1 read, D…2D-1 write, then the scalars below
 
 Packing a layer's bank into one tensor, and a request's parameters and latch into one row, keeps the op at five tensor
@@ -25,6 +28,14 @@ and those of every later step read them there (the latch). The host reads the ro
 
 A response probe writes the score of each generated token it reads into a cell of its own, so that a token that is
 computed again changes nothing.
+
+`torch.ops.trimtab.spare(input_ids, token_rows, rows)` runs before the first layer of a model whose bundles spare
+reasoning; with asynchronous scheduling only the device knows the tokens. A row that waits for the token at which
+reasoning ends has the tokens before it muted; that token, whose pass predicts the first of the answer, is edited, and
+the row waits no more. Tokens of a row are consecutive in a step: on a device the program at the first of them does all
+of them, so that no two write the same row.
+
+    input_ids   [T]         the step's tokens, int32 or int64; token_rows and rows as above, both written
 """
 
 from __future__ import annotations
@@ -58,11 +69,17 @@ category's index and the scores."""
 RESPONSE = SCORES + 1 + MAX_CATEGORIES
 """Column of a row: number of the response probe, 0 for none. Its scores follow, one per generated token."""
 
-ROW_WIDTH = 36
-"""`RESPONSE` and `MAX_RESPONSE_TOKENS` scores; a multiple of 4."""
+AWAITED = RESPONSE + 1 + MAX_RESPONSE_TOKENS
+"""Column of a row: one more than the id of the token at which reasoning ends, while it is waited for; 0 otherwise."""
+
+ROW_WIDTH = 40
+"""A multiple of 4."""
 
 PLACE = 24
-"""First bit of an entry of `token_rows` that is not the row's number."""
+"""First bit of an entry of `token_rows` that is not the row's number; four bits."""
+
+MUTED = 28
+"""The bit after them."""
 
 
 class Latch(IntEnum):
@@ -78,7 +95,8 @@ class Latch(IntEnum):
 
 _LIBRARY = torch.library.Library("trimtab", "FRAGMENT")
 
-assert RESPONSE + MAX_RESPONSE_TOKENS < ROW_WIDTH
+assert AWAITED < ROW_WIDTH
+assert 1 << (MUTED - PLACE) > MAX_RESPONSE_TOKENS
 
 
 def table_width(width: int) -> int:
@@ -105,15 +123,40 @@ def _edit_fake(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tenso
     """Shapes for the compiler: the op returns nothing and writes `hidden` in place."""
 
 
+def spare_compiled(input_ids: Tensor, token_rows: Tensor, rows: Tensor) -> None:
+    """The CPU's: leaves at once where no token is steered."""
+    if token_rows.numpy()[-2]:
+        from steering.engine.compiled import spare
+
+        spare(input_ids, token_rows, rows)
+
+
+def spare_triton(input_ids: Tensor, token_rows: Tensor, rows: Tensor) -> None:
+    """The Triton kernel: one program per token, of which the first of each row that waits does that row's."""
+    from steering.engine.triton_kernel import launch_spare
+
+    launch_spare(input_ids, token_rows, rows)
+
+
+def _spare_fake(input_ids: Tensor, token_rows: Tensor, rows: Tensor) -> None:
+    """Shapes for the compiler: the op returns nothing."""
+
+
 def _define() -> None:
     # The latch in `rows` and the witness cell of `table` are written too. Both are left out of the schema on purpose:
     # in a compiled graph only this op reads them, its calls are ordered by `hidden`, which runs through all of them,
     # and declaring them would make the compiler copy both tensors at every call.
     _LIBRARY.define("edit(Tensor(a!) hidden, Tensor residual, Tensor token_rows, Tensor rows, Tensor table) -> ()")
-    on_cpu: Any = edit_triton if os.environ.get("TRIMTAB_KERNEL") == "triton" else edit_compiled
-    _LIBRARY.impl("edit", on_cpu, "CPU")
-    _LIBRARY.impl("edit", edit_triton, "CUDA")
-    torch.library.register_fake("trimtab::edit", _edit_fake, lib=_LIBRARY)
+    _LIBRARY.define("spare(Tensor input_ids, Tensor(a!) token_rows, Tensor(b!) rows) -> ()")
+    is_triton = os.environ.get("TRIMTAB_KERNEL") == "triton"
+    on_cpu: tuple[Any, Any] = (edit_triton, spare_triton) if is_triton else (edit_compiled, spare_compiled)
+    for name, of_cpu, of_cuda, fake in (
+        ("edit", on_cpu[0], edit_triton, _edit_fake),
+        ("spare", on_cpu[1], spare_triton, _spare_fake),
+    ):
+        _LIBRARY.impl(name, of_cpu, "CPU")
+        _LIBRARY.impl(name, of_cuda, "CUDA")
+        torch.library.register_fake(f"trimtab::{name}", fake, lib=_LIBRARY)
 
 
 _define()

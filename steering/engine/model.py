@@ -73,7 +73,9 @@ class Steering:
         """
         plan = plan_of(request)
         if plan is not None:
-            self.rows.add(request.req_id, plan, plan.end_of_prompt(prompt_length))
+            # The V2 runner adds a preempted request as a new one: these are its prompt and what it has generated.
+            tokens = request.prefill_token_ids or request.prompt_token_ids or ()
+            self.rows.add(request.req_id, plan, plan.end_of_prompt(prompt_length), tokens, request.num_computed_tokens)
         order = None if self.capture is None else capture_of(request)
         if self.capture is not None and order is not None:
             self.capture.add(request.req_id, order, prompt_length)
@@ -189,6 +191,18 @@ class SteeredModel(nn.Module):
             block.register_buffer("steering_rows", steering.rows.rows, persistent=False)
             block.register_buffer("steering_table", steering.bank.tables[layer], persistent=False)
         self.steering = steering
+
+    def forward(self, input_ids: Tensor | None, positions: Tensor, *arguments: Any, **named: Any) -> Tensor | Any:
+        """As vLLM's; where a bundle spares reasoning the step's tokens are looked at first, outside the compiled part.
+
+        Raises:
+            UnsupportedConfiguration: reasoning is to be spared, and the runner gives embeddings and no tokens.
+        """
+        if self.steering is not None and self.steering.bank.is_sparing:
+            if input_ids is None:
+                raise UnsupportedConfiguration("reasoning is spared by the tokens, and only embeddings were given")
+            torch.ops.trimtab.spare(input_ids, self.steering.rows.token_rows, self.steering.rows.rows)
+        return super().forward(input_ids, positions, *arguments, **named)
 
     def compute_logits(self, *arguments: Any, **named: Any) -> Any:
         """As vLLM's; both runners call it right after every forward pass, outside the graph."""

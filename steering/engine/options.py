@@ -99,8 +99,6 @@ def engine_arguments(
         BundleError: a bundle does not pass its checks.
     """
     loaded = [load_bundle(path) for path in bundles]
-    for bundle in loaded:
-        check_reasoning(bundle)
     described = [
         {"path": str(path.resolve()), "digest": bundle.digest} for path, bundle in zip(bundles, loaded, strict=True)
     ]
@@ -147,24 +145,9 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
         bundle = load_bundle(Path(path))
         if digest is not None and bundle.digest != digest:
             raise BundleDigestError(f"bundle {path} has digest {bundle.digest}, the engine was started with {digest}")
-        check_reasoning(bundle)
         bundles.append(bundle)
     terms = given.get("terms_per_layer") or max(DEFAULT_TERMS_PER_LAYER, terms_needed(bundles))
     return SteeringOptions(bundles=tuple(bundles), terms_per_layer=int(terms), capture=capture)
-
-
-def check_reasoning(bundle: Bundle) -> None:
-    """Refuse a bundle that asks for what the engine cannot do.
-
-    Raises:
-        UnsupportedConfiguration: a profile wants reasoning spared.
-    """
-    for profile in bundle.manifest.profiles:
-        if profile.reasoning == "spared":
-            raise UnsupportedConfiguration(
-                f"profile {profile.name!r} of bundle {bundle.label} has reasoning 'spared': this engine edits the "
-                "reasoning of a thinking model as it edits the answer; make the profile with reasoning 'edited'"
-            )
 
 
 def _capture_from(given: object) -> CaptureSettings:

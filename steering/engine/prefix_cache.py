@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from steering.engine.capture import capture_of
 from steering.errors import InvalidSpec, NotSupported, TrimtabError, UnknownName
-from steering.plan import PLAN_KEY, Plan, Scope
+from steering.plan import PLAN_KEY, Plan, Reasoning, Scope
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -81,10 +81,12 @@ class SteeringScheduler:
         edits: names of the edits this engine has, by bundle digest.
         gates: categories of the gates this engine has, by bundle digest and profile.
         responses: digests of the bundles that have a response probe.
+        sparing: digests of the bundles that have a profile that spares reasoning.
         is_capturing: requests may ask for their residuals.
     """
 
     responses: frozenset[str] = frozenset()
+    sparing: frozenset[str] = frozenset()
 
     is_capturing: bool = False
     edits: dict[str, frozenset[str]]
@@ -150,6 +152,8 @@ class SteeringScheduler:
         plan.end_of_prompt(request.num_prompt_tokens)
         if plan.response and plan.bundle not in self.responses:
             raise UnknownName(f"bundle {plan.bundle} has no response probe; those that do: {sorted(self.responses)}")
+        if plan.reasoning is Reasoning.SPARED and plan.bundle not in self.sparing:
+            raise UnknownName(f"no profile of bundle {plan.bundle} spares reasoning; that do: {sorted(self.sparing)}")
         if plan.gate is None:
             if plan.edit is not None and plan.edit not in self.edits.get(plan.bundle, ()):
                 raise UnknownName(f"no edit {plan.edit!r} of bundle {plan.bundle}; loaded: {sorted(self.edits)}")
@@ -206,6 +210,12 @@ def make_scheduler(*, vllm_config: VllmConfig, **arguments: Any) -> Any:
     }
     is_capturing = options is not None and options.capture is not None
     responses = frozenset(bundle.digest for bundle in bundles if bundle.manifest.response is not None)
-    made = {"edits": edits, "gates": gates, "responses": responses, "is_capturing": is_capturing}
+    made = {
+        "edits": edits,
+        "gates": gates,
+        "responses": responses,
+        "sparing": frozenset(bundle.digest for bundle in bundles if bundle.manifest.is_sparing),
+        "is_capturing": is_capturing,
+    }
     scheduler_class = type(f"Steering{base.__name__}", (SteeringScheduler, base), made)
     return scheduler_class(vllm_config=vllm_config, **arguments)

@@ -20,15 +20,18 @@ from numpy.typing import NDArray
 from steering.engine import kernels
 from steering.engine.bank import Bank, BankedGate, BankedResponse
 from steering.engine.compiled import fill
-from steering.engine.kernels import PLACE, RESPONSE, ROW_WIDTH, Latch
+from steering.engine.kernels import AWAITED, PLACE, RESPONSE, ROW_WIDTH, Latch
 from steering.engine.uploads import MapUpload, RowUpload
 from steering.errors import CapacityExceeded, UnknownName
 from steering.gate import log_odds, probabilities
 from steering.manifest import MAX_RESPONSE_TOKENS
-from steering.plan import Decision, Outcome, Plan, Response, Scope
+from steering.plan import Decision, Outcome, Plan, Reasoning, Response, Scope
 
 _NEVER = np.iinfo(np.int64).max // 2
 """First edited position of row 0."""
+
+_LAST_OF_PROMPT = 8
+"""Tokens at the end of a prompt among which a template that switches thinking off puts the end of reasoning."""
 
 _DECISIONS = {Latch.REFUSE: Decision.REFUSE, Latch.COMPLY: Decision.COMPLY, Latch.ABSTAIN: Decision.ABSTAIN}
 
@@ -120,16 +123,20 @@ class Rows:
         """Steered requests that are known, running or preempted."""
         return len(self._requests)
 
-    def add(self, request_id: str, plan: Plan, prompt_length: int) -> None:
+    def add(
+        self, request_id: str, plan: Plan, prompt_length: int, tokens: Sequence[int] = (), computed: int = 0
+    ) -> None:
         """Take a row for a request that starts or comes back after a preemption.
 
         Args:
             request_id: the engine's id of the sample.
             plan: what to do; its edit, gate or response probe must be in the bank.
             prompt_length: number of prompt tokens, without tokens generated before a preemption.
+            tokens: the prompt and those generated before a preemption; read where reasoning is spared.
+            computed: how many of them need not be computed again.
 
         Raises:
-            UnknownName: the edit, gate or response probe is not in the bank.
+            UnknownName: the edit, gate or response probe is not in the bank, or the bundle spares no reasoning.
             CapacityExceeded: no row is free; cannot happen while vLLM keeps to `max_num_seqs`.
         """
         known = self._requests.get(request_id)
@@ -144,6 +151,9 @@ class Rows:
             # Preempted before the host had read what the gate decided: rare, and the only wait.
             steered.reading.result()
         values = steered.latched if steered.latched is not None else self._initial(plan, gate)
+        values[AWAITED] = self._awaited(
+            plan, tokens[max(prompt_length - _LAST_OF_PROMPT, 0) : max(prompt_length, computed)]
+        )
         values[RESPONSE] = 0 if response is None else response.number
         values[RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS] = np.nan
         if not self._free:
@@ -161,11 +171,11 @@ class Rows:
         if response is not None:
             self._observing[request_id] = steered
 
-    def resume(self, request_id: str) -> None:
-        """Take a row again for a request that was preempted; does nothing for an unsteered one."""
+    def resume(self, request_id: str, tokens: Sequence[int] = (), computed: int = 0) -> None:
+        """Take a row again for a request that was preempted; does nothing for an unsteered one. See `add`."""
         steered = self._requests.get(request_id)
         if steered is not None:
-            self.add(request_id, steered.plan, steered.prompt_length)
+            self.add(request_id, steered.plan, steered.prompt_length, tokens, computed)
 
     def preempt(self, request_id: str) -> None:
         """Give the row back and keep the plan and what was decided; does nothing for an unsteered request."""
@@ -291,6 +301,7 @@ class Rows:
             edit=edit,
             strength=strength,
             scope=steered.plan.scope,
+            reasoning=steered.plan.reasoning,
             **facts,  # type: ignore[arg-type]
         )
 
@@ -316,6 +327,13 @@ class Rows:
         row[kernels.ALLOWED] = sum(1 << gate.categories.index(category) for category in set(allowed))
         row[kernels.GRADED] = order.is_graded
         return row
+
+    def _awaited(self, plan: Plan, before: Sequence[int]) -> int:
+        """What the row waits for, given the tokens `before` the next one to compute that may have ended reasoning."""
+        if plan.reasoning is not Reasoning.SPARED:
+            return 0
+        end = self._bank.reasoning_end(bundle=plan.bundle)
+        return 0 if end in before else end + 1
 
     def _clear(self) -> None:
         """Point every token to row 0; free of cost when they do already."""

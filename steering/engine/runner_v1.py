@@ -81,8 +81,11 @@ def _follow(steering: Steering, scheduler_output: Any) -> None:
             steering.end(request_id)
         for request_id in scheduler_output.preempted_req_ids or ():
             rows.preempt(request_id)
-        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
-            rows.resume(request_id)
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id in cached.resumed_req_ids:
+            # vLLM sends all tokens of what was not in the step before, and preempts and resumes nothing in one.
+            computed = cached.num_computed_tokens[cached.req_ids.index(request_id)]
+            rows.resume(request_id, cached.all_token_ids[request_id], computed)
     for new in scheduler_output.scheduled_new_reqs:
         steering.start(new, len(new.prompt_token_ids))
 

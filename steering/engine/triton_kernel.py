@@ -1,4 +1,4 @@
-"""The steering op in Triton, for CUDA devices and for Triton's interpreter.
+"""The steering ops in Triton, for CUDA devices and for Triton's interpreter.
 
 Same contract as `kernels.edit_reference`. Imported only where Triton is needed: at import Triton decides, by
 `TRITON_INTERPRET`, whether kernels are compiled or interpreted.
@@ -15,7 +15,10 @@ FLOATS_PER_WARP = 1024
 """One warp per 1,024 columns (32 lanes × 32 registers): the whole row of x and the running sum stay in registers."""
 
 
-PITCH: tl.constexpr = tl.constexpr(36)
+SPARED_AT_ONCE = 128
+"""Tokens of a row that are looked at together; a row has one in all but recomputed steps."""
+
+PITCH: tl.constexpr = tl.constexpr(40)
 """`kernels.ROW_WIDTH`. Offsets below are those of `kernels`; a jitted function sees constants of its own module."""
 
 
@@ -98,7 +101,8 @@ def edit_kernel(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     number = tl.load(token_rows + token)
     if number != 0:
-        place = tl.abs(number) >> 24
+        place = (tl.abs(number) >> 24) & 15
+        muted = tl.abs(number) >> 28
         row = rows + (tl.abs(number) & 0xFFFFFF).to(tl.int64) * PITCH
         columns = tl.arange(0, BLOCK)
         inside = columns < WIDTH
@@ -113,7 +117,7 @@ def edit_kernel(  # type: ignore[no-untyped-def]
                 observe(x, columns, inside, row, place, table, WIDTH)
         head = table + edit.to(tl.int64) * (2 * WIDTH + 8) + 2 * WIDTH
         count = tl.load(head + 3).to(tl.int32)
-        if count != 0:
+        if (count != 0) & (muted == 0):
             first = tl.load(head + 2).to(tl.int64)
             old = tl.load(hidden + token * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
             x = old + tl.load(residual + token * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -151,6 +155,41 @@ def launch(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, t
         BLOCK=block,
         num_warps=min(MAX_WARPS, max(1, block // FLOATS_PER_WARP)),
     )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def spare_kernel(input_ids, token_rows, rows, tokens, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program per token; the one at the first token of a row that waits mutes what comes before its end."""
+    start = tl.program_id(0)
+    row = tl.abs(tl.load(token_rows + start)) & 0xFFFFFF
+    # The program of the row before may be writing this entry: it changes the bit of muting, never the row.
+    before = tl.abs(tl.load(token_rows + start - 1, mask=start > 0, other=0)) & 0xFFFFFF
+    if (row != 0) & (before != row):
+        cell = rows + row.to(tl.int64) * PITCH + 36
+        awaited = tl.load(cell).to(tl.int32)
+        offsets = tl.arange(0, BLOCK)
+        while (awaited != 0) & (start < tokens):
+            entries = tl.load(token_rows + start + offsets, mask=start + offsets < tokens, other=0)
+            own = (tl.abs(entries) & 0xFFFFFF) == row
+            length = tl.min(tl.where(own, BLOCK, offsets), axis=0)
+            ids = tl.load(input_ids + start + offsets, mask=own, other=-1)
+            end = tl.min(tl.where(own & (ids + 1 == awaited), offsets, BLOCK), axis=0)
+            muted = tl.abs(entries) | 0x10000000
+            tl.store(
+                token_rows + start + offsets,
+                tl.where(entries < 0, -muted, muted),
+                mask=own & (offsets < tl.minimum(end, length)),
+            )
+            if end < length:
+                tl.store(cell, 0.0)
+                awaited = awaited * 0
+            start = tl.where(length < BLOCK, tokens, start + BLOCK)
+
+
+def launch_spare(input_ids: Tensor, token_rows: Tensor, rows: Tensor) -> None:
+    """Launch one program per token of the step; shapes as in `kernels`."""
+    if len(input_ids):
+        spare_kernel[(len(input_ids),)](input_ids, token_rows, rows, len(input_ids), BLOCK=SPARED_AT_ONCE, num_warps=1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

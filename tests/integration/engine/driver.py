@@ -40,6 +40,7 @@ class Ask:
     samples: int = 1
     plan_text: str | None = None
     response: bool = False
+    reasoning: str = "edited"
 
 
 @dataclass(kw_only=True)
@@ -327,7 +328,7 @@ def _nearly_greedy(samples: int) -> dict[str, Any]:
 def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> list[Got]:
     from vllm import SamplingParams
 
-    from steering.plan import PLAN_KEY, GateOrder, Plan, Scope
+    from steering.plan import PLAN_KEY, GateOrder, Plan, Reasoning, Scope
 
     parameters = []
     for number, ask in enumerate(round_):
@@ -341,6 +342,7 @@ def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> 
                 strength=ask.strength,
                 scope=Scope(ask.scope),
                 response=ask.response,
+                reasoning=Reasoning(ask.reasoning),
             ).to_json()
         parameters.append(
             SamplingParams(

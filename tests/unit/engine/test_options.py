@@ -114,21 +114,22 @@ def test_compile_key_holds_version_layers_and_digests(bundles: list[Path]) -> No
     assert again.layers == options.layers
 
 
-def test_reasoning_that_is_to_be_spared_stops_the_start(tmp_path: Path) -> None:
-    """Edits begin with the reasoning here; a bundle that wants it spared is refused by name, never served otherwise."""
+def test_a_bundle_that_spares_reasoning_says_where_it_ends(tmp_path: Path) -> None:
+    """Without the token, or for a profile that edits the prompt, there is no bundle; with it an engine takes it."""
     edits = {"a": random_edit("a", ranks={1: 1})}
     manifest = manifest_of(edits)
     manifest["profiles"][0]["reasoning"] = "spared"
     with pytest.raises(BundleFormatError, match="no reasoning_end says where it ends"):
         save_bundle(tmp_path / "unsaid", manifest, edits)
     manifest["reasoning_end"] = {"token": "</think>", "token_id": 7}
+    manifest["profiles"][0]["scope"] = "all"
+    with pytest.raises(BundleFormatError, match="spares reasoning, so that its scope must be 'generated'"):
+        save_bundle(tmp_path / "everywhere", manifest, edits)
+    manifest["profiles"][0]["scope"] = "generated"
     save_bundle(tmp_path / "spared", manifest, edits)
-    with pytest.raises(UnsupportedConfiguration, match=r"profile 'default' of bundle .* has reasoning 'spared'"):
-        engine_arguments([tmp_path / "spared"])
-    given = {CONFIG_KEY: {"bundles": [str(tmp_path / "spared")]}}
-    arguments = {"worker_cls": WORKER_CLASS, "scheduler_cls": SCHEDULER_CLASS, "additional_config": given}
-    with pytest.raises(UnsupportedConfiguration, match="reasoning 'spared'"):
-        options_from(config_of(arguments))
+    options = options_from(config_of(engine_arguments([tmp_path / "spared"])))
+    assert options is not None
+    assert options.bundles[0].manifest.is_sparing
 
 
 def test_capture_is_chosen_where_the_engine_starts(

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from steering.engine.prefix_cache import BlockHasher, SteeringScheduler, isolated, plan_of
 from steering.errors import InvalidSpec
-from steering.plan import PLAN_KEY, Plan, Scope
+from steering.plan import PLAN_KEY, Plan, Reasoning, Scope
 from tests.samples import DIGEST, plan_for
 
 BLOCK = 4
@@ -258,6 +258,7 @@ INVALID = {
     "a number": 5,
     "an object": {"id": "p"},
     "another edit": plan_for("absent").to_json(),
+    "reasoning spared by a bundle that does not": replace(plan_for("e"), reasoning=Reasoning.SPARED).to_json(),
     "another bundle": plan_for("e", bundle="sha256:other").to_json(),
     "a list as scope": plan_for("e").to_json().replace('"scope":"generated"', '"scope":["all"]'),
     "no float": plan_for("e").to_json().replace('"strength":1.0', '"strength":' + "9" * 400),

@@ -22,7 +22,7 @@ import json, pathlib, subprocess, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from steering.engine.triton_kernel import FLOATS_PER_WARP, MAX_WARPS, edit_kernel
+from steering.engine.triton_kernel import FLOATS_PER_WARP, MAX_WARPS, SPARED_AT_ONCE, edit_kernel, spare_kernel
 
 cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 made = []
@@ -44,6 +44,13 @@ for arch in (80, 90):
         usage = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True).stdout
         facts = {"arch": arch, "dtype": dtype, "shared": code.metadata.shared, "usage": usage}
         made.append(facts | {"ptx": code.asm["ptx"]})
+    for ids in ("*i32", "*i64"):
+        source = ASTSource(
+            fn=spare_kernel,
+            signature={"input_ids": ids, "token_rows": "*i32", "rows": "*fp32", "tokens": "i32", "BLOCK": "constexpr"},
+            constexprs={"BLOCK": SPARED_AT_ONCE},
+        )
+        triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 1})
 print(json.dumps(made))
 """
 
@@ -67,8 +74,9 @@ def python(*arguments: str, **environment: str) -> str:
 def test_interpreted_kernel_is_the_algebra() -> None:
     """The cases that the plain torch op is judged by, in every dtype, contiguous and strided, at two widths."""
     printed = python("-m", "tests.unit.engine.cases", TRITON_INTERPRET="1")
-    captured, observed, decided, judged = (int(part.rpartition(":")[2]) for part in printed.split(","))
+    spared, captured, observed, decided, judged = (int(part.rpartition(":")[2]) for part in printed.split(","))
     assert judged > 100
+    assert spared > 500
     assert decided > 50
     assert captured > 50
     assert observed > 50

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from server.readiness import self_check
 from steering.errors import PluginNotArmed
-from tests.fakes import WORD, FakeEngine, make_bundle, make_catalog, make_reading_bundle
+from steering.plan import Reasoning
+from tests.fakes import WORD, FakeEngine, make_bundle, make_catalog, make_gated_bundle, make_reading_bundle
 from tests.unit.server.conftest import Make, Spoken, read_events
 
 NOTHING = math.nan
@@ -139,3 +141,22 @@ async def test_answers_say_whether_reasoning_was_edited(make: Make, is_thinking:
     spoken = make(FakeEngine(bundles=[bundle]), make_catalog(bundle))
     assert (await told(spoken, stream=False, steering={"mode": "refuse"})).get("reasoning") == told_of
     assert "reasoning" not in await told(spoken, stream=False)
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+async def test_a_profile_that_spares_reasoning_has_the_engine_spare_it(make: Make, is_gated: bool) -> None:
+    """The plan says so, the answer says what the engine did; another deed, or the whole prompt, is an error."""
+    bundle = make_gated_bundle() if is_gated else make_bundle()
+    profiles = {name: replace(each, reasoning=Reasoning.SPARED) for name, each in bundle.profiles.items()}
+    bundle = replace(bundle, profiles=profiles, is_thinking=True)
+    engine = FakeEngine(bundles=[bundle])
+    steering = {"mode": "auto" if is_gated else "refuse"}
+    assert (await told(make(engine, make_catalog(bundle)), stream=False, steering=steering))["reasoning"] == "spared"
+    (call,) = [call for call in engine.calls if call.plan]
+    assert call.plan is not None
+    assert call.plan.reasoning is Reasoning.SPARED
+    disobeying = make(FakeEngine(bundles=[bundle], tampered={"reasoning": Reasoning.EDITED}), make_catalog(bundle))
+    assert (await disobeying.chat(steering=steering)).status_code == 500
+    refused = await make(engine, make_catalog(bundle)).chat(steering={"mode": "refuse", "scope": "all"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "steering.scope"

@@ -16,10 +16,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from steering.errors import InvalidSpec
-from steering.plan import Decision, GateOrder, Outcome, Plan, Scope, Scores
+from steering.plan import Decision, GateOrder, Outcome, Plan, Reasoning, Scope, Scores
 
 FIELDS = {
-    "version": 3,
+    "version": 4,
+    "reasoning": "edited",
     "id": "p",
     "bundle": "sha256:0",
     "edit": "e",
@@ -157,6 +158,18 @@ def test_a_plan_names_an_edit_or_a_gate_and_a_gate_edits_what_is_generated() -> 
     assert caught.value.parameter == "steering.scope"
 
 
+def test_reasoning_is_spared_by_an_edit_that_begins_after_it() -> None:
+    """A gate may decide before; an edit of the whole prompt and an observation alone have nothing to spare."""
+    order = GateOrder(profile="p", comply_below=0.4, refuse_above=0.6)
+    for named in ({"edit": "e"}, {"gate": order}):
+        plan = Plan(id="p", bundle="b", strength=1.0, reasoning=Reasoning.SPARED, **named)  # type: ignore[arg-type]
+        assert Plan.from_json(plan.to_json()) == plan
+    for named in ({"edit": "e", "scope": Scope.ALL}, {"response": True}):
+        with pytest.raises(InvalidSpec, match="reasoning is spared") as caught:
+            Plan(id="p", bundle="b", strength=1.0, reasoning=Reasoning.SPARED, **named)  # type: ignore[arg-type]
+        assert caught.value.parameter == "steering.scope"
+
+
 @pytest.mark.parametrize(
     "strength", [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e39, -1e300, 1e-60, 1e-320]
 )
@@ -188,7 +201,7 @@ def test_nan_and_infinity_in_json_are_refused(text: str) -> None:
     ("changed", "message"),
     [
         ({"extra": 1}, "keys"),
-        ({"version": 1}, "version must be 3"),
+        ({"version": 1}, "version must be 4"),
         ({"id": ""}, "1 to 128 characters"),
         ({"id": "x" * 129}, "1 to 128 characters"),
         ({"id": 5}, "'id' must be str"),
@@ -240,3 +253,5 @@ def test_outcome_round_trip(request_id: str, error: str, strength: float, scope:
         outcome, decision=Decision.COMPLY, category="c", scores=Scores(refusal=0.1, categories={"c": 0.75, "d": 0.25})
     )
     assert Outcome.from_json(decided.to_json()) == decided
+    spared = replace(outcome, reasoning=Reasoning.SPARED)
+    assert Outcome.from_json(spared.to_json()) == spared
