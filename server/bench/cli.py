@@ -21,6 +21,7 @@ class Part(StrEnum):
     """What can be measured on its own."""
 
     ENGINE = "engine"
+    GATE = "gate"
     GATEWAY = "gateway"
     HOST = "host"
     CAPTURE = "capture"
@@ -67,9 +68,16 @@ def bench(
             for line in found["host"]:
                 facts = f"{line['requests']} requests, {line['steered']} steered"
                 _show(f"host: {facts}: {line['microseconds_per_step']} µs per step")
-        if Part.ENGINE in parts:
+        if Part.ENGINE in parts or Part.GATE in parts:
             found["engine"], measured = engine.measure(
-                subject, pairs=pairs, batch=batch, tokens=tokens, options=given, with_control=control, say=_say
+                subject,
+                pairs=pairs,
+                batch=batch,
+                tokens=tokens,
+                options=given,
+                with_control=control,
+                with_stock=Part.ENGINE in parts,
+                say=_say,
             )
             ratios += measured
         if Part.GATEWAY in parts:

@@ -66,6 +66,7 @@ def measure(
     tokens: int,
     options: dict[str, Any],
     with_control: bool,
+    with_stock: bool = True,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Any], list[Ratio]]:
     """Run every arm against stock vLLM.
@@ -77,6 +78,8 @@ def measure(
         tokens: generated for each of them.
         options: vLLM's own, the same for both engines.
         with_control: also a second stock engine against the first: the noise of the method.
+        with_stock: without it only what the gate costs, on one engine that is steered and not in turn: no other takes
+            its processor, and a pair is soon over.
         say: told of progress.
 
     Returns:
@@ -98,22 +101,24 @@ def measure(
             _check(made.wait_until_ready(), is_steering=bool(bundles))
             return made
 
-        say("starting stock vLLM")
-        stock = start([], WITHOUT_PLUGINS)
+        arms: list[Arm] = []
         say("starting vLLM with the bundle")
         steering = start([str(subject.bundle.path.resolve())])
-        arms = [Arm(name="idle ÷ stock vLLM", runner=steering, reference=stock, target=0.97)]
-        arms += [
-            Arm(
-                name=f"{kind} ÷ stock vLLM",
-                runner=steering,
-                reference=stock,
-                plans=plans[kind],
-                kind=kind,
-                target=target,
-            )
-            for kind, target in ((Kind.STEERED, 0.93), (Kind.DISTINCT, None), (Kind.AUTO, None))
-        ]
+        if with_stock:
+            say("starting stock vLLM")
+            stock = start([], WITHOUT_PLUGINS)
+            arms.append(Arm(name="idle ÷ stock vLLM", runner=steering, reference=stock, target=0.97))
+            arms += [
+                Arm(
+                    name=f"{kind} ÷ stock vLLM",
+                    runner=steering,
+                    reference=stock,
+                    plans=plans[kind],
+                    kind=kind,
+                    target=target,
+                )
+                for kind, target in ((Kind.STEERED, 0.93), (Kind.DISTINCT, None), (Kind.AUTO, None))
+            ]
         gated = Arm(
             name="auto ÷ unsteered",
             runner=steering,
@@ -123,7 +128,7 @@ def measure(
             target=0.97,
         )
         arms += [gated, replace(gated, name="auto ÷ unsteered, first token", is_first_token=True)]
-        if with_control:
+        if with_stock and with_control:
             say("starting stock vLLM a second time")
             arms.append(Arm(name="stock again ÷ stock vLLM", runner=start([], WITHOUT_PLUGINS), reference=stock))
         seed = 0

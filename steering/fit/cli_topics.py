@@ -118,7 +118,7 @@ def topics(
         float | None, typer.Option(help="Share of the confidence to remove; 0.75.", min=0.0, max=1.0)
     ] = None,
     safety_margin: Annotated[
-        float | None, typer.Option(help="Share of harmful prompts that may be refused less; 0.01.", min=0.0, max=1.0)
+        float | None, typer.Option(help="Share of harmful prompts that may be refused less; 0.", min=0.0, max=1.0)
     ] = None,
     gate: Annotated[bool, typer.Option("--gate/--no-gate", help="Fit a gate, and compare with and without.")] = True,
     most: Annotated[int | None, typer.Option(help="Prompts of one source at most; 1500.", min=1)] = None,

@@ -103,10 +103,11 @@ def compare(
 
 
 def choose_default(arms: Sequence[Arm], unsteered: Mapping[str, Mapping[str, Mapping[str, float]]]) -> tuple[Arm, str]:
-    """The arm with the least topic refusal among those that keep safety, and why.
+    """The default arm, and why.
 
-    Ties go to a gated arm, which also leaves alone what no calibration prompt stands for, then to the smaller shift.
-    Where no arm keeps safety, the gated ones come first, and then what keeps most harmful refusals.
+    Of those that keep safety on calibration prompts, gated ones that remove enough come first: a gate also leaves alone
+    what no calibration prompt stands for. Among them it is the least topic refusal, then the smaller shift. Where no
+    arm keeps safety, the gated ones come first too, and then what keeps most harmful refusals.
     """
 
     def refused(arm: Arm, role: Role) -> float:
@@ -116,10 +117,12 @@ def choose_default(arms: Sequence[Arm], unsteered: Mapping[str, Mapping[str, Map
     has_safety = bool(unsteered[Use.CALIBRATE].get(Role.SAFETY, {}).get("n"))
     safe = [arm for arm in arms if arm.is_safe]
     if safe:
-        best = min(safe, key=lambda arm: (refused(arm, Role.REFUSED), not arm.is_gated, arm.found.shift))
+        trusted = [arm for arm in safe if arm.is_gated and arm.found.is_met] or safe
+        best = min(trusted, key=lambda arm: (refused(arm, Role.REFUSED), not arm.is_gated, arm.found.shift))
         left, before = 100 * refused(best, Role.REFUSED), 100 * base.get(Role.REFUSED, 0.0)
         why = (
-            f"of {len(safe)} of {len(arms)} arms that keep the margins on calibration prompts it leaves the least "
+            f"{len(safe)} of {len(arms)} arms keep the margins on calibration prompts; of "
+            f"{'the gated ones among them that remove enough' if trusted is not safe else 'them'} it leaves the least "
             f"topic refusal, {left:.1f} % (unsteered {before:.1f} %)"
         )
         free = [arm for arm in arms if not arm.is_gated]

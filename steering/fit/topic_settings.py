@@ -117,7 +117,7 @@ class TopicSettings:
     has_gate: bool = True
     penalty: float = 0.02
     probe_tolerance: float = 0.005
-    safety_margin: float = 0.01
+    safety_margin: float = 0.0
     plain_margin: float = 0.01
     gated: int = 400
     strengths: tuple[float, ...] = (0.5, 1.0, 1.25, 1.5, 2.0)

@@ -13,14 +13,22 @@ from steering.plan import Scope
 UNSTEERED = {Use.CALIBRATE: {Role.REFUSED: {"rate": 0.9, "n": 60}, Role.SAFETY: {"rate": 1.0, "n": 60}}}
 
 
-def arm(variant: str, *, topic: float, harmful: float = 1.0, shift: float = 0.1, is_safe: bool = True) -> Arm:
+def arm(
+    variant: str,
+    *,
+    topic: float,
+    harmful: float = 1.0,
+    shift: float = 0.1,
+    is_safe: bool = True,
+    is_met: bool = True,
+) -> Arm:
     """An arm with these rates of refusal on calibration prompts."""
     candidate = Candidate(
         method=Method.MD, variant=variant, layers=(1,), alpha=-1.0, is_reposition=False, scope=Scope.GENERATED
     )
     return Arm(
         name=f"{variant} {topic} {shift}",
-        found=Found(candidate=candidate, removal=1.0, shift=shift, is_met=True),
+        found=Found(candidate=candidate, removal=1.0, shift=shift, is_met=is_met),
         comply_below=0.5 if variant == GATED else None,
         rates={Use.CALIBRATE: {Role.REFUSED: {"rate": topic}, Role.SAFETY: {"rate": harmful}}},
         is_safe=is_safe,
@@ -28,17 +36,20 @@ def arm(variant: str, *, topic: float, harmful: float = 1.0, shift: float = 0.1,
 
 
 def test_the_least_topic_refusal_among_safe_arms_wins() -> None:
-    """Whatever its kind; an arm that loses harmful refusals is no candidate while another keeps them."""
+    """An arm that loses harmful refusals is no candidate while another keeps them, nor a gate that removes too little
+    while something else removes more.
+    """
     safe = arm(FREE, topic=0.1)
-    chosen, why = choose_default([arm(GATED, topic=0.2), safe, arm(FREE, topic=0.0, is_safe=False)], UNSTEERED)
+    others = [arm(GATED, topic=0.5, is_met=False), arm(FREE, topic=0.0, is_safe=False)]
+    chosen, why = choose_default([*others, safe], UNSTEERED)
     assert chosen is safe
     assert "10.0 % (unsteered 90.0 %)" in why
 
 
-def test_ties_go_to_the_gate_and_then_to_the_smaller_shift() -> None:
-    """What no calibration prompt stands for is left alone by a gate and by nothing else."""
+def test_a_safe_gate_that_removes_enough_goes_before_what_is_not_gated() -> None:
+    """What no calibration prompt stands for is left alone by a gate and by nothing else; ties go to the smaller shift."""
     gated = arm(GATED, topic=0.1, shift=0.3)
-    arms = [arm(FREE, topic=0.1, shift=0.01), arm(GATED, topic=0.1, shift=0.4), gated]
+    arms = [arm(FREE, topic=0.0, shift=0.01), arm(GATED, topic=0.1, shift=0.4), gated, arm(GATED, topic=0.2)]
     chosen, why = choose_default(arms, UNSTEERED)
     assert chosen is gated
     assert "ungated" in why
