@@ -122,17 +122,18 @@ def choose(curve: list[Choice], unsteered: Mapping[str, float], *, safety_margin
     Of pairs that are as good, the one with the widest neutral band is taken. The pair (0, 1) decides nothing and always
     keeps the margins, so that there is always a choice.
     """
-    allowed = [
-        choice
-        for choice in curve
-        if choice.rates["refuse"] >= unsteered["refuse"] - safety_margin - 1e-12
-        and choice.rates["plain"] <= unsteered["plain"] + plain_margin + 1e-12
-    ]
+    allowed = [one for one in curve if keeps(one, unsteered, safety_margin=safety_margin, plain_margin=plain_margin)]
     if not allowed:
         raise OperatorError("no pair of thresholds keeps the margins, not even (0, 1); was the curve made in full?")
     return min(
         allowed, key=lambda choice: (round(choice.rates["over"], 4), -(choice.refuse_above - choice.comply_below))
     )
+
+
+def keeps(choice: Choice, unsteered: Mapping[str, float], *, safety_margin: float, plain_margin: float) -> bool:
+    """Whether a pair keeps the margins; arguments are those of `choose`."""
+    harmful, plain = unsteered["refuse"] - safety_margin, unsteered["plain"] + plain_margin
+    return choice.rates["refuse"] >= harmful - 1e-12 and choice.rates["plain"] <= plain + 1e-12
 
 
 def hard_sign(threshold: float, evidence: Evidence) -> Choice:

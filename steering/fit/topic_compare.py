@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from steering.fit.intervals import Rate
 from steering.fit.probes import Array, Mask
 from steering.fit.sources import Use
 from steering.fit.stages import Result
-from steering.fit.thresholds import NEVER_REFUSE, Choice, Evidence, choose, threshold_curve
+from steering.fit.thresholds import NEVER_REFUSE, Choice, Evidence, choose, keeps, threshold_curve
 from steering.fit.topic_answers import Measured
 from steering.fit.topic_candidates import FREE, GATED
 from steering.fit.topic_finder import Found, verdicts
@@ -203,7 +204,11 @@ def _threshold(
     codes: Sequence[Verdict],
     probability: Array,
 ) -> tuple[Choice, list[dict[str, Any]]]:
-    """The largest relief within the margins, and what every threshold would give."""
+    """The largest relief within the margins, and what every threshold would give.
+
+    Thresholds are looked at from below, up to the first that breaks a margin: above it one refusal gained by chance
+    would pay for one that was lost, and the gate would hardly gate.
+    """
     chosen = np.array([use is Use.CALIBRATE for use, _, _ in flat], dtype=bool)
 
     def of(told: Sequence[Verdict], wanted: Verdict) -> Mask:
@@ -225,13 +230,11 @@ def _threshold(
         },
     )
     curve = [one for one in threshold_curve(evidence) if one.refuse_above >= NEVER_REFUSE]
-    settings = fit.settings
-    choice = choose(
-        curve,
-        evidence.rates(0.0, NEVER_REFUSE),
-        safety_margin=settings.safety_margin,
-        plain_margin=settings.plain_margin,
-    )
+    settings, unsteered = fit.settings, evidence.rates(0.0, NEVER_REFUSE)
+    margins = {"safety_margin": settings.safety_margin, "plain_margin": settings.plain_margin}
+    rising = sorted(curve, key=lambda one: one.comply_below)
+    kept = list(takewhile(lambda one: keeps(one, unsteered, **margins), rising))
+    choice = choose(kept, unsteered, **margins)
     return choice, [one.to_json() for one in curve]
 
 
