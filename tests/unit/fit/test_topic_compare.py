@@ -47,7 +47,7 @@ def test_the_least_topic_refusal_among_safe_arms_wins() -> None:
 
 
 def test_a_safe_gate_that_removes_enough_goes_before_what_is_not_gated() -> None:
-    """What no calibration prompt stands for is left alone by a gate and by nothing else; ties go to the smaller shift."""
+    """Only a gate leaves alone what no calibration prompt stands for; ties go to the smaller shift."""
     gated = arm(GATED, topic=0.1, shift=0.3)
     arms = [arm(FREE, topic=0.0, shift=0.01), arm(GATED, topic=0.1, shift=0.4), gated, arm(GATED, topic=0.2)]
     chosen, why = choose_default(arms, UNSTEERED)
