@@ -106,9 +106,9 @@ def compare(
 def choose_default(arms: Sequence[Arm], unsteered: Mapping[str, Mapping[str, Mapping[str, float]]]) -> tuple[Arm, str]:
     """The default arm, and why.
 
-    Of those that keep safety on calibration prompts, gated ones that remove enough come first: a gate also leaves alone
-    what no calibration prompt stands for. Among them it is the least topic refusal, then the smaller shift. Where no
-    arm keeps safety, the gated ones come first too, and then what keeps most harmful refusals.
+    P2's rule, the least shift among what removes enough (§3.3), of arms that keep safety on calibration prompts, gated
+    ones first: a gate also leaves alone what no calibration prompt stands for. Where nothing removes enough it is the
+    least topic refusal; where no arm keeps safety, gated ones come first, and then what keeps most harmful refusals.
     """
 
     def refused(arm: Arm, role: Role) -> float:
@@ -118,13 +118,17 @@ def choose_default(arms: Sequence[Arm], unsteered: Mapping[str, Mapping[str, Map
     has_safety = bool(unsteered[Use.CALIBRATE].get(Role.SAFETY, {}).get("n"))
     safe = [arm for arm in arms if arm.is_safe]
     if safe:
-        trusted = [arm for arm in safe if arm.is_gated and arm.found.is_met] or safe
-        best = min(trusted, key=lambda arm: (refused(arm, Role.REFUSED), not arm.is_gated, arm.found.shift))
+        met = [arm for arm in safe if arm.found.is_met]
+        gated = [arm for arm in met if arm.is_gated]
+        if met:
+            best = min(gated or met, key=lambda arm: (arm.found.shift, refused(arm, Role.REFUSED)))
+        else:
+            best = min(safe, key=lambda arm: (refused(arm, Role.REFUSED), not arm.is_gated, arm.found.shift))
         left, before = 100 * refused(best, Role.REFUSED), 100 * base.get(Role.REFUSED, 0.0)
         why = (
-            f"{len(safe)} of {len(arms)} arms keep the margins on calibration prompts; of "
-            f"{'the gated ones among them that remove enough' if trusted is not safe else 'them'} it leaves the least "
-            f"topic refusal, {left:.1f} % (unsteered {before:.1f} %)"
+            f"{len(safe)} of {len(arms)} arms keep the margins on calibration prompts, {len(met)} of them remove "
+            f"enough, {len(gated)} of those behind a gate; it has the least {'shift' if met else 'topic refusal'} of these and "
+            f"leaves {left:.1f} % of topic refusals (unsteered {before:.1f} %)"
         )
         free = [arm for arm in arms if not arm.is_gated]
         if best.is_gated and free:

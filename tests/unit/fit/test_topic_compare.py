@@ -35,24 +35,37 @@ def arm(
     )
 
 
-def test_the_least_topic_refusal_among_safe_arms_wins() -> None:
+def test_the_least_shift_among_safe_arms_that_remove_enough_wins() -> None:
     """An arm that loses harmful refusals is no candidate while another keeps them, nor a gate that removes too little
-    while something else removes more.
+    while something else removes enough.
     """
     safe = arm(FREE, topic=0.1)
-    others = [arm(GATED, topic=0.5, is_met=False), arm(FREE, topic=0.0, is_safe=False)]
+    others = [
+        arm(GATED, topic=0.5, shift=0.01, is_met=False),
+        arm(FREE, topic=0.0, shift=0.01, is_safe=False),
+        arm(FREE, topic=0.05, shift=0.2),
+    ]
     chosen, why = choose_default([*others, safe], UNSTEERED)
     assert chosen is safe
-    assert "10.0 % (unsteered 90.0 %)" in why
+    assert "10.0 % of topic refusals (unsteered 90.0 %)" in why
 
 
 def test_a_safe_gate_that_removes_enough_goes_before_what_is_not_gated() -> None:
-    """Only a gate leaves alone what no calibration prompt stands for; ties go to the smaller shift."""
+    """Only a gate leaves alone what no calibration prompt stands for; equal shifts go to the least topic refusal."""
     gated = arm(GATED, topic=0.1, shift=0.3)
-    arms = [arm(FREE, topic=0.0, shift=0.01), arm(GATED, topic=0.1, shift=0.4), gated, arm(GATED, topic=0.2)]
+    others = [arm(GATED, topic=0.05, shift=0.4), arm(GATED, topic=0.2, shift=0.3)]
+    arms = [arm(FREE, topic=0.0, shift=0.01), *others, gated]
     chosen, why = choose_default(arms, UNSTEERED)
     assert chosen is gated
     assert "ungated" in why
+
+
+def test_where_none_removes_enough_the_least_topic_refusal_wins() -> None:
+    """And the reason says so."""
+    least = arm(FREE, topic=0.4, shift=0.9, is_met=False)
+    chosen, why = choose_default([arm(GATED, topic=0.5, is_met=False), least], UNSTEERED)
+    assert chosen is least
+    assert "the least topic refusal" in why
 
 
 def test_where_none_is_safe_a_gated_arm_that_keeps_most_is_taken_and_said_so() -> None:
