@@ -125,10 +125,11 @@ def choose_default(arms: Sequence[Arm], unsteered: Mapping[str, Mapping[str, Map
         else:
             best = min(safe, key=lambda arm: (refused(arm, Role.REFUSED), not arm.is_gated, arm.found.shift))
         left, before = 100 * refused(best, Role.REFUSED), 100 * base.get(Role.REFUSED, 0.0)
+        least = "shift" if met else "topic refusal"
         why = (
             f"{len(safe)} of {len(arms)} arms keep the margins on calibration prompts, {len(met)} of them remove "
-            f"enough, {len(gated)} of those behind a gate; it has the least {'shift' if met else 'topic refusal'} of these and "
-            f"leaves {left:.1f} % of topic refusals (unsteered {before:.1f} %)"
+            f"enough, {len(gated)} of those behind a gate; it has the least {least} of these and leaves {left:.1f} % of "
+            f"topic refusals (unsteered {before:.1f} %)"
         )
         free = [arm for arm in arms if not arm.is_gated]
         if best.is_gated and free:
