@@ -128,7 +128,7 @@ def choose_default(arms: Sequence[Arm], unsteered: Mapping[str, Mapping[str, Map
         least = "shift" if met else "topic refusal"
         why = (
             f"{len(safe)} of {len(arms)} arms keep the margins on calibration prompts, {len(met)} of them remove "
-            f"enough, {len(gated)} of those behind a gate; it has the least {least} of these and leaves {left:.1f} % of "
+            f"enough, {len(gated)} of those behind a gate; it has the least {least} of these, leaving {left:.1f} % of "
             f"topic refusals (unsteered {before:.1f} %)"
         )
         free = [arm for arm in arms if not arm.is_gated]
