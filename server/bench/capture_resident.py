@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from server.bench.companion import serve, take_over_output
+from steering.errors import NotSupported
 
 FIRST_TOKEN = 20
 """Below it are special tokens in most vocabularies."""
@@ -75,7 +76,7 @@ class TransformersWay:
 
     def answer(self, prompts: list[tuple[int, ...]], tokens: int) -> int:
         """Nothing is generated this way."""
-        raise NotImplementedError
+        raise NotSupported(f"transformers only captures here, and was to answer {len(prompts)} prompts")
 
 
 def main() -> None:
