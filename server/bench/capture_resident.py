@@ -76,7 +76,7 @@ class TransformersWay:
 
     def answer(self, prompts: list[tuple[int, ...]], tokens: int) -> int:
         """Nothing is generated this way."""
-        raise NotSupported(f"transformers only captures here, and was to answer {len(prompts)} prompts")
+        raise NotSupported(f"transformers only captures here, not {tokens} tokens for {len(prompts)} prompts")
 
 
 def main() -> None:
