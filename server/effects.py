@@ -13,7 +13,8 @@ from typing import Any
 from server.policy import Report, Resolution
 from server.verdicts import Verdict
 from steering.errors import EditNotApplied
-from steering.plan import Decision, GateOrder, Mode, Outcome, Plan, Reasoning, Scope, Scores
+from steering.outcome import Outcome, Scores
+from steering.plan import Decision, GateOrder, Mode, Plan, Reasoning, Scope
 
 TOLERANCE = 1e-4
 """How near a threshold, as a probability, the engine's rounding may decide otherwise than ours."""

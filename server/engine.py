@@ -9,7 +9,8 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from steering.plan import Outcome, Plan, Response
+from steering.outcome import Outcome, Response
+from steering.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,8 @@ from server.catalog import BundleView, Catalog, EditView, GateView, ProfileView,
 from server.engine import ChatCall, Engine, WorkerReport
 from steering import __version__
 from steering.errors import PluginNotArmed
-from steering.plan import GateOrder, Outcome, Plan
+from steering.outcome import Outcome
+from steering.plan import GateOrder, Plan
 
 PATIENCE = 60.0
 """Seconds for the confirmation of one steered token; generous, since the engine may still be warming up."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from server.catalog import BundleView, ResponseView
-from steering.plan import Response
+from steering.outcome import Response
 
 DETECTOR = "refusal_token"
 PROBE_DETECTOR = "response_probe"

@@ -31,7 +31,8 @@ from steering.errors import (
     UnknownModel,
     UnsupportedConfiguration,
 )
-from steering.plan import PLAN_KEY, Outcome, Response
+from steering.outcome import Outcome, Response
+from steering.plan import PLAN_KEY
 
 if TYPE_CHECKING:
     from argparse import Namespace

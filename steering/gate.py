@@ -21,7 +21,8 @@ from torch import Tensor
 
 from steering.errors import BundleFormatError
 from steering.manifest import MAX_CATEGORIES
-from steering.plan import Decision, GateOrder, Scores
+from steering.outcome import Scores
+from steering.plan import Decision, GateOrder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,17 +1,14 @@
-"""Spec, plan and outcome: what a client asked, what the server allowed, what the engine did.
+"""Plan: what the engine is to do for one request, complete and allowed.
 
 A plan travels to the engine as one JSON string in `SamplingParams.extra_args` (vLLM's `vllm_xargs` holds only scalars
-and flat lists); an outcome comes back on a message socket. Knows nothing of HTTP, models or vLLM.
+and flat lists). Knows nothing of HTTP, models or vLLM.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
 
 from steering.errors import InvalidSpec
 
@@ -222,111 +219,6 @@ class Plan:
             reasoning=Reasoning(fields["reasoning"]),
             prompt_length=fields["prompt_length"],
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """What a probe read from one prompt; probabilities.
-
-    Attributes:
-        refusal: that the prompt is to be refused.
-        categories: by category, over all of the probe's; they sum to 1.
-    """
-
-    refusal: float
-    categories: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What the engine did for one sample of a request, reported by the worker's first rank.
-
-    Attributes:
-        plan_id: the plan's `id`.
-        request_id: the engine's own id of the sample (n > 1 gives several per plan).
-        applied: True once the forward pass that edited the last prompt token has run, or that, where reasoning is
-            spared, begins the wait for its end.
-        edit: name of the edit; None where a gate chose none.
-        strength: as applied, 0 where nothing was.
-        scope: as applied.
-        reasoning: as applied.
-        decision: the gate's; None for a plan that names its edit.
-        category: what the gate took the prompt for, among the allowed ones; None for a plan that names its edit.
-        scores: what the gate's probe read; None for a plan that names its edit.
-        error: why nothing could be decided or applied; empty when all went well, which includes a gate's abstention.
-    """
-
-    plan_id: str
-    request_id: str
-    applied: bool
-    edit: str | None
-    strength: float
-    scope: Scope
-    reasoning: Reasoning = Reasoning.EDITED
-    decision: Decision | None = None
-    category: str | None = None
-    scores: Scores | None = None
-    error: str = ""
-
-    def to_json(self) -> bytes:
-        """One line of JSON."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
-
-    @classmethod
-    def from_json(cls, payload: bytes) -> Outcome:
-        """Read what `to_json` wrote."""
-        return cls.from_fields(json.loads(payload))
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Outcome:
-        """From the object that `to_json` wrote."""
-        decision, scores = fields["decision"], fields["scores"]
-        changed = {
-            "scope": Scope(fields["scope"]),
-            "reasoning": Reasoning(fields["reasoning"]),
-            "decision": None if decision is None else Decision(decision),
-            "scores": None if scores is None else Scores(**scores),
-        }
-        return cls(**{**fields, **changed})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Response:
-    """What the response probe has read of one sample so far, reported by the worker's first rank.
-
-    Attributes:
-        plan_id: the plan's `id`.
-        request_id: the engine's own id of the sample.
-        tokens: generated tokens it has read, 1 or more.
-        score: log-odds that the answer refuses, the mean over them.
-    """
-
-    plan_id: str
-    request_id: str
-    tokens: int
-    score: float
-
-    @property
-    def probability(self) -> float:
-        """That the answer refuses."""
-        return 1.0 / (1.0 + math.exp(-self.score)) if self.score > -700 else 0.0
-
-
-def responses_to_json(responses: Sequence[Response]) -> bytes:
-    """One line of JSON for all that a step made known."""
-    rows = [[each.plan_id, each.request_id, each.tokens, each.score] for each in responses]
-    return json.dumps({"responses": rows}, separators=(",", ":")).encode()
-
-
-def report_from_json(payload: bytes) -> Outcome | list[Response]:
-    """Read what `Outcome.to_json` or `responses_to_json` wrote."""
-    fields = json.loads(payload)
-    if "responses" not in fields:
-        return Outcome.from_fields(fields)
-    return [
-        Response(plan_id=plan_id, request_id=request_id, tokens=tokens, score=score)
-        for plan_id, request_id, tokens, score in fields["responses"]
-    ]
 
 
 def _gate_order(fields: object) -> GateOrder:

@@ -26,7 +26,8 @@ from server.catalog import (
 from server.engine import ChatCall, Chunk, Completion, ServedModel, WorkerReport
 from steering import __version__
 from steering.errors import EditNotApplied, TrimtabError
-from steering.plan import Decision, GateOrder, Outcome, Plan, Response, Scope, Scores
+from steering.outcome import Outcome, Response, Scores
+from steering.plan import Decision, GateOrder, Plan, Scope
 
 SAFETY, POLITICAL, RESPOND, WORD = 10, 11, 12, 1
 MARKERS = {SAFETY: "[Safety]", POLITICAL: "[Political]", RESPOND: "[respond]"}

@@ -10,7 +10,8 @@ import json
 from dataclasses import asdict, dataclass
 
 from steering.errors import InvalidSpec
-from steering.plan import GateOrder, Outcome, Scope
+from steering.outcome import Outcome
+from steering.plan import GateOrder, Scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,6 @@ from steering.engine.prefix_cache import plan_of
 from steering.engine.rows import Due, Rows
 from steering.engine.uploads import RowDownload
 from steering.errors import UnsupportedConfiguration
-from steering.plan import responses_to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,6 +85,10 @@ class Steering:
         if self.capture is not None:
             self.capture.remove(request_id)
 
+    def close(self) -> None:
+        """The engine ends."""
+        self._sender.close()
+
     def before_forward(
         self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
     ) -> None:
@@ -110,11 +113,9 @@ class Steering:
         self._due = Due([], [])
 
         def send(table: NDArray[np.float32]) -> None:
-            for steered, row in due:
-                self._sender.send(self.rows.outcome(steered, table[row]).to_json())
+            outcomes = [self.rows.outcome(steered, table[row]) for steered, row in due]
             read = [self.rows.response(steered, table[row]) for steered, row in observed]
-            if responses := [response for response in read if response is not None]:
-                self._sender.send(responses_to_json(responses))
+            self._sender.send(outcomes, [response for response in read if response is not None])
 
         reading = self._download.then(send)
         for steered, _ in due:

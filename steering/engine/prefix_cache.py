@@ -11,6 +11,7 @@ too.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,15 @@ def plan_of(request: Any) -> Plan | None:
     parameters = request.sampling_params
     extra = parameters.extra_args if parameters is not None else None
     text = extra.get(PLAN_KEY) if extra else None
-    return None if text is None else Plan.from_json(text)
+    if not isinstance(text, str):
+        return None if text is None else Plan.from_json(text)
+    return _read(text)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(text: str) -> Plan:
+    """A plan, which never changes: every sample has the same, and scheduler and worker often share a process."""
+    return Plan.from_json(text)
 
 
 def isolated(hasher: BlockHasher, *, plan: Plan, request_id: str, prompt_length: int, block_size: int) -> BlockHasher:

@@ -12,7 +12,8 @@ from steering.engine.asks import Answer, Ask, BundleGate, EditOrder, Sample
 from steering.engine.capture import CAPTURE_KEY
 from steering.engine.outcomes import sample_of
 from steering.errors import EditNotApplied, InvalidSpec
-from steering.plan import PLAN_KEY, Outcome, Plan, Response
+from steering.outcome import Outcome, Response
+from steering.plan import PLAN_KEY, Plan
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams

@@ -25,7 +25,8 @@ from steering.engine.uploads import MapUpload, RowUpload
 from steering.errors import CapacityExceeded, UnknownName
 from steering.gate import log_odds, probabilities
 from steering.manifest import MAX_RESPONSE_TOKENS
-from steering.plan import Decision, Outcome, Plan, Reasoning, Response, Scope
+from steering.outcome import Outcome, Response
+from steering.plan import Decision, Plan, Reasoning, Scope
 
 _NEVER = np.iinfo(np.int64).max // 2
 """First edited position of row 0."""

@@ -95,17 +95,15 @@ class RowDownload:
         self._free: list[Tensor] = []
         self._thread = None if source.device.type == "cpu" else ThreadPoolExecutor(1, "trimtab-outcomes")
 
-    def then(self, work: Callable[[NDArray[np.float32]], None]) -> Future[None]:
+    def then(self, work: Callable[[NDArray[np.float32]], None]) -> Future[None] | None:
         """Call `work(table)` with a host array [S, W] that is valid during the call.
 
         Returns:
-            What ends with it; already ended on the CPU.
+            What ends with it; None where it has ended, as on the CPU.
         """
         if self._thread is None:
-            done: Future[None] = Future()
             work(self._source.numpy())
-            done.set_result(None)
-            return done
+            return None
         pinned = self._free.pop() if self._free else torch.empty_like(self._source, device="cpu", pin_memory=True)
         pinned.copy_(self._source, non_blocking=True)
         event = torch.cuda.Event()

@@ -111,6 +111,9 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         runner = getattr(self, "model_runner", None)
         if runner is not None and getattr(runner, "model", None) is not None:
             self.steering_flush_capture()
+            steering = getattr(runner.get_model(), "steering", None)
+            if steering is not None:
+                steering.close()
         super().shutdown()
 
     def steering_clear_witness(self) -> None:

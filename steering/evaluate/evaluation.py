@@ -127,7 +127,7 @@ async def evaluate(
             extra=extra,
         ),
     )
-    (order.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (order.out / "report.json").write_text(json.dumps(report, separators=(",", ":")) + "\n", encoding="utf-8")
     write_page(report, order.out / "report.html")
     return report
 

@@ -92,7 +92,7 @@ def write_bundle(path: Path, contents: Contents, *, name: str, version: str, has
         "left_out": sorted(key for key, found in contents.results["doses"]["edits"].items() if found["maximum"] < 1.0),
         **{stage: plain(found) for stage, found in contents.results.items()},
     }
-    (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (path / "report.json").write_text(json.dumps(report, separators=(",", ":"), ensure_ascii=False) + "\n", "utf-8")
     pictures.matrix(contents.results["cosines"], fit.work / "cosines.png", "cosines of the directions")
     for old in path.glob("*.png"):
         old.unlink()

@@ -73,7 +73,7 @@ def write_report(path: Path, contents: TopicContents, saved: Bundle, pictures: l
     """Write report, card, page and pictures beside the edits."""
     fit = contents.fit
     report = _report(contents, saved)
-    (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (path / "report.json").write_text(json.dumps(report, separators=(",", ":"), ensure_ascii=False) + "\n", "utf-8")
     for old in path.glob("*.png"):
         old.unlink()
     for picture in pictures:

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -229,22 +228,18 @@ def _serve_triton_without_gpu() -> None:
 
 def _main() -> None:
     """Play scenarios until the standard input ends: one line each, the files of question and answer."""
-    import zmq
-
-    from steering.engine.outcomes import ADDRESS_VARIABLE
+    from steering.engine.outcomes import OutcomeInbox
     from tests.integration.engine.offline import KIND, run_offline
 
     if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
         _serve_triton_without_gpu()
-    with tempfile.TemporaryDirectory() as folder:
-        listener = zmq.Context.instance().socket(zmq.PULL)
-        os.environ[ADDRESS_VARIABLE] = f"ipc://{folder}/outcomes"
-        listener.bind(os.environ[ADDRESS_VARIABLE])
+    _inspect_models_in_this_process()
+    with OutcomeInbox() as inbox:
         for line in sys.stdin:
             question, answer = map(Path, line.rstrip("\n").split("\t"))
             try:
                 is_offline = json.loads(question.read_text()).get("kind") == KIND
-                fields = asdict(run_offline(question) if is_offline else _run(question, listener))
+                fields = asdict(run_offline(question) if is_offline else _run(question, inbox))
             except BaseException:  # noqa: BLE001 - whatever it is, the waiting test must hear of it
                 fields = {"error": traceback.format_exc()}
             partial = answer.with_suffix(".partial")
@@ -252,7 +247,18 @@ def _main() -> None:
             partial.rename(answer)
 
 
-def _run(question: Path, listener: Any) -> Result:
+def _inspect_models_in_this_process() -> None:
+    """Have vLLM look at a model class here and not in a process of its own, which takes longer than a tiny engine.
+
+    It keeps the finding in its cache, so this matters for the first engine of a family only. The reason for that
+    process is to keep CUDA out of this one; servers under test are started as vLLM starts them.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+
+
+def _run(question: Path, inbox: Any) -> Result:
     import gc
 
     from vllm import LLM
@@ -283,13 +289,9 @@ def _run(question: Path, listener: Any) -> Result:
         for number, round_ in enumerate(rounds):
             played.append(_ask(engine, round_, digest, number))
             steps.append(_steps(engine))
-        outcomes, responses = [], []
-        while listener.poll(200):
-            message = json.loads(listener.recv())
-            if "responses" in message:
-                responses += message["responses"]
-            else:
-                outcomes.append(message)
+        told, read = inbox.drain()
+        outcomes = [outcome.to_fields() for outcome in told]
+        responses = [[each.plan_id, each.request_id, each.tokens, each.score] for each in read]
         preemptions = sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
         report = engine.collective_rpc("steering_report")[0] if steering else {}
         taken = [after - before for before, after in itertools.pairwise(steps)]

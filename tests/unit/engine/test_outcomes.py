@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from steering.engine.outcomes import ADDRESS_VARIABLE, OutcomeListener, OutcomeSender
-from steering.errors import EditNotApplied
-from steering.plan import Decision, Outcome, Response, Scope, responses_to_json
+from steering.engine.outcomes import ADDRESS_VARIABLE, OutcomeInbox, OutcomeListener, OutcomeSender
+from steering.errors import EditNotApplied, UnsupportedConfiguration
+from steering.outcome import Outcome, Response
+from steering.plan import Decision, Scope
 
 
 def outcome(plan: str, sample: str = "r", *, applied: bool = True, error: str = "") -> Outcome:
@@ -38,28 +40,30 @@ async def listener(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OutcomeList
 
 
 @pytest.fixture
-def sender(listener: OutcomeListener) -> OutcomeSender:
+def sender(listener: OutcomeListener) -> Iterator[OutcomeSender]:
     """A worker's end that finds the listener as engine processes do: by the inherited environment."""
-    return OutcomeSender()
+    made = OutcomeSender()
+    yield made
+    made.close()
 
 
 async def test_an_outcome_arrives_as_it_was_sent(listener: OutcomeListener, sender: OutcomeSender) -> None:
     """One message, one sample, every field."""
     listener.expect("p")
-    sender.send(outcome("p").to_json())
+    sender.send([outcome("p")])
     assert await listener.wait("p", 1, 5.0) == [outcome("p")]
 
 
 async def test_waiting_may_begin_before_or_after_the_message(listener: OutcomeListener, sender: OutcomeSender) -> None:
     """The gateway asks when it has the first token; the outcome may be there already, or not yet."""
     listener.expect("early")
-    sender.send(outcome("early").to_json())
+    sender.send([outcome("early")])
     await asyncio.sleep(0.1)
     assert await listener.wait("early", 1, 0.01) == [outcome("early")]
     waiting = asyncio.create_task(listener.wait("late", 1, 5.0))
     await asyncio.sleep(0.05)
     assert not waiting.done()
-    sender.send(outcome("late").to_json())
+    sender.send([outcome("late")])
     assert await waiting == [outcome("late")]
 
 
@@ -68,10 +72,10 @@ async def test_all_samples_of_a_request_must_be_confirmed(listener: OutcomeListe
     listener.expect("p")
     listener.expect("q")
     for plan, sample in (("p", "0_r"), ("q", "r"), ("p", "1_r")):
-        sender.send(outcome(plan, sample).to_json())
+        sender.send([outcome(plan, sample)])
     with pytest.raises(EditNotApplied, match=r"confirmed 2 of 3 edits within 0\.2 s"):
         await listener.wait("p", 3, 0.2)
-    sender.send(outcome("p", "2_r").to_json())
+    sender.send([outcome("p", "2_r")])
     assert {each.request_id for each in await listener.wait("p", 3, 5.0)} == {"0_r", "1_r", "2_r"}
     assert await listener.wait("q", 1, 5.0) == [outcome("q")]
 
@@ -80,7 +84,7 @@ async def test_a_sample_reported_twice_counts_once(listener: OutcomeListener, se
     """A sample that was preempted may be reported again; that confirms nothing about its sibling."""
     listener.expect("p")
     for _ in range(2):
-        sender.send(outcome("p", "0_r").to_json())
+        sender.send([outcome("p", "0_r")])
     with pytest.raises(EditNotApplied, match="confirmed 1 of 2"):
         await listener.wait("p", 2, 0.2)
 
@@ -96,7 +100,7 @@ async def test_an_edit_that_was_not_applied_withholds_the_answer(
 ) -> None:
     """A worker that says no is believed, with its reason."""
     listener.expect("p")
-    sender.send(outcome("p", applied=False, error="no row").to_json())
+    sender.send([outcome("p", applied=False, error="no row")])
     with pytest.raises(EditNotApplied, match="did not apply edit 'e': no row"):
         await listener.wait("p", 1, 5.0)
 
@@ -105,7 +109,7 @@ async def test_an_abstention_is_an_outcome_and_no_failure(listener: OutcomeListe
     """A gate that edits nothing has done what was planned; only an outcome with an error withholds the answer."""
     listener.expect("p")
     sent = replace(outcome("p", applied=False), edit=None, strength=0.0, decision=Decision.ABSTAIN, category="c")
-    sender.send(sent.to_json())
+    sender.send([sent])
     assert await listener.wait("p", 1, 5.0) == [sent]
 
 
@@ -115,7 +119,7 @@ async def test_a_message_that_cannot_be_read_stops_no_other(listener: OutcomeLis
     assert sender._socket is not None
     for broken in (b"\xff", b"[]", b"{}", b"null", b'{"scope": "generated", "decision": 5, "scores": null}'):
         sender._socket.send(broken)
-    sender.send(outcome("p").to_json())
+    sender.send([outcome("p")])
     assert len(await listener.wait("p", 1, 5.0)) == 1
 
 
@@ -123,10 +127,10 @@ async def test_forgotten_and_unexpected_plans_keep_nothing(listener: OutcomeList
     """Messages of requests that ended, or that nobody announced, are dropped: memory does not grow."""
     listener.expect("p")
     listener.forget("p")
-    sender.send(outcome("p").to_json())
-    sender.send(outcome("unknown").to_json())
+    sender.send([outcome("p")])
+    sender.send([outcome("unknown")])
     listener.expect("last")
-    sender.send(outcome("last").to_json())
+    sender.send([outcome("last")])
     await listener.wait("last", 1, 5.0)
     listener.forget("last")
     listener.forget("never")
@@ -142,7 +146,7 @@ async def test_a_thousand_plans_find_their_own_outcomes(listener: OutcomeListene
     waiting = [asyncio.create_task(listener.wait(plan, 1, 20.0)) for plan in plans]
     await asyncio.sleep(0)
     for plan in reversed(plans):
-        sender.send(outcome(plan, f"r-{plan}").to_json())
+        sender.send([outcome(plan, f"r-{plan}")])
     for plan, found in zip(plans, await asyncio.gather(*waiting), strict=True):
         assert found == [outcome(plan, f"r-{plan}")]
 
@@ -150,8 +154,8 @@ async def test_a_thousand_plans_find_their_own_outcomes(listener: OutcomeListene
 async def test_nobody_listening_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under plain `vllm serve` there is no gateway: the worker sends nothing and goes on."""
     monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)
-    OutcomeSender().send(outcome("p"))
-    OutcomeSender("").send(outcome("p"))
+    OutcomeSender().send([outcome("p")])
+    OutcomeSender("").send([outcome("p")])
 
 
 async def test_closing_frees_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +164,7 @@ async def test_closing_frees_the_address(monkeypatch: pytest.MonkeyPatch) -> Non
     first = OutcomeListener()
     first.start()
     second = OutcomeListener()
-    socket_file = Path(first.address.removeprefix("ipc://"))
+    socket_file = Path(first.address)
     is_there = [file_exists(socket_file)]
     await first.close()
     is_there.append(file_exists(socket_file.parent))
@@ -172,7 +176,7 @@ async def test_closing_frees_the_address(monkeypatch: pytest.MonkeyPatch) -> Non
 
 async def test_only_this_user_reaches_the_socket(listener: OutcomeListener) -> None:
     """Outcomes are trusted, so the folder of the socket is closed to others."""
-    folder = Path(listener.address.removeprefix("ipc://")).parent
+    folder = Path(listener.address).parent
     assert folder.stat().st_mode & 0o077 == 0
 
 
@@ -181,10 +185,10 @@ async def test_the_newest_of_what_a_probe_read_counts(listener: OutcomeListener,
     listener.expect("p")
     first = [Response(plan_id="p", request_id=f"{sample}_r", tokens=1, score=float(sample)) for sample in (0, 1)]
     other = Response(plan_id="other", request_id="r", tokens=1, score=0.0)
-    sender.send(responses_to_json([*first, other]))
+    sender.send([], [*first, other])
     assert await listener.responses("p", {0: 1, 1: 1}, 5.0) == dict(enumerate(first))
     newer = Response(plan_id="p", request_id="1_r", tokens=4, score=-1.0)
-    sender.send(responses_to_json([newer]))
+    sender.send([], [newer])
     assert await listener.responses("p", {1: 4}, 5.0) == {0: first[0], 1: newer}
     assert await listener.responses("p", {0: 8}, 0.05) == {0: first[0], 1: newer}
     assert await listener.responses("other", {0: 1}, 0.05) == {}
@@ -192,7 +196,87 @@ async def test_the_newest_of_what_a_probe_read_counts(listener: OutcomeListener,
     assert await listener.responses("p", {0: 1}, 0.05) == {}
 
 
-def test_probabilities_of_any_score() -> None:
-    """No score overflows."""
-    chances = [Response(plan_id="p", request_id="r", tokens=1, score=score).probability for score in (-1e6, 0.0, 1e6)]
-    assert chances == [0.0, 0.5, 1.0]
+async def test_a_slow_receiver_loses_nothing_and_stops_no_engine(
+    listener: OutcomeListener, sender: OutcomeSender
+) -> None:
+    """What the socket has no room for is kept and sent later, while `send` returns at once; steps of any size."""
+    plans = [f"p{number}" for number in range(20_000)]
+    for plan in plans:
+        listener.expect(plan)
+    for start in range(0, len(plans), 200):  # the event loop receives nothing meanwhile
+        sender.send([outcome(plan) for plan in plans[start : start + 200]])
+    assert sender._is_late
+    for plan in plans:
+        assert await listener.wait(plan, 1, 20.0) == [outcome(plan)]
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        if not sender._is_late:
+            break
+    sender.send([outcome(plans[0], "again")])
+    await asyncio.sleep(0.05)
+    assert (sender._is_late, len(listener._expected[plans[0]])) == (False, 2)
+
+
+async def test_a_worker_that_ends_leaves_the_others(listener: OutcomeListener, sender: OutcomeSender) -> None:
+    """Its connection is closed and no longer watched; one that comes later is heard."""
+    ended = OutcomeSender()
+    for plan in ("first", "second", "third"):
+        listener.expect(plan)
+    ended.send([outcome("first")])
+    assert await listener.wait("first", 1, 5.0)
+    watched = len(listener._watched)
+    ended.close()
+    ended.send([outcome("second", "never")])
+    sender.send([outcome("second")])
+    assert await listener.wait("second", 1, 5.0) == [outcome("second")]
+    assert len(listener._watched) == watched - 1
+    late = OutcomeSender()
+    late.send([outcome("third")])
+    assert await listener.wait("third", 1, 5.0)
+    late.close()
+
+
+async def test_a_sender_outlives_its_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway ends first; the worker, still finishing a step, does not fail on that."""
+    monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)
+    gone = OutcomeListener()
+    gone.start()
+    sender = OutcomeSender()
+    await gone.close()
+    for _ in range(3):
+        sender.send([outcome("p")])
+    sender.close()
+
+
+def test_an_address_where_nobody_waits_stops_the_start(tmp_path: Path) -> None:
+    """An engine that could never confirm an edit does not start."""
+    with pytest.raises(UnsupportedConfiguration, match="where nobody waits for outcomes"):
+        OutcomeSender(str(tmp_path / "nobody"))
+
+
+def test_a_folder_that_takes_no_socket_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path too long for a socket is told with the variable that shortens it."""
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(UnsupportedConfiguration, match="TMPDIR"):
+        OutcomeListener()
+
+
+def test_an_inbox_takes_what_there_is_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By plan and sample; the response that read most of a sample stays, and the environment is as it was."""
+    monkeypatch.setenv(ADDRESS_VARIABLE, "before")
+    longer = Response(plan_id="p", request_id="r", tokens=2, score=1.0)
+    with OutcomeInbox() as inbox:
+        sender = OutcomeSender()
+        outcomes: dict[str, dict[str, Outcome]] = {}
+        responses: dict[str, dict[str, Response]] = {}
+        inbox.drain_into(outcomes, responses)
+        assert outcomes == {}
+        sender.send([outcome("p")], [longer])
+        sender.send([], [replace(longer, tokens=1)])
+        inbox.drain_into(outcomes, responses)
+        assert outcomes == {"p": {"r": outcome("p")}}
+        assert responses == {"p": {"r": longer}}
+        sender.close()
+    assert os.environ[ADDRESS_VARIABLE] == "before"

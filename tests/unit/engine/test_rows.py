@@ -15,7 +15,8 @@ from steering.engine.bank import Bank
 from steering.engine.rows import Rows
 from steering.errors import CapacityExceeded, UnknownName
 from steering.gate import Probe
-from steering.plan import Decision, Outcome, Plan, Scope
+from steering.outcome import Outcome
+from steering.plan import Decision, Plan, Scope
 from tests.samples import bundle_in_memory, gate_plan, plan_for, random_edit
 
 CPU = torch.device("cpu")

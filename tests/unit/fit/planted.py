@@ -26,7 +26,8 @@ from steering.engine.options import CaptureSettings
 from steering.fit.captured import CapturedShards
 from steering.fit.topic_fit import EngineOpener
 from steering.gate import rule
-from steering.plan import Decision, Outcome, Scope
+from steering.outcome import Outcome
+from steering.plan import Decision, Scope
 from steering.terms import delta
 
 DEPTH, WIDTH = 6, 24

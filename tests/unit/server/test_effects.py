@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from server.effects import TOLERANCE, effect_of
 from server.policy import Resolution, SteeringSpec, resolve
 from steering.errors import EditNotApplied
-from steering.plan import Decision, Mode, Outcome, Scope, Scores
+from steering.outcome import Outcome, Scores
+from steering.plan import Decision, Mode, Scope
 from tests.fakes import FakeEngine, make_catalog, make_gated_bundle, read
 
 CATALOG = make_catalog(make_gated_bundle())

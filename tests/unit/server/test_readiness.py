@@ -8,7 +8,8 @@ import pytest
 
 from server.readiness import covering_edits, self_check
 from steering.errors import EditNotApplied, EngineDied, PluginNotArmed
-from steering.plan import GateOrder, Scores
+from steering.outcome import Scores
+from steering.plan import GateOrder
 from tests.fakes import FakeEngine, failing, make_bundle, make_catalog, make_edit, make_gated_bundle, read
 
 

@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from steering.errors import InvalidSpec
-from steering.plan import Decision, GateOrder, Outcome, Plan, Reasoning, Scope, Scores
+from steering.plan import GateOrder, Plan, Reasoning, Scope
 
 FIELDS = {
     "version": 4,
@@ -240,18 +240,3 @@ def test_only_a_string_is_a_plan(given_value: object) -> None:
     """`extra_args` may hold anything; only a string is read."""
     with pytest.raises(InvalidSpec, match="one JSON string"):
         Plan.from_json(given_value)
-
-
-@given(request_id=st.text(), error=st.text(), strength=STRENGTHS, scope=st.sampled_from(Scope), applied=st.booleans())
-def test_outcome_round_trip(request_id: str, error: str, strength: float, scope: Scope, applied: bool) -> None:
-    """Every outcome comes out of its bytes as it went in."""
-    outcome = Outcome(
-        plan_id="p", request_id=request_id, applied=applied, edit="e", strength=strength, scope=scope, error=error
-    )
-    assert Outcome.from_json(outcome.to_json()) == outcome
-    decided = replace(
-        outcome, decision=Decision.COMPLY, category="c", scores=Scores(refusal=0.1, categories={"c": 0.75, "d": 0.25})
-    )
-    assert Outcome.from_json(decided.to_json()) == decided
-    spared = replace(outcome, reasoning=Reasoning.SPARED)
-    assert Outcome.from_json(spared.to_json()) == spared

@@ -1,0 +1,41 @@
+"""Outcomes and responses survive their way as bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steering.outcome import Outcome, Response, Scores, from_message, message_of
+from steering.plan import Decision, Reasoning, Scope
+
+
+@given(
+    request_id=st.text(),
+    error=st.text(),
+    strength=st.floats(width=32, allow_nan=False),
+    scope=st.sampled_from(Scope),
+    applied=st.booleans(),
+    score=st.floats(allow_nan=False),
+)
+def test_everything_a_step_made_known_comes_out_as_it_went_in(
+    request_id: str, error: str, strength: float, scope: Scope, applied: bool, score: float
+) -> None:
+    """Every field of every kind of outcome, and responses, in order, in one message."""
+    plain = Outcome(
+        plan_id="p", request_id=request_id, applied=applied, edit="e", strength=strength, scope=scope, error=error
+    )
+    decided = replace(
+        plain, decision=Decision.COMPLY, category="c", scores=Scores(refusal=0.1, categories={"c": 0.75, "d": 0.25})
+    )
+    outcomes = [plain, decided, replace(plain, reasoning=Reasoning.SPARED, edit=None)]
+    responses = [Response(plan_id="p", request_id=request_id, tokens=3, score=score)]
+    assert from_message(message_of(outcomes, responses)) == (outcomes, responses)
+    assert from_message(message_of([], [])) == ([], [])
+
+
+def test_probabilities_of_any_score() -> None:
+    """No score overflows."""
+    chances = [Response(plan_id="p", request_id="r", tokens=1, score=score).probability for score in (-1e6, 0.0, 1e6)]
+    assert chances == [0.0, 0.5, 1.0]
