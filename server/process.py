@@ -125,7 +125,8 @@ class DrainingServer(uvicorn.Server):
 
 
 async def _serve(order: Order, settings: Settings, catalog: Catalog, on_ready: Callable[[str], None]) -> None:
-    from server.vllm_engine import parse_options, set_environment, started, versions
+    from server.vllm_engine import parse_options, started, versions
+    from steering.engine.compat import set_environment
 
     set_environment()
     arguments = parse_options(order.model, order.name, order.options, order.defaults)

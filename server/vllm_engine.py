@@ -6,7 +6,6 @@ Chat templates, tools, structured output, logprobs and streaming are vLLM's. Onl
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -253,17 +252,6 @@ async def started(arguments: Namespace, bundles: Sequence[Path]) -> AsyncIterato
         yield VllmEngine(client, state.openai_serving_chat, listener, model)
 
 
-def set_environment() -> None:
-    """What vLLM and its libraries read from the environment when imported; what the operator set stays."""
-    for name, value in {
-        "HF_HUB_OFFLINE": "1",  # a model is a local folder
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
-        os.environ.setdefault(name, value)
-
-
 def parse_options(model: Path, name: str, options: Sequence[str], defaults: Mapping[str, Any]) -> Namespace:
     """VLLM's options by its own parser.
 
@@ -277,11 +265,8 @@ def parse_options(model: Path, name: str, options: Sequence[str], defaults: Mapp
         UnsupportedConfiguration: an option that steering or the gateway owns.
     """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    if current_platform.is_cpu():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     parser = make_arg_parser(FlexibleArgumentParser(prog="trimtab serve --"))  # type: ignore[no-untyped-call]
     plain = parser.parse_args([])
     parser.set_defaults(**defaults)

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
+from steering.engine.compat import ENVIRONMENT
 from steering.errors import EngineError, EngineTimeout
 
 START_PATIENCE, ROUND_PATIENCE = 900.0, 300.0
@@ -85,7 +86,7 @@ def companion(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={**ENVIRONMENT, **os.environ, **(environment or {})},
         )
         try:
             yield Companion(module, process, log)

@@ -33,7 +33,7 @@ class Arm:
         runner, reference: the engines that do this and that; the reference is never steered.
         plans: one per request of the runner's rounds; none leaves them unsteered.
         kind: of the plans.
-        is_first_token: rounds of one token per request, one after the other.
+        is_first_token: requests of one token, steered and not in turn, one after the other in one round of one engine.
         target: what the median ratio must reach.
     """
 
@@ -50,12 +50,14 @@ class Arm:
 
         Prompts are alike, or where one engine plays both, others of the same length: it would find them in its cache.
         """
+        if self.is_first_token:
+            answers: list[dict[str, Any]] = self.runner.ask(seed=seed, plans=list(self.plans), is_first_token=True)[
+                "answers"
+            ]
+            return answers
         seeds = [10_000 + seed, 10_000_000 + seed if self.runner is self.reference else 10_000 + seed]
         orders = _turned([(self.reference, [], seeds[0]), (self.runner, list(self.plans), seeds[1])], turn)
-        answers = [
-            each.ask(seed=number, plans=plans, is_first_token=self.is_first_token) for each, plans, number in orders
-        ]
-        return _turned(answers, turn + 1)
+        return _turned([each.ask(seed=number, plans=plans) for each, plans, number in orders], turn + 1)
 
 
 def measure(
@@ -145,13 +147,15 @@ def measure(
                 _check_edited(arm, mine, subject)
                 assert mine["tokens"] == reference["tokens"] == batch * (1 if arm.is_first_token else tokens)
                 rounds[arm.name].append((mine["tokens"] / mine["seconds"], reference["tokens"] / reference["seconds"]))
+                if arm.is_first_token:
+                    continue
                 work[arm.name].append(
                     (mine["tokens"] / mine["processor_seconds"], reference["tokens"] / reference["processor_seconds"])
                 )
             say(f"engine: pair {turn + 1} of {pairs}: " + ", ".join(_last(name, rounds[name]) for name in rounds))
     ratios = [ratio_of(arm.name, rounds[arm.name], target=arm.target) for arm in arms]
     # The same rounds by processor time, which a neighbour on the machine disturbs less.
-    ratios += [ratio_of(f"{name}, by work", work[name]) for name in work]
+    ratios += [ratio_of(f"{name}, by work", each) for name, each in work.items() if each]
     facts = {"batch": batch, "tokens": tokens, "options": settings["options"]}
     facts["tokens_per_second"] = {name: _columns(each) for name, each in rounds.items()}
     facts["tokens_per_processor_second"] = {name: _columns(each) for name, each in work.items()}

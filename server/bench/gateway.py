@@ -22,6 +22,7 @@ from server.bench.companion import START_PATIENCE, Companion, companion, end_of
 from server.bench.engine import WITHOUT_PLUGINS
 from server.bench.report import Ratio, ratio_of
 from server.bench.subject import Subject
+from steering.engine.compat import ENVIRONMENT
 from steering.errors import EngineError, EngineTimeout
 
 CLIENT = "server.bench.load"
@@ -66,7 +67,7 @@ def measure(
     rounds: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {name: [] for name in arms}
     with contextlib.ExitStack() as stack:
         say("starting vLLM's OpenAI server")
-        reference = stack.enter_context(_server(stock, {**WITHOUT_PLUGINS, "VLLM_LOGGING_LEVEL": "WARNING"}))
+        reference = stack.enter_context(_server(stock, WITHOUT_PLUGINS))
         say("starting the gateway")
         gateway = stack.enter_context(_server(ours, {}))
         client = stack.enter_context(companion(CLIENT, {}))
@@ -161,7 +162,7 @@ def _server(arguments: list[str], environment: Mapping[str, str]) -> Iterator[st
             [sys.executable, *arguments],
             stdout=log,
             stderr=log,
-            env={**os.environ, **environment},
+            env={**ENVIRONMENT, **os.environ, **environment},
             start_new_session=True,
         )
         deadline = time.monotonic() + START_PATIENCE

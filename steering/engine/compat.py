@@ -5,6 +5,7 @@ Anything not listed and proved by a test is refused at start, by name. Knows not
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,22 @@ ARCHITECTURES: dict[str, str] = {
 }
 """vLLM architecture name → path of its list of decoder blocks. Every block listed here returns the pair
 (hidden, residual) whose sum is the residual stream; checked in vLLM 0.32 `model_executor/models/*.py`."""
+
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # a model is a local folder
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, on the CPU; vLLM's default takes nearly all memory of the machine
+}
+"""What vLLM and its libraries read from the environment when imported."""
+
+
+def set_environment() -> None:
+    """Set `ENVIRONMENT`; what the operator set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def class_location(architecture: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 from steering.bundle import Bundle, load_bundle
 from steering.engine.asks import Answer, Ask, BundleGate, EditOrder, Sample
 from steering.engine.capture_notes import CaptureNotes
-from steering.engine.compat import startable
+from steering.engine.compat import set_environment, startable
 from steering.engine.options import CAPTURE_FOLDER_VARIABLE, CaptureSettings, engine_arguments
 from steering.engine.outcomes import OutcomeInbox
 from steering.engine.questions import Question, Reports, answer_of, confirmed, fed, parameters_of, plan_of_ask
@@ -37,15 +37,6 @@ __all__ = ["Answer", "Ask", "BundleGate", "CaptureSettings", "EditOrder", "Offli
 
 OUTCOME_PATIENCE = 10.0
 """Seconds after the last answer for what the engine did to arrive; it comes before the first token as a rule."""
-
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
-"""What vLLM reads when imported; what the operator set stays."""
 
 
 class OfflineEngine:
@@ -87,8 +78,7 @@ class OfflineEngine:
         self.bundles = tuple(load_bundle(path) for path in self._paths)
         for bundle in self.bundles:
             bundle.manifest.model.check(fingerprint, bundle=bundle.manifest.name, accept_transfer=self._accept_transfer)
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        set_environment()
         with ExitStack() as stack:
             self._inbox = stack.enter_context(OutcomeInbox())
             changed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

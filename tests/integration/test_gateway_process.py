@@ -43,7 +43,8 @@ FORBIDDEN = {
 }
 PARSE_EACH = """
 import json, pathlib, sys
-from server.vllm_engine import parse_options, set_environment
+from server.vllm_engine import parse_options
+from steering.engine.compat import set_environment
 from steering.errors import UnsupportedConfiguration
 set_environment()
 told = {}
