@@ -14,6 +14,9 @@ from typing import Any
 
 from steering.plan import Decision, Reasoning, Scope
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+"""`json.dumps` makes one at every call that sets its separators."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
@@ -116,7 +119,7 @@ def message_of(outcomes: Sequence[Outcome], responses: Sequence[Response]) -> by
     """One line of JSON for what a step made known."""
     read = [[each.plan_id, each.request_id, each.tokens, each.score] for each in responses]
     told = {"outcomes": [outcome.to_fields() for outcome in outcomes], "responses": read}
-    return json.dumps(told, separators=(",", ":")).encode()
+    return _ENCODER.encode(told).encode()
 
 
 def from_message(message: bytes) -> tuple[list[Outcome], list[Response]]:

@@ -7,8 +7,10 @@ and flat lists). Knows nothing of HTTP, models or vLLM.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
 
 from steering.errors import InvalidSpec
 
@@ -190,74 +192,77 @@ class Plan:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InvalidSpec(f"plan is not JSON: {error}") from error
-        names = {"version", "id", "bundle", "edit", "gate", "strength", "scope", "response", "reasoning"}
-        _check_keys("plan", fields, names | {"prompt_length"})
-        if fields.pop("version") != PLAN_VERSION:
+        _check("plan", fields, _PLAN_FIELDS)
+        if fields["version"] != PLAN_VERSION:
             raise InvalidSpec(f"plan version must be {PLAN_VERSION}")
-        for name in ("id", "bundle"):
-            _check_type("plan", name, fields[name], str)
-        if fields["edit"] is not None:
-            _check_type("plan", "edit", fields["edit"], str)
-        _check_type("plan", "response", fields["response"], bool)
-        if fields["prompt_length"] is not None:
-            # bool is an int
-            _check_type("plan", "prompt_length", fields["prompt_length"], int)
-            _number("plan", "prompt_length", fields["prompt_length"])
-        for name, known in (("scope", [*Scope]), ("reasoning", [*Reasoning])):
-            if fields[name] not in known:
-                raise InvalidSpec(
-                    f"plan field {name!r} must be one of {[str(each) for each in known]}, got {fields[name]!r}"
-                )
+        try:
+            scope, reasoning = Scope(fields["scope"]), Reasoning(fields["reasoning"])
+        except ValueError as error:
+            raise InvalidSpec(
+                f"plan fields 'scope' and 'reasoning' must be one of {[*map(str, Scope)]} and of "
+                f"{[*map(str, Reasoning)]}: {error}"
+            ) from None
         return cls(
             id=fields["id"],
             bundle=fields["bundle"],
             edit=fields["edit"],
             gate=None if fields["gate"] is None else _gate_order(fields["gate"]),
-            strength=_number("plan", "strength", fields["strength"]),
-            scope=Scope(fields["scope"]),
+            strength=_as_float(fields["strength"]),
+            scope=scope,
             response=fields["response"],
-            reasoning=Reasoning(fields["reasoning"]),
+            reasoning=reasoning,
             prompt_length=fields["prompt_length"],
         )
 
 
-def _gate_order(fields: object) -> GateOrder:
-    names = {"profile", "comply_below", "refuse_above", "categories", "is_graded", "is_observed"}
-    _check_keys("gate", fields, names)
-    assert isinstance(fields, dict)
-    _check_type("gate", "profile", fields["profile"], str)
-    for name in ("is_graded", "is_observed"):
-        _check_type("gate", name, fields[name], bool)
+_NUMBER = (int, float)
+_TEXT_OR_NONE = (str, type(None))
+_PLAN_FIELDS: dict[str, tuple[type, ...]] = {
+    "version": (int,),
+    "id": (str,),
+    "bundle": (str,),
+    "edit": _TEXT_OR_NONE,
+    "gate": (dict, type(None)),
+    "strength": _NUMBER,
+    "scope": (str,),
+    "response": (bool,),
+    "reasoning": (str,),
+    "prompt_length": (int, type(None)),
+}
+_GATE_FIELDS: dict[str, tuple[type, ...]] = {
+    "profile": (str,),
+    "comply_below": _NUMBER,
+    "refuse_above": _NUMBER,
+    "categories": (list, type(None)),
+    "is_graded": (bool,),
+    "is_observed": (bool,),
+}
+
+
+def _gate_order(fields: dict[str, Any]) -> GateOrder:
+    _check("gate", fields, _GATE_FIELDS)
     categories = fields["categories"]
-    if categories is not None and not (
-        isinstance(categories, list) and all(isinstance(category, str) for category in categories)
-    ):
+    if categories is not None and not all(type(category) is str for category in categories):
         raise InvalidSpec(f"gate field 'categories' must be null or a list of names, got {categories!r}")
     return GateOrder(
         profile=fields["profile"],
-        comply_below=_number("gate", "comply_below", fields["comply_below"]),
-        refuse_above=_number("gate", "refuse_above", fields["refuse_above"]),
+        comply_below=_as_float(fields["comply_below"]),
+        refuse_above=_as_float(fields["refuse_above"]),
         categories=None if categories is None else tuple(categories),
         is_graded=fields["is_graded"],
         is_observed=fields["is_observed"],
     )
 
 
-def _check_keys(what: str, fields: object, expected: set[str]) -> None:
-    if not isinstance(fields, dict) or set(fields) != expected:
+def _check(what: str, fields: object, wanted: Mapping[str, tuple[type, ...]]) -> None:
+    """The fields of a JSON object and their types; by `type`, as a bool is an int to `isinstance`."""
+    if type(fields) is not dict or fields.keys() != wanted.keys():
         given = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise InvalidSpec(f"{what} must have the keys {sorted(expected)}, got {given}")
-
-
-def _check_type(what: str, name: str, value: object, wanted: type) -> None:
-    if not isinstance(value, wanted):
-        raise InvalidSpec(f"{what} field {name!r} must be {wanted.__name__}, got {type(value).__name__}")
-
-
-def _number(what: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidSpec(f"{what} field {name!r} must be a number, got {value!r}")
-    return _as_float(value)
+        raise InvalidSpec(f"{what} must have the keys {sorted(wanted)}, got {given}")
+    for name, kinds in wanted.items():
+        if type(fields[name]) not in kinds:
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise InvalidSpec(f"{what} field {name!r} must be {names}, got {fields[name]!r:.200}")
 
 
 def _as_float(number: float) -> float:

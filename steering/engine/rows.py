@@ -254,22 +254,22 @@ class Rows:
         plan, gate = steered.plan, steered.gate
         if gate is None:
             return self._reported(steered, is_applied=True, edit=plan.edit, strength=plan.strength)
-        row = row.copy()
-        state = Latch(int(row[kernels.STATE]))
+        values = row.tolist()  # once: to take a single number out of an array is slow
+        state = Latch(int(values[kernels.STATE]))
         if state in (Latch.FIXED, Latch.PENDING):
             return self._reported(steered, error="the gate did not run at its layer")
-        steered.latched = row
+        steered.latched = row.copy()
         if state is Latch.FAILED:
             return self._reported(steered, error="the probe's scores are not finite")
-        edit = self._bank.name(int(row[kernels.EDIT]))
-        scores = row[kernels.SCORES : kernels.SCORES + len(gate.categories) + 1].tolist()
+        edit = self._bank.name(int(values[kernels.EDIT]))
+        scores = values[kernels.SCORES : kernels.SCORES + len(gate.categories) + 1]
         return self._reported(
             steered,
             is_applied=edit is not None,
             edit=edit,
-            strength=float(row[kernels.STRENGTH]),
+            strength=values[kernels.STRENGTH],
             decision=_DECISIONS[state],
-            category=gate.categories[int(row[kernels.CATEGORY])],
+            category=gate.categories[int(values[kernels.CATEGORY])],
             scores=probabilities(scores, gate.categories),
         )
 

@@ -206,10 +206,10 @@ def test_nan_and_infinity_in_json_are_refused(text: str) -> None:
         ({"id": "x" * 129}, "1 to 128 characters"),
         ({"id": 5}, "'id' must be str"),
         ({"scope": "some"}, "scope"),
-        ({"strength": "1"}, "must be a number"),
+        ({"strength": "1"}, "must be int or float"),
         ({"response": 1}, "'response' must be bool"),
         ({"prompt_length": 1.0}, "'prompt_length' must be int"),
-        ({"prompt_length": True}, "must be a number"),
+        ({"prompt_length": True}, "must be int or null"),
         ({"prompt_length": 0}, "at least one token"),
     ],
 )
