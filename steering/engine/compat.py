@@ -116,9 +116,9 @@ def _refusals(config: VllmConfig) -> list[_Refusal]:
 
     return [
         _Refusal(
-            option="tensor_parallel_size",
-            given=above_one("tensor_parallel_size"),
-            advice="not proved yet; use 1 and replicas behind a load balancer",
+            option="enable_sp",
+            given=getattr(getattr(config.compilation_config, "pass_config", None), "enable_sp", False),
+            advice="sequence parallelism splits the residual stream over ranks; switch it off",
         ),
         _Refusal(
             option="pipeline_parallel_size", given=above_one("pipeline_parallel_size"), advice="not proved yet; use 1"

@@ -55,7 +55,8 @@ class Steering:
         )
         self.capture = None if options.capture is None else _capture(options, width, config, device)
         self._download = RowDownload(self.rows.rows)
-        self._sender = OutcomeSender()
+        # Every rank edits and decides alike, on the same residuals; one of them tells.
+        self._sender = OutcomeSender() if _is_first_rank() else OutcomeSender("")
         self._due = Due([], [])
 
     @property
@@ -219,9 +220,14 @@ class SteeredModel(nn.Module):
         return state_class(self)
 
 
-def _capture(options: SteeringOptions, width: int, config: VllmConfig, device: torch.device) -> Capture:
+def _is_first_rank() -> bool:
+    """Whether this is the first of the workers that hold the model's shards; with a tensor-parallel size of 1 it is."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
+    return bool(get_tensor_model_parallel_rank() == 0)
+
+
+def _capture(options: SteeringOptions, width: int, config: VllmConfig, device: torch.device) -> Capture:
     assert options.capture is not None
     every = range(config.model_config.get_total_num_hidden_layers())
     return Capture(
@@ -231,7 +237,7 @@ def _capture(options: SteeringOptions, width: int, config: VllmConfig, device: t
         requests=config.scheduler_config.max_num_seqs,
         tokens=config.scheduler_config.max_num_batched_tokens,
         device=device,
-        is_writing=get_tensor_model_parallel_rank() == 0,
+        is_writing=_is_first_rank(),
     )
 
 

@@ -253,6 +253,7 @@ def _inspect_models_in_this_process() -> None:
     It keeps the finding in its cache, so this matters for the first engine of a family only. The reason for that
     process is to keep CUDA out of this one; servers under test are started as vLLM starts them.
     """
+    import numba  # noqa: F401 - the model classes load it; `startable` hides what was loaded before
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda inspect: inspect()

@@ -275,9 +275,9 @@ def _with_a_token_of_nan(model: Path, folder: Path) -> Path:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("how", ["v2", "compiled"])
-def test_gates_on_the_other_runner_and_compiled(gated: Gated, how: str, tmp_path: Path) -> None:
-    """Model Runner V2 with the Triton kernel, interpreted; V1 under torch.compile: decisions, answers, preemption."""
+@pytest.mark.parametrize("how", ["v2", "compiled", "two ranks"])
+def test_gates_on_the_other_runner_compiled_and_on_two_ranks(gated: Gated, how: str, tmp_path: Path) -> None:
+    """Model Runner V2 with the Triton kernel, interpreted; V1 under torch.compile; two tensor-parallel ranks."""
     asks = [replace(ask, count=min(ask.count, 6)) for ask in crowd(gated, 6) if len(ask.prompt) <= 70][3:]
     is_v2 = how == "v2"
     scenario = Scenario(
@@ -290,12 +290,17 @@ def test_gates_on_the_other_runner_and_compiled(gated: Gated, how: str, tmp_path
             "max_num_batched_tokens": 32,
             "num_gpu_blocks_override": 9,
             "max_model_len": 128,
-            "enforce_eager": is_v2,
+            "enforce_eager": how != "compiled",
+            "tensor_parallel_size": 2 if how == "two ranks" else 1,
         },
-        environment={"TRIMTAB_KERNEL": "triton"} if is_v2 else {"VLLM_CACHE_ROOT": str(tmp_path / "cache")},
+        environment={
+            "v2": {"TRIMTAB_KERNEL": "triton"},
+            "compiled": {"VLLM_CACHE_ROOT": str(tmp_path / "cache")},
+            "two ranks": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        }[how],
         v2_interpreted=is_v2,
     )
-    result = play(scenario, tmp_path, fresh=not is_v2)
+    result = play(scenario, tmp_path, fresh=how == "compiled")
     assert result.preemptions > 0
     assert result.report["runner"] == ("v2" if is_v2 else "v1")
     check_responses(gated, asks, result, 0)

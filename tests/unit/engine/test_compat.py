@@ -14,10 +14,10 @@ from steering.errors import UnsupportedArchitecture, UnsupportedConfiguration
 
 
 def configuration(**changed: Any) -> Any:
-    """The parts of vLLM's configuration that are read, as a single-GPU server has them, with some changed."""
+    """The parts of vLLM's configuration that are read, as a server of two GPUs has them, with some changed."""
     parts: dict[str, dict[str, Any]] = {
         "parallel_config": {
-            "tensor_parallel_size": 1,
+            "tensor_parallel_size": 2,
             "pipeline_parallel_size": 1,
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
@@ -26,6 +26,7 @@ def configuration(**changed: Any) -> Any:
         },
         "model_config": {"enable_prompt_embeds": False, "enable_sleep_mode": False, "runner_type": "generate"},
         "cache_config": {"kv_sharing_fast_prefill": False},
+        "compilation_config": {"pass_config": SimpleNamespace(enable_sp=False)},
     }
     whole: dict[str, Any] = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None}
     for name, value in changed.items():
@@ -37,12 +38,11 @@ def configuration(**changed: Any) -> Any:
 
 
 def test_a_plain_server_is_accepted() -> None:
-    """One device, no option out of the ordinary."""
+    """Two devices, no option out of the ordinary."""
     check_configuration(configuration())
 
 
 REFUSED = {
-    "tensor_parallel_size": 2,
     "pipeline_parallel_size": 2,
     "decode_context_parallel_size": 2,
     "prefill_context_parallel_size": 2,
@@ -55,8 +55,9 @@ REFUSED = {
     "enable_sleep_mode": True,
     "runner_type": "pooling",
     "kv_sharing_fast_prefill": True,
+    "pass_config": SimpleNamespace(enable_sp=True),
 }
-NAMED = {"lora_config": "enable_lora", "runner_type": "runner"}
+NAMED = {"pass_config": "enable_sp", "lora_config": "enable_lora", "runner_type": "runner"}
 
 
 @pytest.mark.parametrize("option", REFUSED)
