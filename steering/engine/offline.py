@@ -104,6 +104,11 @@ class OfflineEngine:
         """The model's own."""
         return self._engine.get_tokenizer()
 
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        return int(self._engine.model_config.max_model_len)
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Token ids of a talk up to and including the assistant's header."""
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
@@ -202,7 +207,7 @@ class OfflineEngine:
     ) -> tuple[dict[int, RequestOutput], Reports]:
         """Have the engine answer everything together; what it said of it by then."""
         has_text = not self._engine.model_config.skip_tokenizer_init
-        most = self._engine.model_config.max_model_len
+        most = self.context
         for number, question in enumerate(questions):
             needed = len(question.ask.tokens) + 1
             if needed > most:

@@ -28,6 +28,9 @@ EXACT = (
 KEYWORD_CAVEAT = (
     "the phrases were written with these completions in view, so that other models' answers may be judged worse"
 )
+PROBE_CAVEAT = (
+    "the probe was fitted on the first tokens of its own model's answers; these are other models', given to it"
+)
 _PART = "completions_"
 
 

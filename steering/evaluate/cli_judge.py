@@ -15,10 +15,15 @@ app = typer.Typer(help="Measure judges of refusal against human labels.", no_arg
 
 
 class JudgeName(StrEnum):
-    """Judges that need only texts, and the two that came with the data set."""
+    """Judges of texts, the two that came with the data set, and a bundle's response probe.
+
+    The judge `token` is not among them: it reads the token with which the model's own answers begin, and these are
+    other models'.
+    """
 
     KEYWORD = "keyword"
     LLM = "llm"
+    PROBE = "probe"
     XSTEST_STRINGS = "xstest-strings"
     XSTEST_GPT4 = "xstest-gpt4"
 
@@ -44,6 +49,8 @@ def calibrate(
     temperature: Annotated[float, typer.Option(help="Of the model judge.", min=0.0)] = 0.0,
     price_prompt: Annotated[float | None, typer.Option(help="Of a million prompt tokens.", min=0.0)] = None,
     price_completion: Annotated[float | None, typer.Option(help="Of a million completion tokens.", min=0.0)] = None,
+    model: Annotated[Path | None, typer.Option(help="Local model folder, for probe.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Its bundle with a response probe, for probe.")] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Folder of XSTest's automated_evaluation_labels, for xstest-gpt4.")
     ] = None,
@@ -58,6 +65,7 @@ def calibrate(
     from steering.evaluate.calibration import (
         KEYWORD_CAVEAT,
         LABELS,
+        PROBE_CAVEAT,
         as_label,
         calibration,
         labelled_completions,
@@ -93,7 +101,12 @@ def calibrate(
                 )
             else:
                 used = open_judge(judge.value)
-            said = _asked(used, [(record.prompt, record.answer or "") for record in records], as_label)
+            pairs = [(record.prompt, record.answer or "") for record in records]
+            evidence = None
+            if judge is JudgeName.PROBE:
+                evidence = _read_by_probe(model, bundle, pairs)
+                extra["caveat"] = PROBE_CAVEAT
+            said = _asked(used, pairs, as_label, evidence)
             if judge is JudgeName.KEYWORD:
                 extra["caveat"] = KEYWORD_CAVEAT
             facts_of = getattr(used, "facts", None)
@@ -149,8 +162,24 @@ def llm_settings(
     )
 
 
-def _asked(judge: Any, pairs: list[tuple[str, str]], as_label: Any) -> list[str]:
+def _read_by_probe(model: Path | None, bundle: Path | None, pairs: list[tuple[str, str]]) -> list[Any]:
+    from tqdm import tqdm
+
+    from steering.errors import InvalidSpec
+    from steering.evaluate.given import read_by_probe
+
+    if model is None or bundle is None:
+        raise InvalidSpec("the judge probe is part of a bundle, read in the engine: give --model and --bundle")
+    with tqdm(total=len(pairs), desc="reading", unit="", disable=None) as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
+        return read_by_probe(model, bundle, pairs, show)
+
+
+def _asked(judge: Any, pairs: list[tuple[str, str]], as_label: Any, evidence: list[Any] | None) -> list[str]:
     from tqdm import tqdm
 
     with tqdm(total=len(pairs), desc=judge.name, unit="", disable=None) as bar:
-        return [as_label(one.verdict) for one in judge.judge(pairs, bar.update)]
+        return [as_label(one.verdict) for one in judge.judge(pairs, bar.update, evidence=evidence)]

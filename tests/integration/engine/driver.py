@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[3]
 DEADLINE = 500.0
 """Seconds an engine process may take; on two cores an engine that compiles is up in 80."""
 
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Environment of an engine of two ranks; by default vLLM gives every rank on a CPU a NUMA node of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:

@@ -12,6 +12,7 @@ from steering.bundle import save_bundle
 from tests.integration.engine.checks import check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
 from tests.integration.engine.driver import Ask, Result, Scenario, play
+from tests.integration.engine.gates import Gated, check_gated, few_gated
 from tests.integration.engine.test_parity import BFLOAT16_TOLERANCE, every_edit
 
 # Five sequences of up to 70 tokens in 3 blocks of 32 each do not fit into 8: some are preempted.
@@ -98,30 +99,32 @@ def test_v2_hybrid_state_class_is_kept(tiny: Callable[[str], Tiny], tmp_path: Pa
 
 
 @pytest.mark.timeout(900)
-def test_compiled_engine_is_right_on_any_cache(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
-    """With torch.compile on, as by default: crowded, from a cache that another bundle has filled, and from its own.
+def test_compiled_engine_is_right_on_any_cache(gated: Gated, tmp_path: Path) -> None:
+    """With torch.compile on, as by default: crowded, gates too, on a cache that another bundle filled, and on its own.
 
     The other bundle edits one layer only. A compile key without the layer set would serve its graph to the second,
     which edits four: the op would be missing in three of them, silently.
     """
-    model = tiny("llama")
-    small = _bundle_of_one_edit(model, "add", tmp_path / "small")
+    small = _bundle_of_one_edit(gated.tiny, "add", tmp_path / "small")
     wanted = [*crowd(8), *every_edit(3)]
-    for name, bundle, asks, layers in (
-        ("other", small, [ask for ask in wanted if ask.edit in (None, "add")], [1]),
-        ("cold", model.bundle_path, wanted, [0, 1, 2, 3]),
-        ("warm", model.bundle_path, wanted, [0, 1, 2, 3]),
+    few = [ask for ask in wanted if ask.edit in (None, "add")]
+    for name, bundle, rounds, layers in (
+        ("other", small, [few], [1]),
+        ("cold", str(gated.bundle.path), [wanted], [0, 1, 2, 3]),
+        ("warm", str(gated.bundle.path), [wanted, few_gated(gated)], [0, 1, 2, 3]),
     ):
         scenario = Scenario(
-            model=str(model.model),
+            model=str(gated.tiny.model),
             bundle=bundle,
-            rounds=[asks],
+            rounds=rounds,
             arguments={**CROWDED, "enforce_eager": False},
             environment={"VLLM_CACHE_ROOT": str(tmp_path / "cache")},
         )
         result = play(scenario, tmp_path / name, fresh=True)
-        check_against_oracle(model.oracle, asks, result.rounds[0])
+        check_against_oracle(gated.tiny.oracle, rounds[0], result.rounds[0])
         assert result.report["witness"] == layers
+        if len(rounds) > 1:
+            check_gated(gated, rounds[1], result, 1)
 
 
 def _bundle_of_one_edit(model: Tiny, edit: str, folder: Path) -> str:
