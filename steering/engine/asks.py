@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from steering.errors import InvalidSpec
 from steering.outcome import Outcome
-from steering.plan import GateOrder, Scope
+from steering.plan import GateOrder, Reasoning, Scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +23,14 @@ class EditOrder:
         edit: its name there.
         strength: multiplier of its calibrated dose; 0 leaves the ask alone, as no order does.
         scope: which positions are edited.
+        reasoning: of a thinking model, whether it is edited as well; see `steering.plan.Plan.reasoning`.
     """
 
     bundle: str
     edit: str
     strength: float = 1.0
     scope: Scope = Scope.ALL
+    reasoning: Reasoning = Reasoning.EDITED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +41,13 @@ class BundleGate:
         bundle: digest of a loaded bundle.
         order: what the gate may decide; names a profile of the bundle.
         strength: of the edit it chooses.
+        reasoning: see `EditOrder`.
     """
 
     bundle: str
     order: GateOrder
     strength: float = 1.0
+    reasoning: Reasoning = Reasoning.EDITED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,6 +70,7 @@ def plan_of_ask(ask: Ask, bundles: Sequence[Bundle]) -> Plan | None:
         bundle=order.bundle,
         strength=order.strength,
         response=response,
+        reasoning=order.reasoning,
         **what,
         **given,
     )

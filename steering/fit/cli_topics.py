@@ -53,6 +53,13 @@ class TopicScopeName(StrEnum):
     GENERATED = "generated"
 
 
+class TopicReasoningName(StrEnum):
+    """What edits do with the reasoning of a thinking model."""
+
+    EDITED = "edited"
+    SPARED = "spared"
+
+
 class JudgeName(StrEnum):
     """Who says whether an answer refuses."""
 
@@ -100,6 +107,9 @@ def topics(
     judge_model: Annotated[str | None, typer.Option(help="Its model.")] = None,
     purpose: Annotated[PurposeName, typer.Option(help="Remove refusals, induce them, or both.")] = PurposeName.REMOVE,
     scope: Annotated[TopicScopeName | None, typer.Option(help="Positions ungated edits reach; all.")] = None,
+    reasoning: Annotated[
+        TopicReasoningName | None, typer.Option(help="Of a thinking model: edited, or spared until the answer; edited.")
+    ] = None,
     preset: Annotated[TopicPresetName, typer.Option(help="Where constants come from.")] = TopicPresetName.AUTO,
     paper_model: Annotated[
         str | None, typer.Option(help="The paper's model, where the folder has another name.")
@@ -140,7 +150,7 @@ def topics(
     from steering.fit.topic_prompts import Role
     from steering.fit.topic_settings import QUICK, Purpose, TopicPreset, TopicSettings, topic_settings
     from steering.fit.topics import TopicStage, fit_topics
-    from steering.plan import Scope
+    from steering.plan import Reasoning, Scope
 
     torch.set_num_threads(threads)
     if work is None:
@@ -168,6 +178,7 @@ def topics(
         )
         chosen: dict[str, Any] = {
             "scope": None if scope is None else Scope(scope),
+            "reasoning": None if reasoning is None else Reasoning(reasoning),
             "samples": samples,
             "max_tokens": max_tokens,
             "band": band,

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,16 @@ def measured(fit: TopicFit, prompts: TopicPrompts, prompt_facts: Result) -> Meas
 def end_of_reasoning(engine: Engine) -> tuple[int, ...]:
     """Token ids of the mark that ends a reasoning trace."""
     return tuple(engine.tokenizer.encode(END_OF_REASONING, add_special_tokens=False))
+
+
+def reasoning_end(answers: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where a thinking model's reasoning ends, as a manifest has it; None for one that does not think.
+
+    Args:
+        answers: what the stage of that name found.
+    """
+    end = answers.get("end_of_reasoning", [])
+    return {"token": END_OF_REASONING, "token_id": end[0]} if len(end) == 1 else None
 
 
 def segment_logprob(

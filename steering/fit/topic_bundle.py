@@ -14,7 +14,7 @@ from steering.errors import FitError
 from steering.fit.categories import CATEGORIES
 from steering.fit.control_bundle import code_version
 from steering.fit.stages import Result, plain
-from steering.fit.topic_answers import END_OF_REASONING
+from steering.fit.topic_answers import reasoning_end
 from steering.fit.topic_candidates import FREE, GATED, Candidate
 from steering.fit.topic_card import card
 from steering.fit.topic_compare import Arm, Comparison
@@ -23,7 +23,7 @@ from steering.fit.topic_gate import TopicGate
 from steering.fit.topic_induction import Induction
 from steering.fit.topic_settings import LAYERS_NOTE, TopicPreset
 from steering.fit.topic_vectors import Vectors
-from steering.plan import Scope
+from steering.plan import Reasoning, Scope
 
 PROFILE, INDUCED = "topics", "topics-induce"
 
@@ -104,7 +104,6 @@ def _manifest(contents: TopicContents, *, name: str, version: str) -> dict[str, 
     if not profiles:
         raise FitError("no edit of this fit can be certified, so that there is nothing to put into a bundle")
     named = dict(fit.refusal_tokens)
-    end = contents.results["answers"].get("end_of_reasoning", [])
     categories = [fit.settings.category, *(one for one in CATEGORIES if one in named and one != fit.settings.category)]
     return {
         "name": name,
@@ -115,8 +114,8 @@ def _manifest(contents: TopicContents, *, name: str, version: str) -> dict[str, 
             for one in categories
         ],
         "respond": {"token": "[respond]", "token_id": fit.respond} if fit.respond is not None else None,
-        # An edit of every token covers the reasoning too, as in the paper; a client learns from this where it ends.
-        "reasoning_end": {"token": END_OF_REASONING, "token_id": end[0]} if len(end) == 1 else None,
+        # A client learns from this where reasoning ends, which an edit of every token covers too, as in the paper.
+        "reasoning_end": reasoning_end(contents.results["answers"]),
         "probes": [_probe(contents, gate) for gate in _gates(contents)],
         "edits": [_edit(contents, key, one) for key, one in contents.edits.items()],
         "profiles": profiles,
@@ -232,6 +231,7 @@ def _removing(contents: TopicContents, name: str, arm: Arm, what: str) -> dict[s
         "comply": {settings.category: edit_name(one)},
         "default_category": settings.category,
         "scope": one.scope.value if one.variant == FREE else Scope.GENERATED.value,
+        "reasoning": settings.reasoning.value,
     }
     if arm.is_gated:
         assert isinstance(contents.removal_gate, TopicGate)
@@ -251,6 +251,7 @@ def _inducing(contents: TopicContents, name: str, one: Candidate, refuse_above: 
         "refuse": {settings.category: edit_name(one)},
         "default_category": settings.category,
         "scope": one.scope.value if one.variant == FREE else Scope.GENERATED.value,
+        "reasoning": settings.reasoning.value,
     }
     if refuse_above is not None:
         assert isinstance(contents.induction_gate, TopicGate)
@@ -302,5 +303,10 @@ def _scope_note(contents: TopicContents, *, is_thinking: bool) -> str:
     )
     told += " Gated edits reach the last prompt token and everything generated, since a gate decides there."
     if is_thinking:
-        told += " The model reasons before it answers: its reasoning is generated, so that every edit covers it too."
+        told += " The model reasons before it answers: "
+        told += (
+            "edits begin where its reasoning ends."
+            if contents.fit.settings.reasoning is Reasoning.SPARED
+            else "its reasoning is generated, so that every edit covers it too."
+        )
     return told

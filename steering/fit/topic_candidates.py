@@ -17,7 +17,7 @@ from steering.fit.topic_edits import topic_edit
 from steering.fit.topic_fit import TopicFit
 from steering.fit.topic_settings import TopicSettings
 from steering.fit.topic_vectors import Vectors
-from steering.plan import Scope
+from steering.plan import Reasoning, Scope
 from steering.terms import Edit
 
 FREE, GATED = "free", "gated"
@@ -33,6 +33,7 @@ class Candidate:
         layers: the highest ranked ones, ascending.
         alpha: negative removes refusal, positive induces it.
         scope: positions it edits.
+        reasoning: whether that of a thinking model is among them.
     """
 
     method: Method
@@ -41,6 +42,7 @@ class Candidate:
     alpha: float
     is_reposition: bool
     scope: Scope
+    reasoning: Reasoning = Reasoning.EDITED
 
     @property
     def edit(self) -> str:
@@ -55,7 +57,13 @@ class Candidate:
 
     def order(self, bundle: str, share: float = 1.0) -> EditOrder:
         """What the engine is asked for; `share` multiplies the dose."""
-        return EditOrder(bundle=bundle, edit=self.edit, strength=share * self.strength, scope=self.scope)
+        return EditOrder(
+            bundle=bundle,
+            edit=self.edit,
+            strength=share * self.strength,
+            scope=self.scope,
+            reasoning=self.reasoning,
+        )
 
     def made(self, vectors: Vectors, name: str) -> Edit:
         """The edit of this configuration alone, at strength 1."""
@@ -74,6 +82,7 @@ class Candidate:
             method=Method(facts["method"]),
             layers=tuple(facts["layers"]),
             scope=Scope(facts["scope"]),
+            reasoning=Reasoning(facts["reasoning"]),
         )
 
     def __str__(self) -> str:
@@ -105,6 +114,7 @@ def removal_candidates(settings: TopicSettings, vectors: Vectors, gate_layer: in
                         alpha=alpha,
                         is_reposition=is_reposition,
                         scope=scope,
+                        reasoning=settings.reasoning,
                     )
                 )
     return found
@@ -115,8 +125,21 @@ def counts_of(wanted: Iterable[int], available: int) -> list[int]:
     return sorted({min(count, available) for count in wanted if count > 0})
 
 
-def write_candidates(fit: TopicFit, vectors: Vectors, candidates: Sequence[Candidate], path: Path) -> Bundle:
-    """The bundle of all candidates' edits; for this fit's engine alone, and certified for nothing."""
+def write_candidates(
+    fit: TopicFit,
+    vectors: Vectors,
+    candidates: Sequence[Candidate],
+    path: Path,
+    reasoning_end: Mapping[str, Any] | None,
+) -> Bundle:
+    """The bundle of all candidates' edits; for this fit's engine alone, and certified for nothing.
+
+    Args:
+        reasoning_end: as the manifest has it; None for a model that does not think.
+    """
+    profile: dict[str, Any] = {"name": "candidates", "default_category": fit.settings.category}
+    if fit.settings.reasoning is Reasoning.SPARED:
+        profile |= {"scope": Scope.GENERATED.value, "reasoning": Reasoning.SPARED.value}
     edits: dict[str, Edit] = {}
     records = []
     most = max(abs(one.alpha) for one in candidates) * max((1.0, *fit.settings.strengths))
@@ -141,7 +164,8 @@ def write_candidates(fit: TopicFit, vectors: Vectors, candidates: Sequence[Candi
         "model": fit.fingerprint,
         "categories": [{"name": fit.settings.category}],
         "edits": records,
-        "profiles": [{"name": "candidates", "default_category": fit.settings.category}],
+        "reasoning_end": reasoning_end,
+        "profiles": [profile],
         "default_profile": "candidates",
     }
     return save_bundle(path, manifest, edits)

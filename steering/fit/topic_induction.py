@@ -63,7 +63,15 @@ def induction_candidates(
         for count in counts_of((given.count,) if given else settings.counts, len(ranking)):
             layers = tuple(sorted(ranking[:count]))
             found += [
-                Candidate(method=method, variant=variant, layers=layers, alpha=alpha, is_reposition=False, scope=scope)
+                Candidate(
+                    method=method,
+                    variant=variant,
+                    layers=layers,
+                    alpha=alpha,
+                    is_reposition=False,
+                    scope=scope,
+                    reasoning=settings.reasoning,
+                )
                 for alpha in settings.alphas
             ]
     return found

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from steering.errors import UnknownPreset
+from steering.errors import FitError, UnknownPreset
 from steering.fit.ridge import Ridge, RidgeKind
 from steering.fit.topic_classes import BAND, LEAST
 from steering.fit.topic_directions import Method
-from steering.plan import Scope
+from steering.plan import Reasoning, Scope
 
 
 class TopicPreset(StrEnum):
@@ -57,6 +57,7 @@ class TopicSettings:
 
     Attributes:
         scope: positions that ungated edits reach. P2 edits every position; a gate can edit generated ones only.
+        reasoning: of a thinking model, edited like its answers, as in P2, or spared: edits begin with the answer.
         category: what the topic is called in the bundle.
         samples, temperature, max_tokens: answers to each prompt, from which its refusal confidence is made. Reasoning
             counts among the tokens of a thinking model.
@@ -94,6 +95,7 @@ class TopicSettings:
     preset: TopicPreset = TopicPreset.AUTO
     purpose: Purpose = Purpose.REMOVE
     scope: Scope = Scope.ALL
+    reasoning: Reasoning = Reasoning.EDITED
     category: str = "Topic"
     samples: int = 5
     temperature: float = 1.0
@@ -129,6 +131,12 @@ class TopicSettings:
     calibration_share: float = 0.15
     bootstrap: int = 20
     seed: int = 20261122
+
+    def __post_init__(self) -> None:
+        if self.reasoning is Reasoning.SPARED and self.scope is not Scope.GENERATED:
+            raise FitError(
+                f"reasoning is spared by edits that begin after it: --scope must be generated, got {self.scope.value}"
+            )
 
 
 QUICK: Mapping[str, Any] = {

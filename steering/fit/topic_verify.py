@@ -62,10 +62,8 @@ def _verify(
     )
     engine = session.engine
     texts = [measured.items[row].text for row in chosen]
-    asks = [
-        Ask(prompt=ids, max_tokens=answer_tokens(fit), gate=BundleGate(bundle=saved.digest, order=order))
-        for ids in fit.prompt_ids(engine, texts)
-    ]
+    gated = BundleGate(bundle=saved.digest, order=order, reasoning=fit.settings.reasoning)
+    asks = [Ask(prompt=ids, max_tokens=answer_tokens(fit), gate=gated) for ids in fit.prompt_ids(engine, texts)]
     answers = fit.ask("verify", engine, asks)
     verdicts: list[Verdict] = [
         one.verdict

@@ -14,10 +14,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from steering.bundle import Bundle
+from steering.errors import FitError
 from steering.fit import topic_pictures as pictures
 from steering.fit.datasets import DataDirectory
 from steering.fit.stages import Result, draw_stage
-from steering.fit.topic_answers import Measured, measured
+from steering.fit.topic_answers import END_OF_REASONING, Measured, measured, reasoning_end
 from steering.fit.topic_bundle import PROFILE, TopicContents, edit_name, save_edits, write_report
 from steering.fit.topic_candidates import Candidate, removal_candidates, write_candidates
 from steering.fit.topic_compare import Comparison, compare
@@ -30,6 +31,7 @@ from steering.fit.topic_prompts import Role, TopicPrompts, gather
 from steering.fit.topic_ranges import certify, require_certified
 from steering.fit.topic_vectors import Vectors, analyse, make_vectors
 from steering.fit.topic_verify import verify
+from steering.plan import Reasoning
 
 SMALL_WIDTH = 512
 """Up to this width vectors are made in a blink, so that the stability of every layer's is looked at."""
@@ -119,6 +121,11 @@ def _run(
     asked = measured(fit, prompts, told)
     answers, judged = asked.facts
     run.done(TopicStage.ANSWERS, answers)
+    if settings.reasoning is Reasoning.SPARED and reasoning_end(answers) is None:
+        raise FitError(
+            f"reasoning is to be spared, and answers of {fit.model} have none that ends with one token "
+            f"{END_OF_REASONING!r}; leave --reasoning out"
+        )
     run.done(TopicStage.JUDGED, judged, lambda path: pictures.confidences(_confidences(asked), settings.band, path))
     unparsable = judged["verdicts"]["unparsable"] + judged["unfinished"]
     if unparsable:
@@ -178,13 +185,13 @@ def _steer(
         if settings.purpose.induces
         else []
     )
-    folder = fit.work / "candidates"
+    folder, end = fit.work / "candidates", reasoning_end(asked.facts[0])
     tried = fit.stage(
         "candidates",
-        lambda: {"bundle": write_candidates(fit, vectors, [*removing, *inducing], folder).digest},
-        of=("strengths", "category"),
+        lambda: {"bundle": write_candidates(fit, vectors, [*removing, *inducing], folder, end).digest},
+        of=("strengths", "category", "reasoning"),
         after=vectors.facts,
-        given={"candidates": [one.to_json() for one in (*removing, *inducing)]},
+        given={"reasoning_end": end, "candidates": [one.to_json() for one in (*removing, *inducing)]},
     )
     run.done(TopicStage.CANDIDATES, tried)
     digest = str(tried["bundle"])

@@ -84,7 +84,6 @@ class Planted:
         breaks_at: length of an edit, in units of the layer's size, at which answers become babble.
         decides_by_token: answers begin with a decision token.
         not_finite: prompts whose residuals are NaN at layer 2.
-        unfinished: answers never end their reasoning.
     """
 
     refuses: Mapping[str, float] = field(default_factory=lambda: {TOPIC: 1.2, HARM: 1.2, PLAIN: -1.0})
