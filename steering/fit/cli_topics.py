@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from steering.bundle import Bundle
     from steering.evaluate.judge import Judge
 
 
@@ -65,6 +66,7 @@ class JudgeName(StrEnum):
 
     KEYWORD = "keyword"
     TOKEN = "token"  # noqa: S105 - a judge's name
+    PROBE = "probe"
     LLM = "llm"
 
 
@@ -105,6 +107,9 @@ def topics(
     judge: Annotated[JudgeName, typer.Option(help="Who says whether an answer refuses.")] = JudgeName.KEYWORD,
     judge_url: Annotated[str | None, typer.Option(help="OpenAI-compatible API of the judge llm.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="Its model.")] = None,
+    judge_bundle: Annotated[
+        Path | None, typer.Option(help="Bundle of the model whose response probe is the judge probe.")
+    ] = None,
     purpose: Annotated[PurposeName, typer.Option(help="Remove refusals, induce them, or both.")] = PurposeName.REMOVE,
     scope: Annotated[TopicScopeName | None, typer.Option(help="Positions ungated edits reach; all.")] = None,
     reasoning: Annotated[
@@ -193,7 +198,10 @@ def topics(
         }
         settings = _replaced(settings, chosen)
         refusals, respond = _refusal_tokens(model)
+        judging = _judging(judge, judge_bundle)
         opened, facts = _judge(judge, judge_url, judge_model, work, refusals, respond)
+        if judging is not None:
+            facts["bundle"] = judging.digest
         fit = TopicFit(
             model=model,
             work=work,
@@ -203,6 +211,7 @@ def topics(
             judge_facts=facts,
             refusal_tokens={category: token for token, category in refusals.items()},
             respond=respond,
+            judging=judging,
             say=typer.echo,
         )
         saved = fit_topics(
@@ -272,6 +281,21 @@ def _judge(
         key=os.environ.get("TRIMTAB_JUDGE_API_KEY", "unused"),
     )
     return open_judge(name, llm=settings), {"name": str(name), "model": model}
+
+
+def _judging(name: str, path: Path | None) -> Bundle | None:
+    """The bundle whose response probe judges."""
+    from steering.bundle import load_bundle
+    from steering.errors import OperatorError
+
+    if (path is None) != (name != JudgeName.PROBE):
+        raise OperatorError("--judge probe and --judge-bundle go together")
+    if path is None:
+        return None
+    found = load_bundle(path)
+    if found.manifest.response is None:
+        raise OperatorError(f"bundle {found.label} has no response probe to judge with")
+    return found
 
 
 def _opener(model: Path, options: list[str]) -> Any:

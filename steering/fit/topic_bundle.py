@@ -63,7 +63,7 @@ def save_edits(path: Path, contents: TopicContents, *, name: str, version: str) 
     fit = contents.fit
     manifest = _manifest(contents, name=name, version=version)
     edits = {key: one.made(contents.vectors, key) for key, one in contents.edits.items()}
-    probes = {gate.probe.name: gate.probe for gate in _gates(contents)}
+    probes = {gate.probe.name: gate.probe for gate in _gates(contents)} | fit.response()[1]
     saved = save_bundle(path, manifest, edits, probes)
     fit.stage("bundle", lambda: {"label": saved.label, "edits": sorted(edits)}, given={"bundle": saved.digest})
     return saved
@@ -104,6 +104,7 @@ def _manifest(contents: TopicContents, *, name: str, version: str) -> dict[str, 
     if not profiles:
         raise FitError("no edit of this fit can be certified, so that there is nothing to put into a bundle")
     named = dict(fit.refusal_tokens)
+    reading, _ = fit.response()
     categories = [fit.settings.category, *(one for one in CATEGORIES if one in named and one != fit.settings.category)]
     return {
         "name": name,
@@ -116,7 +117,8 @@ def _manifest(contents: TopicContents, *, name: str, version: str) -> dict[str, 
         "respond": {"token": "[respond]", "token_id": fit.respond} if fit.respond is not None else None,
         # A client learns from this where reasoning ends, which an edit of every token covers too, as in the paper.
         "reasoning_end": reasoning_end(contents.results["answers"]),
-        "probes": [_probe(contents, gate) for gate in _gates(contents)],
+        **reading,
+        "probes": [*(_probe(contents, gate) for gate in _gates(contents)), *reading["probes"]],
         "edits": [_edit(contents, key, one) for key, one in contents.edits.items()],
         "profiles": profiles,
         "default_profile": profiles[0]["name"],

@@ -158,6 +158,7 @@ def write_candidates(
                 "strength": {"minimum": 0.0, "maximum": max(1.0, most), "measured": "not measured: a candidate"},
             }
         )
+    reading, probes = fit.response()
     manifest = {
         "name": "topic-candidates",
         "version": "1",
@@ -167,8 +168,9 @@ def write_candidates(
         "reasoning_end": reasoning_end,
         "profiles": [profile],
         "default_profile": "candidates",
+        **reading,
     }
-    return save_bundle(path, manifest, edits)
+    return save_bundle(path, manifest, edits, probes)
 
 
 def _configurations(settings: TopicSettings, method: Method, available: int) -> list[tuple[int, float, bool]]:

@@ -18,12 +18,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from steering import __version__
+from steering.bundle import Bundle
 from steering.engine.asks import Answer, Ask
 from steering.engine.options import CaptureSettings
 from steering.evaluate.judge import Evidence, Judge, Judged
 from steering.fingerprint import fingerprint_of
 from steering.fit.stages import Result, run_stage, stage_tensors
 from steering.fit.topic_settings import TopicSettings
+from steering.gate import Probe
 
 PAUSE = 15.0
 """Seconds between two words on progress."""
@@ -89,6 +91,8 @@ class TopicFit:
         judge_facts: what the judge's verdicts depend on, such as its model; part of what judged stages depend on.
         refusal_tokens: category to the id of its token, where the model has such tokens.
         respond: id of `[respond]`; None where the model has none.
+        judging: a bundle whose response probe is the judge; None where another is. What the fit writes has that probe
+            as well: an engine reads an answer with the probe of the bundle that edits it.
     """
 
     model: Path
@@ -99,6 +103,7 @@ class TopicFit:
     judge_facts: Mapping[str, Any]
     refusal_tokens: Mapping[str, int] = field(default_factory=dict)
     respond: int | None = None
+    judging: Bundle | None = None
     say: Callable[[str], None] = print
 
     @cached_property
@@ -151,8 +156,18 @@ class TopicFit:
     @contextmanager
     def session(self, *, bundles: Sequence[Path] = (), capture: CaptureSettings | None = None) -> Iterator[Session]:
         """An engine for as long as the context lasts, started when first used."""
+        if not bundles and self.judging is not None and self.judging.path is not None:
+            bundles = [self.judging.path]
         with ExitStack() as stack:
             yield Session(lambda: self.open_engine(bundles=bundles, capture=capture), stack)
+
+    def response(self) -> tuple[dict[str, Any], dict[str, Probe]]:
+        """What a manifest of this fit says of the probe that judges, and the probe by name; nothing where none does."""
+        record = None if self.judging is None else self.judging.manifest.response
+        if self.judging is None or record is None:
+            return {"probes": []}, {}
+        said = record.model_dump(mode="json", exclude={"layer", "categories"})
+        return {"probes": [said], "response_probe": record.name}, {record.name: self.judging.probes[record.name]}
 
     def prompt_ids(self, engine: Engine, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of prompts, each a user's first turn."""

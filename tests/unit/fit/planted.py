@@ -191,7 +191,7 @@ class PlantedEngine:
         pushed, length = self._pushed(ask, text)
         if ask.answer is not None:
             return Answer(given=tuple(-1.0 - 0.2 * length for _ in ask.answer))
-        samples = []
+        samples, read = [], []
         for number in range(ask.samples):
             draw = 0.0
             if ask.temperature > 0:
@@ -200,6 +200,7 @@ class PlantedEngine:
             said = BABBLE if length > self._planted.breaks_at else NO if refused else YES
             first = (REFUSAL if refused else RESPOND,) if self._planted.decides_by_token else ()
             tokens = (*first, *said.encode())[: ask.max_tokens]
+            read.append(0.9 if refused else 0.1)
             samples.append(
                 Sample(
                     tokens=tokens,
@@ -208,7 +209,8 @@ class PlantedEngine:
                     finish="stop" if len(tokens) < ask.max_tokens else "length",
                 )
             )
-        return Answer(samples=tuple(samples), outcomes=outcomes)
+        is_read = any(bundle.manifest.response is not None for bundle in self._bundles.values())
+        return Answer(samples=tuple(samples), outcomes=outcomes, response=tuple(read) if is_read else None)
 
     def _ruled(self, ask: Ask, gate: BundleGate, text: str) -> tuple[Ask, tuple[Outcome, ...]]:
         """The ask with the edit that the gate chooses, and what is reported of it."""
