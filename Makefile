@@ -1,6 +1,6 @@
 # Every target makes the environment first, from the hash-pinned locks, and only when it is missing or a lock changed.
 #   make serve     serve the demo on http://127.0.0.1:8000     (ARGS="--port 9000" is passed on)
-#   make test      unit and integration tests                  (ARGS="-k bundle" is passed on)
+#   make test      unit and integration tests, side by side    (ARGS="-k bundle" is passed on)
 #   make check     what CI checks beside the tests
 #   make bench     throughput ratios against stock vLLM
 #   make setup     only the environment                        (TARGET=cuda for an NVIDIA host)
@@ -31,7 +31,7 @@ serve: $(STAMP)
 	$(BIN)/trimtab serve $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,6 +19,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM's default takes half of a small machine
     "TOKENIZERS_PARALLELISM": "false",  # tokenizers' threads and fork do not mix
+    # Tests run side by side, and their models are tiny: threads of several processes that wait for each other by
+    # spinning on the same cores take ten times as long.
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
 }
 
 
@@ -34,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
         if folder in FOLDER_MARKERS:
             item.add_marker(FOLDER_MARKERS[folder])
+            # One engine at a time: `make test` has two processes, of which one plays all of these.
+            item.add_marker(pytest.mark.xdist_group("engine"))
         if item.get_closest_marker("needs_data") and _data_directory() is None:
             item.add_marker(pytest.mark.skip(reason="needs the data directory: set TRIMTAB_DATA"))
         if item.get_closest_marker("gpu") and not _cuda_is_available():
