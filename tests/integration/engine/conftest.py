@@ -13,6 +13,7 @@ from steering.bundle import Bundle, save_bundle
 from steering.fingerprint import fingerprint_of
 from steering.terms import Edit, LayerTerms, ablated_direction, added_direction, low_rank_map, repositioned_direction
 from tests.integration.engine.driver import close_hosts
+from tests.integration.engine.gates import Gated, make_gated
 from tests.oracle import Oracle
 from tests.tiny_models import WIDTH, make_tiny_model
 
@@ -97,3 +98,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
         return made[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gated(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> Gated:
+    """The tiny Llama with gates and a response probe in its bundle."""
+    return make_gated(tiny("llama"), tmp_path_factory.mktemp("gated") / "bundle")
