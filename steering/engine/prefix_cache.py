@@ -47,6 +47,11 @@ def _read(text: str) -> Plan:
     return Plan.from_json(text)
 
 
+def _may_edit(plan: Plan) -> bool:
+    """Whether any key or value may come out edited; a plan that only observes changes none."""
+    return plan.edit is not None or (plan.gate is not None and not plan.gate.is_observed)
+
+
 def isolated(hasher: BlockHasher, *, plan: Plan, request_id: str, prompt_length: int, block_size: int) -> BlockHasher:
     """Wrap vLLM's block hasher for one steered request.
 
@@ -124,8 +129,7 @@ class SteeringScheduler:
             # Of a prompt found in the cache only the last token is computed here, and this one's real end lies before.
             request.skip_reading_prefix_cache = True
         hasher = request._block_hasher  # noqa: SLF001
-        # A plan that only observes changes no key or value.
-        if plan is not None and plan.is_steering and hasher is not None:
+        if plan is not None and _may_edit(plan) and hasher is not None:
             request._block_hasher = isolated(  # noqa: SLF001
                 hasher,
                 plan=plan,
