@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,10 @@ def _serve_triton_without_gpu() -> None:
 def _main() -> None:
     """Play scenarios until the standard input ends: one line each, the files of question and answer."""
     from steering.engine.outcomes import OutcomeInbox
-    from tests.integration.engine.offline import KIND, run_offline
+    from tests.integration.engine.offline import KIND as OFFLINE
+    from tests.integration.engine.offline import run_offline
+    from tests.integration.engine.talks import KIND as TALKS
+    from tests.integration.engine.talks import run_talks
 
     if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
         _serve_triton_without_gpu()
@@ -241,8 +245,12 @@ def _main() -> None:
         for line in sys.stdin:
             question, answer = map(Path, line.rstrip("\n").split("\t"))
             try:
-                is_offline = json.loads(question.read_text()).get("kind") == KIND
-                fields = asdict(run_offline(question) if is_offline else _run(question, inbox))
+                kind = json.loads(question.read_text()).get("kind")
+                if kind == OFFLINE:
+                    played: Any = run_offline(question)
+                else:
+                    played = run_talks(question, inbox) if kind == TALKS else _run(question, inbox)
+                fields = asdict(played)
             except BaseException:  # noqa: BLE001 - whatever it is, the waiting test must hear of it
                 fields = {"error": traceback.format_exc()}
             partial = answer.with_suffix(".partial")
@@ -263,13 +271,7 @@ def _inspect_models_in_this_process() -> None:
 
 
 def _run(question: Path, inbox: Any) -> Result:
-    import gc
-
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     from steering.bundle import load_bundle
-    from steering.engine.compat import startable
     from steering.engine.plugin import engine_arguments
 
     fields = json.loads(question.read_text())
@@ -278,25 +280,14 @@ def _run(question: Path, inbox: Any) -> Result:
     digest, steering = "", {}
     if scenario.bundle is not None:
         digest, steering = load_bundle(Path(scenario.bundle)).digest, engine_arguments([Path(scenario.bundle)])
-    options = {
-        "dtype": "float32",
-        "max_model_len": 512,
-        "enforce_eager": True,
-        "seed": 0,
-        **steering,
-        **scenario.arguments,
-    }
-    with startable():
-        engine = LLM(model=scenario.model, skip_tokenizer_init=True, disable_log_stats=False, **options)
-    try:
-        played, steps = [], [_steps(engine)]
+    with running(scenario.model, {**steering, **scenario.arguments}) as engine:
+        played, steps = [], [steps_of(engine)]
         for number, round_ in enumerate(rounds):
             played.append(_ask(engine, round_, digest, number))
-            steps.append(_steps(engine))
+            steps.append(steps_of(engine))
         told, read = inbox.drain()
         outcomes = [outcome.to_fields() for outcome in told]
         responses = [[each.plan_id, each.request_id, each.tokens, each.score] for each in read]
-        preemptions = sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions")
         report = engine.collective_rpc("steering_report")[0] if steering else {}
         taken = [after - before for before, after in itertools.pairwise(steps)]
         return Result(
@@ -305,8 +296,25 @@ def _run(question: Path, inbox: Any) -> Result:
             outcomes=outcomes,
             responses=responses,
             report=report,
-            preemptions=int(preemptions),
+            preemptions=preemptions_of(engine),
         )
+
+
+@contextmanager
+def running(model: str, arguments: Mapping[str, Any]) -> Iterator[Any]:
+    """A `vllm.LLM` that is ended on the way out, so that the next one can be started in this process."""
+    import gc
+
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from steering.engine.compat import startable
+
+    options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "seed": 0, **arguments}
+    with startable():
+        engine = LLM(model=model, skip_tokenizer_init=True, disable_log_stats=False, **options)
+    try:
+        yield engine
     finally:
         engine.llm_engine.engine_core.shutdown()
         del engine
@@ -314,7 +322,12 @@ def _run(question: Path, inbox: Any) -> Result:
         cleanup_dist_env_and_memory()
 
 
-def _steps(engine: Any) -> int:
+def preemptions_of(engine: Any) -> int:
+    """Requests that were preempted so far, by vLLM's own count."""
+    return int(sum(metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions"))
+
+
+def steps_of(engine: Any) -> int:
     """Forward passes so far, by vLLM's own count."""
     return sum(metric.count for metric in engine.get_metrics() if metric.name == "vllm:iteration_tokens_total")
 
@@ -331,38 +344,39 @@ def _nearly_greedy(samples: int) -> dict[str, Any]:
     return {"temperature": 1e-4} if is_v2 else {"temperature": 1.0, "top_k": 1}
 
 
-def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> list[Got]:
+def parameters_of(ask: Ask, digest: str, plan_id: str) -> Any:
+    """VLLM's sampling parameters for a request, with its plan; `digest` is its bundle's, empty where there is none."""
     from vllm import SamplingParams
 
     from steering.plan import PLAN_KEY, GateOrder, Plan, Reasoning, Scope
 
-    parameters = []
-    for number, ask in enumerate(round_):
-        text = ask.plan_text
-        if ask.edit is not None or ask.gate is not None or ask.response:
-            text = Plan(
-                id=f"{round_number}-{number}",
-                bundle=digest,
-                edit=ask.edit,
-                gate=None if ask.gate is None else GateOrder(**ask.gate),
-                strength=ask.strength,
-                scope=Scope(ask.scope),
-                response=ask.response,
-                reasoning=Reasoning(ask.reasoning),
-            ).to_json()
-        parameters.append(
-            SamplingParams(
-                **_nearly_greedy(ask.samples),
-                # Stock vLLM 0.32 ends a CPU engine at a seeded request whose prompt is chunked; ours must not.
-                seed=1 if digest else None,
-                n=ask.samples,
-                max_tokens=ask.count,
-                ignore_eos=True,
-                logprobs=0,
-                detokenize=False,
-                extra_args=None if text is None else {PLAN_KEY: text},
-            )
-        )
+    text = ask.plan_text
+    if ask.edit is not None or ask.gate is not None or ask.response:
+        text = Plan(
+            id=plan_id,
+            bundle=digest,
+            edit=ask.edit,
+            gate=None if ask.gate is None else GateOrder(**ask.gate),
+            strength=ask.strength,
+            scope=Scope(ask.scope),
+            response=ask.response,
+            reasoning=Reasoning(ask.reasoning),
+        ).to_json()
+    return SamplingParams(
+        **_nearly_greedy(ask.samples),
+        # Stock vLLM 0.32 ends a CPU engine at a seeded request whose prompt is chunked; ours must not.
+        seed=1 if digest else None,
+        n=ask.samples,
+        max_tokens=ask.count,
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        extra_args=None if text is None else {PLAN_KEY: text},
+    )
+
+
+def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> list[Got]:
+    parameters = [parameters_of(ask, digest, f"{round_number}-{number}") for number, ask in enumerate(round_)]
     prompts = [{"prompt_token_ids": list(ask.prompt)} for ask in round_]
     return [
         Got(
