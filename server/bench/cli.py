@@ -39,7 +39,7 @@ def bench(
     bundle: Annotated[
         Path | None, typer.Option(help="Bundle folder; the demo's, or random directions for another model.")
     ] = None,
-    pairs: Annotated[int, typer.Option(min=1, help="Pairs of rounds per arm.")] = 20,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of rounds per arm.")] = 10,
     batch: Annotated[
         int, typer.Option(min=1, help="Requests of an engine round, and concurrency of the gateway's.")
     ] = 32,

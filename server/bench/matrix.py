@@ -118,7 +118,7 @@ def measure(order: Order, folder: Path, say: Callable[[str], None]) -> tuple[dic
         "tokens": order.tokens,
         "pairs": order.pairs,
         "options": run.settings["options"],
-        "memory": run.memory,
+        "memory": _against_stock(run.memory),
         "beside": told,
         "cells": [measured.facts for measured in found],
     }
@@ -203,6 +203,22 @@ def _other(run: _Run, plugin: OtherPlugin) -> Iterator[Companion]:
     with companion(RESIDENT, settings, plugin.environment) as made:
         check_armed(made.wait_until_ready(), is_steering=False)
         yield made
+
+
+def _against_stock(memory: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each engine held, and how much more of the host's memory and how many tokens less than stock vLLM.
+
+    vLLM fills what its share of a GPU leaves with keys and values, so that memory taken there shows as tokens.
+    """
+    stock = memory[Served.STOCK.value]
+    return {
+        served: noted
+        | {
+            "host_peak_more_bytes": noted["host_peak_bytes"] - stock["host_peak_bytes"],
+            "kv_tokens_fewer": stock["kv_tokens"] - noted["kv_tokens"],
+        }
+        for served, noted in memory.items()
+    }
 
 
 def _added(run: _Run, bundle: Bundle, limits: Mapping[str, int]) -> dict[str, int]:

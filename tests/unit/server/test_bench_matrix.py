@@ -186,6 +186,14 @@ def test_the_added_memory_is_that_of_the_tensors(
     assert on_gpu.device - found.device == rows.rows.nbytes + 8 * len(rows.rows)
 
 
+def test_an_engines_memory_is_told_against_stock() -> None:
+    """Host memory as more bytes, a GPU's as fewer tokens of keys and values."""
+    stock = {"host_peak_bytes": 100, "kv_tokens": 1000}
+    one = {"host_peak_bytes": 130, "kv_tokens": 990}
+    found = matrix._against_stock({Served.STOCK.value: stock, Served.ONE.value: one})[Served.ONE.value]
+    assert found == one | {"host_peak_more_bytes": 30, "kv_tokens_fewer": 10}
+
+
 class _Engines:
     """Residents that answer at a set pace and note what they were asked."""
 
