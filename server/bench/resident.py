@@ -123,7 +123,7 @@ class Resident:
             now = time.perf_counter()
             is_late = len(firsts) == len(names)
             for output in outputs:
-                made: list[int] = output.outputs[0].token_ids  # type: ignore[index, assignment, union-attr]
+                made: list[int] = output.outputs[0].token_ids  # type: ignore[index, assignment]
                 answers[output.request_id] += made
                 late_tokens += len(made) if is_late else 0
                 if made and output.request_id not in firsts:
