@@ -2,7 +2,7 @@
 #   make serve     serve the demo on http://127.0.0.1:8000     (ARGS="--port 9000" is passed on)
 #   make test      unit and integration tests, side by side    (ARGS="-k bundle" is passed on)
 #   make check     what CI checks beside the tests
-#   make bench     throughput ratios against stock vLLM
+#   make bench     throughput ratios against stock vLLM         (ARGS="engine" measures every kind of edit)
 #   make setup     only the environment                        (TARGET=cuda for an NVIDIA host)
 #   make lock      resolve the locks again, after a change of dependencies
 

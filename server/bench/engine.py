@@ -100,7 +100,7 @@ def measure(
 
         def start(bundles: list[str], environment: dict[str, str] | None = None) -> Companion:
             made = stack.enter_context(companion(RESIDENT, settings | {"bundles": bundles}, environment))
-            _check(made.wait_until_ready(), is_steering=bool(bundles))
+            check_armed(made.wait_until_ready(), is_steering=bool(bundles))
             return made
 
         arms: list[Arm] = []
@@ -185,7 +185,12 @@ def _last(name: str, rounds: list[tuple[float, float]]) -> str:
     return f"{name} {arm / reference:.3f} ({arm:.0f} tok/s)"
 
 
-def _check(about: dict[str, Any], *, is_steering: bool) -> None:
+def check_armed(about: dict[str, Any], *, is_steering: bool) -> None:
+    """What a resident says of itself is what was started.
+
+    Raises:
+        PluginNotArmed: it steers and should not, or should and does not.
+    """
     if about["steering"] != is_steering or (not is_steering and about["plugin_modules"]):
         raise PluginNotArmed(f"a process that should {'' if is_steering else 'not '}steer says {about}")
     if is_steering and not about["report"]["layers"]:

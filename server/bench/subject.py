@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import torch
-
-from steering.bundle import Bundle, load_bundle, save_bundle
+from server.bench.drawn import one_layer_bundle
+from steering.bundle import Bundle, load_bundle
 from steering.errors import OperatorError
-from steering.fingerprint import Fingerprint, fingerprint_of
-from steering.gate import Probe
+from steering.fingerprint import fingerprint_of
 from steering.manifest import Profile
 from steering.plan import GateOrder, Plan
-from steering.terms import Edit, added_direction
 
 DEMO = Path(__file__).resolve().parents[2] / "artifacts" / "demo"
 EDITS = 8
@@ -120,53 +117,7 @@ def subject_of(model: Path | None, bundle: Path | None, folder: Path) -> Subject
     if bundle is None and model is None and (DEMO / "bundle").is_dir():
         bundle = DEMO / "bundle"
     if bundle is None:
-        return Subject(model=where, bundle=_random_bundle(folder / "bundle", found), is_random=True)
+        return Subject(model=where, bundle=one_layer_bundle(folder / "bundle", found, directions=EDITS), is_random=True)
     loaded = load_bundle(bundle)
     loaded.manifest.model.check(found, bundle=loaded.manifest.name)
     return Subject(model=where, bundle=loaded, is_random=False)
-
-
-def _random_bundle(path: Path, model: Fingerprint) -> Bundle:
-    """Additions at the middle layer, as P1 makes them, one layer and one term, and a gate that reads there."""
-    draw = torch.Generator().manual_seed(0)
-    layer = model.layers // 2
-    edits = {}
-    for number in range(EDITS):
-        direction = torch.nn.functional.normalize(torch.randn(model.hidden_size, generator=draw), dim=0)
-        terms = added_direction(layer=layer, direction=direction, coefficient=1.0)
-        edits[f"random-{number}"] = Edit(name=f"random-{number}", layers=(terms,))
-    probe = Probe(
-        name="random",
-        layer=layer,
-        categories=("any",),
-        weight=torch.randn(2, model.hidden_size, generator=draw) / model.hidden_size**0.5,
-        bias=torch.zeros(2),
-    )
-    manifest = {
-        "name": "random",
-        "version": "1",
-        "model": model.model_dump(),
-        "categories": [{"name": "any"}],
-        "probes": [{"name": "random"}],
-        "edits": [
-            {
-                "name": name,
-                "purpose": "control",
-                "category": "any",
-                "dose": "coefficient 1 along a random unit direction",
-                "strength": {"minimum": 0.0, "maximum": 2.0, "measured": "not measured: made to be timed"},
-            }
-            for name in edits
-        ],
-        "profiles": [
-            {
-                "name": "random",
-                "refuse": {"any": "random-0"},
-                "comply": {"any": "random-1"},
-                "default_category": "any",
-                "gate": {"probe": "random", "comply_below": 0.5, "refuse_above": 0.5},
-            }
-        ],
-        "default_profile": "random",
-    }
-    return save_bundle(path, manifest, edits, {probe.name: probe})
