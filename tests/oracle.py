@@ -33,6 +33,11 @@ class Oracle:
         ).eval()
         self._edits = edits
 
+    @property
+    def model(self) -> Any:
+        """Transformers' own."""
+        return self._model
+
     def score(
         self,
         prompt: Sequence[int],

@@ -17,6 +17,8 @@ from steering.errors import UnsupportedArchitecture, UnsupportedConfiguration
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from steering.engine.options import SteeringOptions
+
 ARCHITECTURES: dict[str, str] = {
     "LlamaForCausalLM": "model.layers",
     "MistralForCausalLM": "model.layers",
@@ -95,19 +97,23 @@ class _Refusal:
     advice: str
 
 
-def check_configuration(config: VllmConfig) -> None:
+def check_configuration(config: VllmConfig, options: SteeringOptions) -> None:
     """Refuse every option of this engine that steering is not proved to work with (design rule 7).
+
+    Args:
+        config: of the engine.
+        options: what it is to serve; some of it goes with fewer options than the rest.
 
     Raises:
         UnsupportedConfiguration: names each option, the value given and what to do.
     """
-    refusals = [refusal for refusal in _refusals(config) if refusal.given]
+    refusals = [refusal for refusal in _refusals(config, options) if refusal.given]
     if refusals:
         facts = "; ".join(f"{refusal.option}={refusal.given}: {refusal.advice}" for refusal in refusals)
         raise UnsupportedConfiguration(f"steering does not work with these engine options: {facts}")
 
 
-def _refusals(config: VllmConfig) -> list[_Refusal]:
+def _refusals(config: VllmConfig, options: SteeringOptions) -> list[_Refusal]:
     parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
 
     def above_one(name: str) -> int:
@@ -133,14 +139,19 @@ def _refusals(config: VllmConfig) -> list[_Refusal]:
             given=above_one("prefill_context_parallel_size"),
             advice="tokens are permuted over ranks; use 1",
         ),
+        _Refusal(
+            option="enable_expert_parallel",
+            given=getattr(parallel, "enable_expert_parallel", False),
+            advice="not proved yet; tensor parallelism splits each expert instead",
+        ),
         _Refusal(option="data_parallel_size", given=above_one("data_parallel_size"), advice="start one server per GPU"),
         _Refusal(
             option="enable_dbo", given=getattr(parallel, "enable_dbo", False), advice="micro-batches split the row map"
         ),
         _Refusal(
             option="speculative_config",
-            given=config.speculative_config is not None and config.speculative_config.method,
-            advice="not proved yet; start without a draft",
+            given=config.speculative_config is not None and _unproved_speculation(config, options),
+            advice="only method 'ngram' on model runner V1 is proved; start without it",
         ),
         _Refusal(
             option="enable_lora", given=config.lora_config is not None, advice="a bundle is bound to base weights"
@@ -165,3 +176,24 @@ def _refusals(config: VllmConfig) -> list[_Refusal]:
             advice="prompt positions are skipped in the upper layers",
         ),
     ]
+
+
+def _unproved_speculation(config: VllmConfig, options: SteeringOptions) -> str:
+    """The method, and what it does not go with; empty where nothing stands against it.
+
+    Whatever is edited goes by position, which rejected drafts do not change. What looks at tokens themselves would take
+    a draft for what the model said.
+    """
+    assert config.speculative_config is not None
+    method = str(config.speculative_config.method)
+    if method != "ngram":
+        return method
+    for what, is_there in (
+        ("model runner V2", bool(getattr(config, "use_v2_model_runner", False))),
+        ("a bundle's response probe", any(bundle.manifest.response is not None for bundle in options.bundles)),
+        ("a profile that spares reasoning", any(bundle.manifest.is_sparing for bundle in options.bundles)),
+        ("capture", options.capture is not None),
+    ):
+        if is_there:
+            return f"{method} with {what}"
+    return ""

@@ -162,7 +162,7 @@ class SteeredModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         options = options_from(vllm_config)
         if options is not None:
-            check_configuration(vllm_config)
+            check_configuration(vllm_config, options)
             enter_compile_key(vllm_config, options)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.steering = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 BlockHasher = Callable[[Any], list[Any]]
+
+_BEAM = re.compile(r"-beam-\d+(-[0-9a-f]+)?$")
+"""How vLLM's beam search ends the ids of its requests (0.32 `entrypoints/generate/beam_search`), and what vLLM adds."""
 
 
 def plan_of(request: Any) -> Plan | None:
@@ -164,6 +168,8 @@ class SteeringScheduler:
     def _checked_plan(self, request: Request) -> Plan | None:
         plan = plan_of(request)
         if plan is None:
+            if _BEAM.search(request.request_id):
+                raise NotSupported("vLLM's beam search drops the plan of a request; a steering engine runs none")
             return None
         plan.end_of_prompt(request.num_prompt_tokens)
         if plan.response and plan.bundle not in self.responses:

@@ -38,6 +38,7 @@ FORBIDDEN = {
     "api-key": ["--api-key", "x"],
     "served-model-name": ["--served-model-name", "other"],
     "port": ["--port=9"],
+    "api-server-count": ["--api-server-count", "2"],
     "middleware": ["--middleware", "x.Y"],
     "trust-request-chat-template": ["--trust-request-chat-template"],
 }

@@ -6,6 +6,7 @@ is a process per environment; `python -m tests.integration.engine.driver` is its
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -31,7 +32,8 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 class Ask:
     """One request: `edit` and `gate` None is unsteered; `plan_text` overrides what the other fields would give.
 
-    `gate` holds the fields of a `GateOrder`; `response` has the bundle's response probe read the answer.
+    `gate` holds the fields of a `GateOrder`; `response` has the bundle's response probe read the answer. `abort_at` is
+    the number of engine steps of the round after which it is aborted.
     """
 
     prompt: tuple[int, ...]
@@ -44,6 +46,8 @@ class Ask:
     plan_text: str | None = None
     response: bool = False
     reasoning: str = "edited"
+    prompt_logprobs: bool = False
+    abort_at: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -69,18 +73,23 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Got:
-    """What one request got: per sample its tokens and their log-probabilities, and cached prompt tokens."""
+    """What one request got: per sample its tokens and their log-probabilities, and cached prompt tokens.
+
+    `prompt_logprobs` are those of the prompt's tokens from the second on, `aborted` what it was at when it was aborted.
+    """
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     cached: int
     finish: list[str]
+    prompt_logprobs: list[float] = field(default_factory=list)
+    aborted: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """Answers and engine steps by round, outcomes the worker sent, what its response probe read ([plan, request,
-    tokens, score] each), the worker's report, and preemptions.
+    tokens, score] each), the worker's report, preemptions, and the scheduler's class.
     """
 
     rounds: list[list[Got]]
@@ -89,6 +98,7 @@ class Result:
     responses: list[list[Any]]
     report: dict[str, Any]
     preemptions: int
+    scheduler: str
 
 
 class EngineFailed(AssertionError):
@@ -233,24 +243,22 @@ def _serve_triton_without_gpu() -> None:
 def _main() -> None:
     """Play scenarios until the standard input ends: one line each, the files of question and answer."""
     from steering.engine.outcomes import OutcomeInbox
-    from tests.integration.engine.offline import KIND as OFFLINE
-    from tests.integration.engine.offline import run_offline
-    from tests.integration.engine.talks import KIND as TALKS
-    from tests.integration.engine.talks import run_talks
+    from tests.integration.engine import configurations, offline, talks
 
     if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
         _serve_triton_without_gpu()
     _inspect_models_in_this_process()
     with OutcomeInbox() as inbox:
+        players = {
+            offline.KIND: offline.run_offline,
+            configurations.KIND: configurations.run_configurations,
+            talks.KIND: functools.partial(talks.run_talks, inbox=inbox),
+        }
         for line in sys.stdin:
             question, answer = map(Path, line.rstrip("\n").split("\t"))
             try:
-                kind = json.loads(question.read_text()).get("kind")
-                if kind == OFFLINE:
-                    played: Any = run_offline(question)
-                else:
-                    played = run_talks(question, inbox) if kind == TALKS else _run(question, inbox)
-                fields = asdict(played)
+                player = players.get(json.loads(question.read_text()).get("kind"))
+                fields = asdict(player(question) if player else _run(question, inbox))
             except BaseException:  # noqa: BLE001 - whatever it is, the waiting test must hear of it
                 fields = {"error": traceback.format_exc()}
             partial = answer.with_suffix(".partial")
@@ -273,6 +281,7 @@ def _inspect_models_in_this_process() -> None:
 def _run(question: Path, inbox: Any) -> Result:
     from steering.bundle import load_bundle
     from steering.engine.plugin import engine_arguments
+    from tests.integration.engine.ahead import as_asked
 
     fields = json.loads(question.read_text())
     rounds = [[Ask(**{**ask, "prompt": tuple(ask["prompt"])}) for ask in round_] for round_ in fields.pop("rounds")]
@@ -280,7 +289,10 @@ def _run(question: Path, inbox: Any) -> Result:
     digest, steering = "", {}
     if scenario.bundle is not None:
         digest, steering = load_bundle(Path(scenario.bundle)).digest, engine_arguments([Path(scenario.bundle)])
-    with running(scenario.model, {**steering, **scenario.arguments}) as engine:
+    with (
+        as_asked({**steering, **scenario.arguments}),
+        running(scenario.model, {**steering, **scenario.arguments}) as engine,
+    ):
         played, steps = [], [steps_of(engine)]
         for number, round_ in enumerate(rounds):
             played.append(_ask(engine, round_, digest, number))
@@ -297,6 +309,7 @@ def _run(question: Path, inbox: Any) -> Result:
             responses=responses,
             report=report,
             preemptions=preemptions_of(engine),
+            scheduler=type(engine.llm_engine.engine_core.engine_core.scheduler).__name__,
         )
 
 
@@ -370,22 +383,31 @@ def parameters_of(ask: Ask, digest: str, plan_id: str) -> Any:
         max_tokens=ask.count,
         ignore_eos=True,
         logprobs=0,
+        prompt_logprobs=0 if ask.prompt_logprobs else None,
         detokenize=False,
         extra_args=None if text is None else {PLAN_KEY: text},
     )
 
 
 def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> list[Got]:
+    from tests.integration.engine.stepping import step_through
+
     parameters = [parameters_of(ask, digest, f"{round_number}-{number}") for number, ask in enumerate(round_)]
     prompts = [{"prompt_token_ids": list(ask.prompt)} for ask in round_]
+    if any(ask.abort_at is not None for ask in round_):
+        outputs, aborted = step_through(engine, prompts, parameters, [ask.abort_at for ask in round_])
+    else:
+        outputs, aborted = engine.generate(prompts, parameters, use_tqdm=False), {}
     return [
         Got(
             tokens=[list(sample.token_ids) for sample in output.outputs],
             logprobs=[[next(iter(place.values())).logprob for place in sample.logprobs] for sample in output.outputs],
             cached=output.num_cached_tokens or 0,
             finish=[str(sample.finish_reason) for sample in output.outputs],
+            prompt_logprobs=[next(iter(place.values())).logprob for place in (output.prompt_logprobs or [])[1:]],
+            aborted=aborted.get(number, ""),
         )
-        for output in engine.generate(prompts, parameters, use_tqdm=False)
+        for number, output in enumerate(outputs)
     ]
 
 

@@ -12,6 +12,9 @@ import pytest
 from steering.engine.compat import ARCHITECTURES, check_configuration, class_location, startable
 from steering.errors import UnsupportedArchitecture, UnsupportedConfiguration
 
+NOTHING: Any = SimpleNamespace(bundles=(), capture=None)
+"""Options that serve no bundle and capture nothing, as far as they are read."""
+
 
 def configuration(**changed: Any) -> Any:
     """The parts of vLLM's configuration that are read, as a server of two GPUs has them, with some changed."""
@@ -23,6 +26,7 @@ def configuration(**changed: Any) -> Any:
             "prefill_context_parallel_size": 1,
             "data_parallel_size": 1,
             "enable_dbo": False,
+            "enable_expert_parallel": False,
         },
         "model_config": {"enable_prompt_embeds": False, "enable_sleep_mode": False, "runner_type": "generate"},
         "cache_config": {"kv_sharing_fast_prefill": False},
@@ -39,7 +43,7 @@ def configuration(**changed: Any) -> Any:
 
 def test_a_plain_server_is_accepted() -> None:
     """Two devices, no option out of the ordinary."""
-    check_configuration(configuration())
+    check_configuration(configuration(), NOTHING)
 
 
 REFUSED = {
@@ -48,7 +52,8 @@ REFUSED = {
     "prefill_context_parallel_size": 2,
     "data_parallel_size": 4,
     "enable_dbo": True,
-    "speculative_config": SimpleNamespace(method="ngram"),
+    "enable_expert_parallel": True,
+    "speculative_config": SimpleNamespace(method="eagle3"),
     "lora_config": SimpleNamespace(),
     "kv_transfer_config": SimpleNamespace(),
     "enable_prompt_embeds": True,
@@ -64,22 +69,54 @@ NAMED = {"pass_config": "enable_sp", "lora_config": "enable_lora", "runner_type"
 def test_each_unproved_option_is_refused_by_name(option: str) -> None:
     """The message has the option as the operator knows it."""
     with pytest.raises(UnsupportedConfiguration, match=rf"{NAMED.get(option, option)}="):
-        check_configuration(configuration(**{option: REFUSED[option]}))
+        check_configuration(configuration(**{option: REFUSED[option]}), NOTHING)
 
 
 def test_all_refusals_are_named_at_once() -> None:
     """The operator sees every option to change in one start."""
     with pytest.raises(UnsupportedConfiguration) as caught:
-        check_configuration(configuration(**REFUSED))
+        check_configuration(configuration(**REFUSED), NOTHING)
     for option in REFUSED:
         assert f"{NAMED.get(option, option)}=" in str(caught.value)
+
+
+NGRAM = SimpleNamespace(method="ngram")
+
+
+def bundle(*, response: object = None, is_sparing: bool = False) -> SimpleNamespace:
+    """What is read of a bundle."""
+    return SimpleNamespace(manifest=SimpleNamespace(response=response, is_sparing=is_sparing))
+
+
+def test_ngram_speculation_is_accepted() -> None:
+    """Where everything that is edited goes by position."""
+    check_configuration(configuration(speculative_config=NGRAM), SimpleNamespace(bundles=(bundle(),), capture=None))
+
+
+@pytest.mark.parametrize(
+    ("bundles", "capture", "is_v2", "named"),
+    [
+        ((bundle(), bundle(response=object())), None, False, "ngram with a bundle's response probe"),
+        ((bundle(is_sparing=True),), None, False, "ngram with a profile that spares reasoning"),
+        ((), object(), False, "ngram with capture"),
+        ((bundle(),), None, True, "ngram with model runner V2"),
+    ],
+)
+def test_ngram_speculation_is_refused_where_drafts_would_be_read(
+    bundles: tuple[Any, ...], capture: object, is_v2: bool, named: str
+) -> None:
+    """What looks at tokens would take a rejected draft for an answer; the message names the pair."""
+    config = configuration(speculative_config=NGRAM)
+    config.use_v2_model_runner = is_v2
+    with pytest.raises(UnsupportedConfiguration, match=f"speculative_config={named}:"):
+        check_configuration(config, SimpleNamespace(bundles=bundles, capture=capture))
 
 
 def test_options_an_older_vllm_lacks_are_no_refusal() -> None:
     """A parallel option that does not exist there cannot have been set."""
     config = configuration()
     del config.parallel_config.decode_context_parallel_size, config.parallel_config.enable_dbo
-    check_configuration(config)
+    check_configuration(config, NOTHING)
 
 
 @pytest.fixture

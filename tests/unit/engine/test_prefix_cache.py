@@ -336,3 +336,13 @@ def test_plan_of_reads_the_plan_and_nothing_else() -> None:
     assert plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: plan.to_json()}))) == plan
     with pytest.raises(InvalidSpec):
         plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: 1})))
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("name", ["chatcmpl-1-0f3a-beam-0", "cmpl-1-0f3a-beam-12-9b2e0c1d"])
+def test_beams_of_vllms_own_search_end_with_an_error(name: str) -> None:
+    """VLLM's beam search makes its own parameters, without the plan of the request: it would run unsteered."""
+    request, scheduler = FakeRequest(tokens=TOKENS[:10], request_id=name), Scheduler()
+    scheduler.add_request(request)
+    assert_rejected(scheduler, request)
+    assert accepted(None).request_id == "r"
