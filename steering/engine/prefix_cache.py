@@ -2,8 +2,8 @@
 
 A block may be shared only where it was computed by the same function of the same tokens. With `scope: generated` the
 blocks that end before the last prompt token are those of the unsteered model and stay shared with everyone; every later
-block gets the request's id in its key, so that nobody else finds it, while the request itself finds it again after a
-preemption. With `scope: all` every block gets the edit, its bundle's digest and its strength in its key.
+block gets a number of the request's own in its key, so that nobody else finds it, while the request itself finds it
+again after a preemption. With `scope: all` every block gets the edit, its bundle's digest and its strength in its key.
 
 Works on the scheduler's side of vLLM (`vllm.v1.request.Request._block_hasher`, 0.32), so plain `vllm serve` is covered
 too.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -52,20 +53,21 @@ def _may_edit(plan: Plan) -> bool:
     return plan.edit is not None or (plan.gate is not None and not plan.gate.is_observed)
 
 
-def isolated(hasher: BlockHasher, *, plan: Plan, request_id: str, prompt_length: int, block_size: int) -> BlockHasher:
+def isolated(hasher: BlockHasher, *, plan: Plan, number: int, prompt_length: int, block_size: int) -> BlockHasher:
     """Wrap vLLM's block hasher for one steered request.
 
     Args:
         hasher: vLLM's own; it hashes the full blocks of a request that have no hash yet, chained over the whole prefix.
         plan: scope decides which blocks are set apart, and by what.
-        request_id: the engine's id of this sample, unique in this engine's life.
+        number: of this sample, unique in this engine's life. Not vLLM's id of it, which is made of the client's and is
+            unique by what vLLM adds at random; VLLM_DISABLE_REQUEST_ID_RANDOMIZATION switches that off.
         prompt_length: number of prompt tokens; the last of them is the first edited one under `scope: generated`.
         block_size: tokens per hash.
     """
     if plan.scope is Scope.ALL:
         first_edited, key = 0, f"all|{plan.bundle}|{plan.edit}|{plan.strength!r}"
     else:
-        first_edited, key = prompt_length - 1, f"generated|{request_id}"
+        first_edited, key = prompt_length - 1, f"generated|{number}"
     salt = key.encode()
     chain: list[Any] = []
 
@@ -74,13 +76,13 @@ def isolated(hasher: BlockHasher, *, plan: Plan, request_id: str, prompt_length:
         # the one made of it here: a block's key would else depend on how many blocks were hashed at a time.
         ours, request.block_hashes = request.block_hashes, chain
         try:
-            number, new = len(chain), hasher(request)
+            known, new = len(chain), hasher(request)
         finally:
             request.block_hashes = ours
         chain.extend(new)
         hashes = []
         for offset, plain in enumerate(new):
-            end = (number + offset + 1) * block_size
+            end = (known + offset + 1) * block_size
             # Hashing vLLM's hash keeps what it already holds: all tokens so far, the tenant's salt, the parent block.
             hashes.append(plain if end <= first_edited else hashlib.sha256(plain + b"|" + salt).digest())
         return hashes
@@ -110,6 +112,7 @@ class SteeringScheduler:
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._rejected: list[Request] = []
+        self._numbers = itertools.count()
 
     def add_request(self, request: Request) -> None:
         """Accept a request; one whose plan is invalid or names what this engine lacks is ended, never run unsteered.
@@ -133,7 +136,7 @@ class SteeringScheduler:
             request._block_hasher = isolated(  # noqa: SLF001
                 hasher,
                 plan=plan,
-                request_id=request.request_id,
+                number=next(self._numbers),
                 prompt_length=plan.end_of_prompt(request.num_prompt_tokens),
                 block_size=self.hash_block_size,
             )

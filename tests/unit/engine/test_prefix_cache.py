@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from steering.engine.prefix_cache import BlockHasher, SteeringScheduler, isolated, plan_of
 from steering.errors import InvalidSpec
 from steering.plan import PLAN_KEY, Plan, Reasoning, Scope
-from tests.samples import DIGEST, plan_for
+from tests.samples import DIGEST, gate_plan, plan_for
 
 BLOCK = 4
 
@@ -62,14 +62,12 @@ def chained(request: FakeRequest) -> list[bytes]:
 
 
 def keys(
-    tokens: list[int], plan: Plan | None, *, prompt: int, request_id: str = "r", chunks: tuple[int, ...] = ()
+    tokens: list[int], plan: Plan | None, *, prompt: int, number: int = 0, chunks: tuple[int, ...] = ()
 ) -> list[bytes]:
     """Keys of a request whose tokens arrive in `chunks` after the prompt, or one at a time after those."""
-    request = FakeRequest(tokens=tokens[:prompt], request_id=request_id, _block_hasher=chained)
+    request = FakeRequest(tokens=tokens[:prompt], _block_hasher=chained)
     if plan is not None:
-        request._block_hasher = isolated(
-            chained, plan=plan, request_id=request_id, prompt_length=prompt, block_size=BLOCK
-        )
+        request._block_hasher = isolated(chained, plan=plan, number=number, prompt_length=prompt, block_size=BLOCK)
     request.update_block_hashes()
     for chunk in (*chunks, *[1] * len(tokens)):
         request.tokens = tokens[: min(len(tokens), len(request.tokens) + chunk)]
@@ -85,8 +83,8 @@ def test_generated_scope_shares_what_ends_before_the_last_prompt_token(prompt: i
     """Clean blocks have the unsteered key, every later one a key that neither unsteered nor other requests have."""
     plan = plan_for("e")
     plain = keys(TOKENS, None, prompt=prompt)
-    steered = keys(TOKENS, plan, prompt=prompt, request_id="r")
-    other = keys(TOKENS, plan, prompt=prompt, request_id="s")
+    steered = keys(TOKENS, plan, prompt=prompt, number=0)
+    other = keys(TOKENS, plan, prompt=prompt, number=1)
     assert len(steered) == len(plain)
     clean = (prompt - 1) // BLOCK
     assert steered[:clean] == other[:clean] == plain[:clean]
@@ -104,8 +102,8 @@ def test_a_block_that_ends_at_the_first_edited_position_is_clean() -> None:
 def test_all_scope_shares_with_equal_plans_only() -> None:
     """Same edit, bundle and strength: every key equal, whoever asks. Another of the three, or none: no key equal."""
     plan = plan_for("e", scope=Scope.ALL, plan_id="one")
-    mine = keys(TOKENS, plan, prompt=9, request_id="r")
-    assert keys(TOKENS, plan_for("e", scope=Scope.ALL, plan_id="two"), prompt=9, request_id="s") == mine
+    mine = keys(TOKENS, plan, prompt=9, number=0)
+    assert keys(TOKENS, plan_for("e", scope=Scope.ALL, plan_id="two"), prompt=9, number=1) == mine
     for other in (
         None,
         plan_for("f", scope=Scope.ALL),
@@ -135,20 +133,20 @@ def test_keys_do_not_depend_on_how_many_tokens_came_at_a_time(prompt: int, chunk
     """Hashing token by token over decode gives the keys of hashing all at once: a next turn finds this one's."""
     plan = plan_for("e", scope=scope)
     at_once = FakeRequest(tokens=TOKENS)
-    at_once.block_hashes = isolated(chained, plan=plan, request_id="r", prompt_length=prompt, block_size=BLOCK)(at_once)
+    at_once.block_hashes = isolated(chained, plan=plan, number=0, prompt_length=prompt, block_size=BLOCK)(at_once)
     assert keys(TOKENS, plan, prompt=prompt, chunks=tuple(chunks)) == at_once.block_hashes
 
 
 def test_next_turn_finds_blocks_generated_in_this_one() -> None:
     """Scope `all`: what was prompt and answer in turn one is prompt in turn two, with the same keys."""
     plan = plan_for("e", scope=Scope.ALL)
-    assert keys(TOKENS, plan, prompt=6) == keys(TOKENS, plan, prompt=len(TOKENS), request_id="next")
+    assert keys(TOKENS, plan, prompt=6) == keys(TOKENS, plan, prompt=len(TOKENS), number=1)
 
 
 def test_generated_scope_never_offers_an_answer_to_the_next_turn() -> None:
     """Scope `generated`: the answer was edited in turn one, is clean prompt in turn two: its blocks do not meet."""
     plan = plan_for("e")
-    first, second = keys(TOKENS, plan, prompt=6), keys(TOKENS, plan, prompt=len(TOKENS), request_id="next")
+    first, second = keys(TOKENS, plan, prompt=6), keys(TOKENS, plan, prompt=len(TOKENS), number=1)
     assert first[0] == second[0]
     assert not set(first[1:]) & set(second)
 
@@ -161,7 +159,7 @@ def test_the_hasher_leaves_the_request_as_it_found_it() -> None:
 
     request = FakeRequest(tokens=TOKENS, block_hashes=[b"own"])
     with pytest.raises(RuntimeError, match="inside vLLM"):
-        isolated(failing, plan=plan_for("e"), request_id="r", prompt_length=5, block_size=BLOCK)(request)
+        isolated(failing, plan=plan_for("e"), number=0, prompt_length=5, block_size=BLOCK)(request)
     assert request.block_hashes == [b"own"]
 
 
@@ -183,6 +181,8 @@ class FakeScheduler:
 
 class Scheduler(SteeringScheduler, FakeScheduler):
     edits = {DIGEST: frozenset({"e"})}  # noqa: RUF012 - set by `make_scheduler` in the same way
+    gates = {(DIGEST, "gate"): frozenset({"safety"})}  # noqa: RUF012 - likewise
+    responses = frozenset({DIGEST})
     hash_block_size = BLOCK
 
 
@@ -245,6 +245,43 @@ def test_an_unsteered_request_is_vllms_own() -> None:
         request = accepted(None, resumable=resumable)
         assert request._block_hasher is chained
         assert request.block_hashes == keys(TOKENS[:10], None, prompt=10)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [gate_plan("gate", is_observed=True), replace(plan_for("e"), edit=None, response=True)],
+    ids=["gate", "response probe"],
+)
+def test_a_request_that_is_only_observed_is_vllms_own(plan: Plan) -> None:
+    """Nothing is edited, so all its blocks are shared with everyone, answers included."""
+    request = accepted(plan.to_json())
+    assert request._block_hasher is chained
+    assert request.block_hashes == keys(TOKENS[:10], None, prompt=10)
+
+
+def test_a_request_whose_gate_may_edit_is_set_apart() -> None:
+    """What the gate will decide is not known when blocks get their keys."""
+    plan = gate_plan("gate")
+    request = accepted(plan.to_json())
+    request.tokens = TOKENS
+    request.update_block_hashes()
+    assert request.block_hashes == keys(TOKENS, plan, prompt=10)
+    assert not set(request.block_hashes[2:]) & set(keys(TOKENS, None, prompt=10))
+
+
+def test_requests_of_one_id_share_no_edited_block() -> None:
+    """Ids come from clients, and vLLM can be told to leave them as they are."""
+    scheduler, hashes = Scheduler(), []
+    for strength in (1.0, -1.0):
+        plan = plan_for("e", strength=strength)
+        parameters = Parameters(extra_args={PLAN_KEY: plan.to_json()})
+        request = FakeRequest(tokens=TOKENS[:9], request_id="same", sampling_params=parameters, _block_hasher=chained)
+        scheduler.add_request(request)
+        request.tokens = TOKENS
+        request.update_block_hashes()
+        hashes.append(request.block_hashes)
+    assert hashes[0][:2] == hashes[1][:2]
+    assert not set(hashes[0][2:]) & set(hashes[1])
 
 
 def test_a_server_without_prefix_caching_needs_no_keys() -> None:
