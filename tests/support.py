@@ -76,7 +76,7 @@ SUPPORT = (
     Row("tensor parallel", "test_tensor_parallel::TestTwoRanks::test_each_request_is_edited_as_the_oracle_says"),
     Row(
         "expert parallel",
-        "test_refusals::test_unproved_option_of_vllm_is_refused_by_name",
+        "test_compat::test_each_unproved_option_is_refused_by_name",
         refused="enable_expert_parallel=True: not proved yet; tensor parallelism splits each expert instead",
     ),
     Row(
