@@ -1,7 +1,7 @@
-"""Whether an unpacked vLLM has the names that the plugin uses, by reading its source; for versions that cannot run here.
+"""Whether an unpacked vLLM has the names that the plugin uses, by reading its source, where it cannot be run.
 
-`python -m tests.vllm_names FOLDER...`, each the folder that holds `vllm/`. A name that is there may mean something else:
-what was only read has not been proved.
+`python -m tests.vllm_names FOLDER...`, each the folder that holds `vllm/`. A name that is there may mean something
+else: what was only read has not been proved.
 """
 
 from __future__ import annotations
@@ -76,17 +76,10 @@ def missing(folder: Path) -> list[Missing]:
     for module, classes in USED.items():
         source = _source(folder, module)
         for name, members in classes.items():
-            bodies = [
-                ast.get_source_segment(source, node) or ""
-                for node in ast.parse(source).body
-                if isinstance(node, ast.ClassDef) and node.name == name
-            ]
-            if not bodies:
+            if name not in {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}:
                 found.append(Missing(module, name))
             # A base class of the same module counts as the class.
-            found += [
-                Missing(module, f"{name}.{each}") for each in members.split() if bodies and not _has(source, each)
-            ]
+            found += [Missing(module, f"{name}.{each}") for each in members.split() if not _has(source, each)]
     return found
 
 
@@ -108,7 +101,5 @@ def _has(source: str, name: str) -> bool:
 
 if __name__ == "__main__":
     for given in map(Path, sys.argv[1:]):
-        lacking = missing(given)
-        print(f"{given.name}: {'nothing is missing' if not lacking else ''}")
-        for each in lacking:
-            print(f"  {each.module}: {each.name}")
+        lacking = [f"{each.module}: {each.name}" for each in missing(given)]
+        sys.stdout.write(f"{given.name}: {', '.join(lacking) or 'nothing is missing'}\n")
