@@ -79,7 +79,7 @@ SUPPORT = (
     Row("tensor parallel", "test_gate::test_gates_on_the_other_runner_and_on_two_ranks"),
     Row(
         "expert parallel",
-        "test_refusals::test_unproved_option_of_vllm_is_refused_by_name",
+        "test_compat::test_each_unproved_option_is_refused_by_name",
         refused="enable_expert_parallel=True: not proved yet; tensor parallelism splits each expert instead",
     ),
     Row(

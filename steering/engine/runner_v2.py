@@ -18,8 +18,8 @@ class SteeredState:
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """A request starts, or comes back after a preemption."""
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
-        # `prompt_len`, not the length of `prefill_token_ids`, which counts tokens generated before a preemption.
-        self.model.steering.start(new_req_data, new_req_data.prompt_len)
+        # Not the length of `prefill_token_ids`, which counts tokens generated before a preemption.
+        self.model.steering.start(new_req_data, len(new_req_data.prompt_token_ids))
 
     def remove_request(self, req_id: str) -> None:
         """A request ended or was preempted: the runner does not say which, and `SteeringWorker` forgets the former."""
@@ -40,15 +40,31 @@ class SteeredState:
 
 def state_class(model: Any) -> type[Any]:
     """The state class for a steered model; vLLM's own when the model has no steering."""
-    from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
-
     parent = super(_first_steered(type(model)), model)
     if hasattr(parent, "get_model_state_cls"):
         own: type[Any] = parent.get_model_state_cls()
     else:
-        # vLLM looks at the model's modules and configuration; the stand-in hides the method that led here.
-        own = resolve_model_state_cls(_config(model), types.SimpleNamespace(modules=model.modules))  # type: ignore[arg-type]
+        own = _vllms_choice(model)
     return own if model.steering is None else type(f"Steered{own.__name__}", (SteeredState, own), {})
+
+
+def _vllms_choice(model: Any) -> type[Any]:
+    """The class that vLLM would have chosen, had the model not defined one."""
+    from vllm.v1.worker.gpu import model_states
+
+    config = _config(model)
+    if hasattr(model_states, "resolve_model_state_cls"):
+        # vLLM looks at the model's modules and configuration; the stand-in hides the method that led here.
+        stand_in: Any = types.SimpleNamespace(modules=model.modules)
+        return model_states.resolve_model_state_cls(config, stand_in)
+    # vLLM 0.25 to 0.28 chooses and makes it in one function; a text decoder has one of these two.
+    if config.model_config.is_hybrid or config.model_config.is_attention_free:
+        from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+        return MambaHybridModelState
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    return DefaultModelState
 
 
 def _first_steered(model_class: type[Any]) -> type[Any]:

@@ -31,7 +31,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "pipeline_parallel_size": ("2", {"pipeline_parallel_size": 2}),
     "data_parallel_size": ("2", {"data_parallel_size": 2}),
     "decode_context_parallel_size": ("2", {"decode_context_parallel_size": 2, "tensor_parallel_size": 2}),
-    "enable_expert_parallel": ("True", {"enable_expert_parallel": True, "tensor_parallel_size": 2}),
     "enable_dbo": ("True", {"enable_dbo": True}),
     "kv_transfer_config": ("True", {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}),
     "kv_transfer_config by kv_offloading_size": ("True", {"kv_offloading_size": 1.0}),

@@ -72,7 +72,7 @@ def stepped(deciding: Gated, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         Ask(prompt=prompt_of(12, 4), count=8, edit="add", abort_at=2),
         Ask(prompt=prompt_of(60, 5), count=12, edit="low rank"),
         Ask(prompt=PROMPTS[0], count=12, gate=order),
-        Ask(prompt=prompt_of(150, 6), count=8, gate=order, abort_at=10),
+        Ask(prompt=prompt_of(150, 6), count=8, gate=order, abort_at=17),
         Ask(prompt=prompt_of(12, 7), count=12),
     ]
     long = prompt_of(100, 8)
