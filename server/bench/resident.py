@@ -6,6 +6,7 @@ The only module of the bench that names vLLM. Run by `server.bench.engine`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import random
@@ -256,8 +257,9 @@ def peak_bytes() -> int:
     me = psutil.Process()
     total = 0
     for process in (me, *me.children(recursive=True)):
-        lines = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
-        total += next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a compiler's worker that has just ended
+            lines = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
+            total += next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
     return total
 
 

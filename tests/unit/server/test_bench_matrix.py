@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -21,6 +22,7 @@ from server.bench.hooks_resident import HooksResident
 from server.bench.memory import added
 from server.bench.peers import Peer
 from server.bench.report import ratio_of
+from server.bench.resident import peak_bytes
 from server.bench.shapes import Shape
 from steering.bundle import Bundle
 from steering.engine.bank import Bank
@@ -192,6 +194,17 @@ def test_an_engines_memory_is_told_against_stock() -> None:
     one = {"host_peak_bytes": 130, "kv_tokens": 990}
     found = matrix._against_stock({Served.STOCK.value: stock, Served.ONE.value: one})[Served.ONE.value]
     assert found == one | {"host_peak_more_bytes": 30, "kv_tokens_fewer": 10}
+
+
+def test_the_peak_of_memory_is_counted_over_processes() -> None:
+    """At least what this process holds now, in bytes; children come on top."""
+    alone = peak_bytes()
+    assert alone > 50 * 1024 * 1024
+    with subprocess.Popen(["sleep", "30"]) as child:
+        try:
+            assert peak_bytes() > alone
+        finally:
+            child.kill()
 
 
 class _Engines:
