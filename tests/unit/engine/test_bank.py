@@ -150,7 +150,7 @@ def test_another_width_or_layer_is_refused_by_name() -> None:
     bank = bank_of(layers=(0, 1))
     with pytest.raises(BundleFormatError, match="'e' has width 8, the model has 16"):
         bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1}, width=8)}, width=8))
-    with pytest.raises(BundleFormatError, match=r"needs layer 3; steered: \[0, 1\]"):
+    with pytest.raises(BundleFormatError, match=r"needs layer 3; layers that carry the op: \[0, 1\]"):
         bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1, 3: 1})}))
     assert bank.bundles == {}
 
