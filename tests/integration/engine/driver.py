@@ -229,7 +229,7 @@ def _serve_triton_without_gpu() -> None:
 def _main() -> None:
     """Play scenarios until the standard input ends: one line each, the files of question and answer."""
     from steering.engine.outcomes import OutcomeInbox
-    from tests.integration.engine.offline import KIND, run_offline
+    from tests.integration.engine import loading, offline
 
     if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
         _serve_triton_without_gpu()
@@ -238,8 +238,11 @@ def _main() -> None:
         for line in sys.stdin:
             question, answer = map(Path, line.rstrip("\n").split("\t"))
             try:
-                is_offline = json.loads(question.read_text()).get("kind") == KIND
-                fields = asdict(run_offline(question) if is_offline else _run(question, inbox))
+                kind = json.loads(question.read_text()).get("kind")
+                if kind == offline.KIND:
+                    fields = asdict(offline.run_offline(question))
+                else:
+                    fields = asdict(_run(question, inbox) if kind is None else loading.run_loading(question, inbox))
             except BaseException:  # noqa: BLE001 - whatever it is, the waiting test must hear of it
                 fields = {"error": traceback.format_exc()}
             partial = answer.with_suffix(".partial")
@@ -329,47 +332,50 @@ def _nearly_greedy(samples: int) -> dict[str, Any]:
 
 
 def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> list[Got]:
+    parameters = [parameters_of(ask, digest, f"{round_number}-{number}") for number, ask in enumerate(round_)]
+    prompts = [{"prompt_token_ids": list(ask.prompt)} for ask in round_]
+    return [got_of(output) for output in engine.generate(prompts, parameters, use_tqdm=False)]
+
+
+def parameters_of(ask: Ask, digest: str, plan_id: str) -> Any:
+    """VLLM's sampling parameters for one request; `digest` is of the bundle it names."""
     from vllm import SamplingParams
 
     from steering.plan import PLAN_KEY, GateOrder, Plan, Reasoning, Scope
 
-    parameters = []
-    for number, ask in enumerate(round_):
-        text = ask.plan_text
-        if ask.edit is not None or ask.gate is not None or ask.response:
-            text = Plan(
-                id=f"{round_number}-{number}",
-                bundle=digest,
-                edit=ask.edit,
-                gate=None if ask.gate is None else GateOrder(**ask.gate),
-                strength=ask.strength,
-                scope=Scope(ask.scope),
-                response=ask.response,
-                reasoning=Reasoning(ask.reasoning),
-            ).to_json()
-        parameters.append(
-            SamplingParams(
-                **_nearly_greedy(ask.samples),
-                # Stock vLLM 0.32 ends a CPU engine at a seeded request whose prompt is chunked; ours must not.
-                seed=1 if digest else None,
-                n=ask.samples,
-                max_tokens=ask.count,
-                ignore_eos=True,
-                logprobs=0,
-                detokenize=False,
-                extra_args=None if text is None else {PLAN_KEY: text},
-            )
-        )
-    prompts = [{"prompt_token_ids": list(ask.prompt)} for ask in round_]
-    return [
-        Got(
-            tokens=[list(sample.token_ids) for sample in output.outputs],
-            logprobs=[[next(iter(place.values())).logprob for place in sample.logprobs] for sample in output.outputs],
-            cached=output.num_cached_tokens or 0,
-            finish=[str(sample.finish_reason) for sample in output.outputs],
-        )
-        for output in engine.generate(prompts, parameters, use_tqdm=False)
-    ]
+    text = ask.plan_text
+    if ask.edit is not None or ask.gate is not None or ask.response:
+        text = Plan(
+            id=plan_id,
+            bundle=digest,
+            edit=ask.edit,
+            gate=None if ask.gate is None else GateOrder(**ask.gate),
+            strength=ask.strength,
+            scope=Scope(ask.scope),
+            response=ask.response,
+            reasoning=Reasoning(ask.reasoning),
+        ).to_json()
+    return SamplingParams(
+        **_nearly_greedy(ask.samples),
+        # Stock vLLM 0.32 ends a CPU engine at a seeded request whose prompt is chunked; ours must not.
+        seed=1 if digest else None,
+        n=ask.samples,
+        max_tokens=ask.count,
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        extra_args=None if text is None else {PLAN_KEY: text},
+    )
+
+
+def got_of(output: Any) -> Got:
+    """What a request got, of vLLM's `RequestOutput`."""
+    return Got(
+        tokens=[list(sample.token_ids) for sample in output.outputs],
+        logprobs=[[next(iter(place.values())).logprob for place in sample.logprobs] for sample in output.outputs],
+        cached=output.num_cached_tokens or 0,
+        finish=[str(sample.finish_reason) for sample in output.outputs],
+    )
 
 
 if __name__ == "__main__":
