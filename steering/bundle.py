@@ -35,15 +35,15 @@ NORM_TOLERANCE = 1e-3
 """How far a written direction's norm may lie from 1: doses live in gain and bias, never in a direction's length."""
 
 MOST_GAIN = 2.0**8
-"""Most that a term may multiply what it reads by, at the highest certified strength. bfloat16 has 8 significant bits: of
-a residual nothing is left beside what is 2^8 times as long, so that more would be no edit but a replacement."""
+"""Most that a term may multiply what it reads by, at the highest certified strength. bfloat16 has 8 significant bits:
+beside what is 2^8 times as long nothing is left of a residual, so that more would be no edit but a replacement."""
 
 MOST_BIAS = 2.0**20
 """Most that a term may add by itself, likewise: 2^8 times a residual of norm 2^12."""
 
 MOST_PROBE = 2.0**63
-"""Largest norm of a probe's weights, and largest bias. A residual whose norm exceeds 2^64 overflows in the float32 square
-of the next layer's norm; up to there a score is a number in float32, which ends at 2^128."""
+"""Largest norm of a probe's weights, and largest bias. A residual whose norm exceeds 2^64 overflows in the float32
+square of the next layer's norm; up to there a score is a number in float32, which ends at 2^128."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -221,8 +221,9 @@ def _check_doses(record: EditRecord, terms: LayerTerms) -> None:
         term = int(doses.argmax())
         if doses[term] > most:
             raise BundleFormatError(
-                f"edit {record.name!r} layer {terms.layer}: {part} of term {term} is {numbers[term].item():.6g}, at the "
-                f"highest certified strength {strength:g} {doses[term].item():.6g} in size; at most {most:g} is allowed"
+                f"edit {record.name!r} layer {terms.layer}: {part} of term {term} is {numbers[term].item():.6g}, and "
+                f"its size at the highest certified strength {strength:g} is {doses[term].item():.6g}; at most "
+                f"{most:g} is allowed"
             )
 
 
