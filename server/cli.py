@@ -97,6 +97,10 @@ def serve(
     accept_transfer: Annotated[
         bool | None, typer.Option("--accept-transfer", help="Accept bundles made for another model of the same shape.")
     ] = None,
+    steer_layers: Annotated[
+        str | None,
+        typer.Option(help="Layers that bundles loaded later may need, as 3,5,8 or all; the bundles' own by default."),
+    ] = None,
 ) -> None:
     """See the help text above; settings not given here come from TRIMTAB_* variables."""
     from server.process import Order
@@ -110,6 +114,7 @@ def serve(
         "port": port,
         "served_model_name": served_model_name,
         "accept_transfer": accept_transfer,
+        "steer_layers": steer_layers,
     }
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
@@ -205,12 +210,14 @@ def _order(settings: Any, options: tuple[str, ...], order: Any) -> Any:
             bundles=settings.bundles or (DEMO / "bundle",),
             options=options,
             defaults=DEMO_OPTIONS,
+            layers=settings.armed_layers,
         )
     return order(
         model=settings.model,
         name=settings.served_model_name or settings.model.resolve().name,
         bundles=settings.bundles,
         options=options,
+        layers=settings.armed_layers,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from steering.outcome import Outcome, Response
@@ -166,6 +167,30 @@ class Engine(Protocol):
 
     async def clear_witness(self) -> None:
         """Forget, in every worker, which layers ran with an edit."""
+        ...
+
+    async def load(self, path: Path) -> str:
+        """Let plans name another bundle, which has been checked to belong to the model, while requests run.
+
+        One that is loaded is left alone; one that is being unloaded stays.
+
+        Returns:
+            Its digest.
+
+        Raises:
+            BundleError: the folder holds no valid bundle, or one that needs a layer which was not armed at the start.
+            UnsupportedConfiguration: it needs what the engine was not started with.
+            CapacityExceeded: no room is left for it.
+            EngineError: the workers do not answer, or not alike. Whatever is raised, plans cannot name the bundle.
+        """
+        ...
+
+    async def unload(self, digest: str) -> None:
+        """Let plans name a bundle no more. Requests taken before are steered to their end, and then its room is free.
+
+        Raises:
+            UnknownName: no such bundle is loaded.
+        """
         ...
 
     def exposition(self) -> bytes:

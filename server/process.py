@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from prometheus_client import disable_created_metrics
@@ -43,6 +43,7 @@ class Order:
         bundles: folders, the default one first.
         options: vLLM's own, as given.
         defaults: vLLM's own, where none were given.
+        layers: armed beside those the bundles need.
     """
 
     model: Path
@@ -50,6 +51,7 @@ class Order:
     bundles: tuple[Path, ...]
     options: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] | Literal["all"] = ()
 
 
 def serve(order: Order, settings: Settings, *, on_ready: Callable[[str], None]) -> None:
@@ -130,7 +132,7 @@ async def _serve(order: Order, settings: Settings, catalog: Catalog, on_ready: C
 
     set_environment()
     arguments = parse_options(order.model, order.name, order.options, order.defaults)
-    async with started(arguments, order.bundles) as engine:
+    async with started(arguments, order.bundles, layers=order.layers) as engine:
         gateway = create_gateway(engine, catalog, settings, engine_version=versions())
         server = DrainingServer(_uvicorn_config(gateway, settings), gateway)
         check = asyncio.create_task(_arm(server, gateway, on_ready), name="self-check")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -27,6 +27,8 @@ class Settings(BaseSettings):
         bundles: bundle folders, the default one first; empty serves the demo's.
         served_model_name: what clients send as `model`.
         accept_transfer: bundles made for another model of the same shape are accepted.
+        steer_layers: decoder blocks that carry the op beside those the bundles need, for bundles loaded later: numbers
+            with commas between them, or "all".
         max_body_bytes: more are not read.
         body_timeout: for the whole body.
         max_inflight: requests answered at once.
@@ -43,6 +45,7 @@ class Settings(BaseSettings):
     bundles: tuple[Path, ...] = ()
     served_model_name: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     accept_transfer: bool = False
+    steer_layers: Annotated[str, Field(pattern=r"^(all|\d{1,4}(,\d{1,4})*)?$")] = ""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 2_000_000
     body_timeout: Seconds = 30.0
     max_inflight: Annotated[int, Field(ge=1)] = 1024
@@ -52,6 +55,13 @@ class Settings(BaseSettings):
     total_timeout: Seconds = 600.0
     drain_delay: Annotated[float, Field(ge=0, le=600)] = 0.5
     drain_grace: Annotated[float, Field(ge=0, le=3600)] = 30.0
+
+    @property
+    def armed_layers(self) -> tuple[int, ...] | Literal["all"]:
+        """`steer_layers` as numbers."""
+        if self.steer_layers == "all":
+            return "all"
+        return tuple(int(number) for number in self.steer_layers.split(",") if number)
 
     @property
     def limits(self) -> Limits:

@@ -11,15 +11,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, 
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prometheus_client import generate_latest
 from pydantic import ValidationError
 from pydantic_core import from_json
 
 from server.engine import ChatCall, Chunk, Completion, ServedModel, WorkerReport
+from steering.bundle import load_bundle
 from steering.engine.outcomes import OutcomeListener, sample_of
 from steering.engine.plugin import engine_arguments
+from steering.engine.roster import BundleNames
 from steering.errors import (
     EngineDied,
     EngineError,
@@ -28,6 +30,7 @@ from steering.errors import (
     NotSupported,
     TrimtabError,
     UnknownModel,
+    UnknownName,
     UnsupportedConfiguration,
 )
 from steering.outcome import Outcome, Response
@@ -87,12 +90,13 @@ class VllmEngine:
         self._chat = chat
         self._listener = listener
         self._model = model
+        self._loading = asyncio.Lock()  # each takes several calls, which others must not come between
         self._request_class = ChatCompletionRequest
         self._error_class = ErrorResponse
 
     @property
     def model(self) -> ServedModel:
-        """The model that is served."""
+        """What is served."""
         return self._model
 
     @property
@@ -145,12 +149,37 @@ class VllmEngine:
         self._listener.forget(plan_id)
 
     async def reports(self) -> Sequence[WorkerReport]:
-        """One report per worker."""
+        """One per worker."""
         return [_report(facts) for facts in await self._ask("steering_report")]
 
     async def clear_witness(self) -> None:
         """Forget, in every worker, which layers ran with an edit."""
         await self._ask("steering_clear_witness")
+
+    async def load(self, path: Path) -> str:
+        """Have every worker load a bundle, then let requests name it; see `server.engine.Engine`."""
+        bundle = await asyncio.to_thread(lambda: load_bundle(path.resolve()))
+        async with self._loading:
+            if not await self._order("revive", bundle.digest):
+                answers = await self._ask("steering_load", str(bundle.path), bundle.digest)
+                errors = [TrimtabError.from_fields(answer["error"]) for answer in answers if answer["error"]]
+                if errors:
+                    # One rank says what it is, the others that there was one.
+                    raise next((error for error in errors if not isinstance(error, EngineError)), errors[0])
+                try:
+                    await self._order("open", bundle.digest, BundleNames.of(bundle).to_fields())
+                except EngineError:
+                    # Perhaps only late. Orders are carried out in turn: what was opened is closed, and then released.
+                    if not await self._order("close", bundle.digest):
+                        await self._ask("steering_unload", bundle.digest)
+                    raise
+        return bundle.digest
+
+    async def unload(self, digest: str) -> None:
+        """Let no request name a bundle any more; see `server.engine.Engine`."""
+        async with self._loading:
+            if not await self._order("close", digest):
+                raise UnknownName(f"no bundle {digest} is loaded", parameter="bundle")
 
     def exposition(self) -> bytes:
         """VLLM's own metrics."""
@@ -195,9 +224,18 @@ class VllmEngine:
             return EngineDied("the engine is gone; this server must be started again")
         return _from_response(create_error_response(error).error.model_dump())
 
-    async def _ask(self, method: str) -> list[Any]:
+    async def _order(self, order: str, digest: str, names: Mapping[str, Any] | None = None) -> bool:
+        """Have the scheduler carry out an order; `SteeringScheduler.__call__` says why it can be called."""
         try:
-            answers: list[Any] = await self._client.collective_rpc(method, timeout=RPC_PATIENCE)
+            async with asyncio.timeout(RPC_PATIENCE):
+                core: Any = self._client.engine_core  # type: ignore[attr-defined] # of AsyncLLM
+                return bool(await core.call_utility_async("scheduler", order, digest, names))
+        except Exception as error:
+            raise EngineError(f"the scheduler does not answer the order to {order} bundle {digest}: {error}") from error
+
+    async def _ask(self, method: str, *arguments: str) -> list[Any]:
+        try:
+            answers: list[Any] = await self._client.collective_rpc(method, timeout=RPC_PATIENCE, args=arguments)
         except TrimtabError:
             raise
         except Exception as error:
@@ -206,12 +244,15 @@ class VllmEngine:
 
 
 @asynccontextmanager
-async def started(arguments: Namespace, bundles: Sequence[Path]) -> AsyncIterator[VllmEngine]:
+async def started(
+    arguments: Namespace, bundles: Sequence[Path], *, layers: Sequence[int] | Literal["all"] = ()
+) -> AsyncIterator[VllmEngine]:
     """A running engine that steers with these bundles.
 
     Args:
         arguments: of `parse_options`.
         bundles: folders, checked already.
+        layers: armed beside those the bundles need, for bundles loaded later.
 
     Raises:
         OperatorError: vLLM or the plugin refuses the combination of model, bundles and options.
@@ -232,7 +273,7 @@ async def started(arguments: Namespace, bundles: Sequence[Path]) -> AsyncIterato
         stack.push_async_callback(listener.close)
         try:
             engine_args = AsyncEngineArgs.from_cli_args(arguments)
-            for name, value in engine_arguments(bundles).items():
+            for name, value in engine_arguments(bundles, layers=layers).items():
                 setattr(engine_args, name, value)
             client = await stack.enter_async_context(build_async_engine_client_from_engine_args(engine_args))
             listener.start()

@@ -34,6 +34,17 @@ MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 NORM_TOLERANCE = 1e-3
 """How far a written direction's norm may lie from 1: doses live in gain and bias, never in a direction's length."""
 
+MOST_GAIN = 2.0**8
+"""Most that a term may multiply what it reads by, at the highest certified strength. bfloat16 has 8 significant bits:
+beside what is 2^8 times as long nothing is left of a residual, so that more would be no edit but a replacement."""
+
+MOST_BIAS = 2.0**20
+"""Most that a term may add by itself, likewise: 2^8 times a residual of norm 2^12."""
+
+MOST_PROBE = 2.0**63
+"""Largest norm of a probe's weights, and largest bias. A residual whose norm exceeds 2^64 overflows in the float32
+square of the next layer's norm; up to there a score is a number in float32, which ends at 2^128."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Bundle:
@@ -175,6 +186,7 @@ def _edit_from(record: EditRecord, tensors: Mapping[str, Tensor], width: int) ->
                 f"edit {record.name!r} layer {layer} has width {terms.width}, the model needs {width}"
             )
         _check_norms(record.name, terms)
+        _check_doses(record, terms)
         layers.append(terms)
     return Edit(name=record.name, layers=tuple(layers))
 
@@ -189,7 +201,30 @@ def _probe_from(record: ProbeRecord, tensors: Mapping[str, Tensor], width: int) 
     probe = Probe(name=record.name, layer=record.layer, categories=record.categories, **parts)
     if probe.width != width:
         raise BundleFormatError(f"probe {record.name!r} has width {probe.width}, the model needs {width}")
+    for part, sizes in (
+        ("weight", torch.linalg.vector_norm(probe.weight.to(torch.float64), dim=-1)),
+        ("bias", probe.bias.to(torch.float64).abs()),
+    ):
+        row = int(sizes.argmax())
+        if sizes[row] > MOST_PROBE:
+            raise BundleFormatError(
+                f"probe {record.name!r} layer {record.layer}: {part} of score {row} has size {sizes[row].item():.6g}, "
+                f"at most {MOST_PROBE:g} is allowed"
+            )
     return probe
+
+
+def _check_doses(record: EditRecord, terms: LayerTerms) -> None:
+    strength = max(abs(record.strength.minimum), abs(record.strength.maximum))
+    for part, numbers, most in (("gain", terms.gain, MOST_GAIN), ("bias", terms.bias, MOST_BIAS)):
+        doses = numbers.to(torch.float64).abs() * strength
+        term = int(doses.argmax())
+        if doses[term] > most:
+            raise BundleFormatError(
+                f"edit {record.name!r} layer {terms.layer}: {part} of term {term} is {numbers[term].item():.6g}, and "
+                f"its size at the highest certified strength {strength:g} is {doses[term].item():.6g}; at most "
+                f"{most:g} is allowed"
+            )
 
 
 def _check_norms(name: str, terms: LayerTerms) -> None:

@@ -37,6 +37,8 @@ Errors cross process borders, so they stay picklable: positional message, keywor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class TrimtabError(Exception):
     """Base of every error this project raises on purpose.
@@ -54,6 +56,24 @@ class TrimtabError(Exception):
         self.message = message
         self.parameter = parameter
         self.code = code or type(self).code
+
+    def to_fields(self) -> dict[str, str | None]:
+        """As plain JSON, for borders that no exception crosses; `from_fields` makes it one again."""
+        return {
+            "class": type(self).__name__,
+            "message": self.message,
+            "parameter": self.parameter,
+            "code": self.code,
+        }
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, str | None]) -> TrimtabError:
+        """The error that `to_fields` was called on; a plain `TrimtabError` where this process lacks its class."""
+        known: list[type[TrimtabError]] = [TrimtabError]
+        for cls in known:
+            known.extend(cls.__subclasses__())
+        found = next((cls for cls in known if cls.__name__ == fields["class"]), TrimtabError)
+        return found(fields["message"] or "", parameter=fields["parameter"], code=fields["code"])
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.message, self.parameter, self.code)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from server.catalog import (
@@ -25,7 +26,7 @@ from server.catalog import (
 )
 from server.engine import ChatCall, Chunk, Completion, ServedModel, WorkerReport
 from steering import __version__
-from steering.errors import EditNotApplied, TrimtabError
+from steering.errors import BundleFormatError, EditNotApplied, TrimtabError, UnknownName
 from steering.outcome import Outcome, Response, Scores
 from steering.plan import Decision, GateOrder, Plan, Scope
 
@@ -138,6 +139,7 @@ class FakeEngine:
         tampered: fields in which reported outcomes differ from the plan.
         fails: raised after `fails_after` tokens.
         gate: when given, no token comes before it is set.
+        loadable: bundles that can be loaded, by folder.
         calls, aborted, forgotten, waits: what happened, for assertions.
     """
 
@@ -164,6 +166,7 @@ class FakeEngine:
     _outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict)
     _witness: set[int] = field(default_factory=set)
     bundles: Sequence[BundleView] = field(default_factory=lambda: [make_bundle(), make_gated_bundle()])
+    loadable: Mapping[Path, BundleView] = field(default_factory=dict)
 
     @property
     def model(self) -> ServedModel:
@@ -254,6 +257,20 @@ class FakeEngine:
 
     async def clear_witness(self) -> None:
         self._witness.clear()
+
+    async def load(self, path: Path) -> str:
+        if path not in self.loadable:
+            raise BundleFormatError(f"no bundle in {path}; there are {sorted(map(str, self.loadable))}")
+        bundle = self.loadable[path]
+        if all(loaded.digest != bundle.digest for loaded in self.bundles):
+            self.bundles = [*self.bundles, bundle]
+        return bundle.digest
+
+    async def unload(self, digest: str) -> None:
+        left = [bundle for bundle in self.bundles if bundle.digest != digest]
+        if len(left) == len(self.bundles):
+            raise UnknownName(f"no bundle {digest} is loaded", parameter="bundle")
+        self.bundles = left
 
     def exposition(self) -> bytes:
         return b"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"

@@ -17,6 +17,7 @@ import steering.engine.kernels  # noqa: F401 - defines torch.ops.trimtab.edit
 from steering.engine.bank import Bank
 from steering.engine.capture import Capture, capture_of
 from steering.engine.compat import ARCHITECTURES, check_configuration, class_location
+from steering.engine.loads import Loads
 from steering.engine.options import SteeringOptions, enter_compile_key, options_from
 from steering.engine.outcomes import OutcomeSender
 from steering.engine.prefix_cache import plan_of
@@ -44,7 +45,13 @@ class Steering:
 
     def __init__(self, *, options: SteeringOptions, width: int, config: VllmConfig, device: torch.device) -> None:
         self.layers = options.layers
-        self.bank = Bank(layers=self.layers, width=width, terms=options.terms_per_layer, device=device)
+        self.bank = Bank(
+            layers=self.layers,
+            width=width,
+            terms=options.terms_per_layer,
+            device=device,
+            dtype=cast("torch.dtype", config.model_config.dtype),
+        )
         for bundle in options.bundles:
             self.bank.load(bundle)
         self.rows = Rows(
@@ -54,7 +61,16 @@ class Steering:
             device=device,
         )
         self.capture = None if options.capture is None else _capture(options, width, config, device)
+        self.is_sparing = self.bank.is_sparing
+        """Whether the op that spares reasoning is part of the model, and of the graphs made of it."""
         self._download = RowDownload(self.rows.rows)
+        self.loads = Loads(
+            bank=self.bank,
+            rows=self.rows,
+            vote=_do_all_ranks,
+            settle=self._download.settle,
+            can_spare=self.is_sparing,
+        )
         # Every rank edits and decides alike, on the same residuals; one of them tells.
         self._sender = OutcomeSender() if _is_first_rank() else OutcomeSender("")
         self._due = Due([], [])
@@ -200,7 +216,7 @@ class SteeredModel(nn.Module):
         Raises:
             UnsupportedConfiguration: reasoning is to be spared, and the runner gives embeddings and no tokens.
         """
-        if self.steering is not None and self.steering.bank.is_sparing:
+        if self.steering is not None and self.steering.is_sparing:
             if input_ids is None:
                 raise UnsupportedConfiguration("reasoning is spared by the tokens, and only embeddings were given")
             torch.ops.trimtab.spare(input_ids, self.steering.rows.token_rows, self.steering.rows.rows)
@@ -225,6 +241,17 @@ def _is_first_rank() -> bool:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return bool(get_tensor_model_parallel_rank() == 0)
+
+
+def _do_all_ranks(is_done: bool) -> bool:
+    """Whether every rank that holds a shard of this model says so; each of them has to ask."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    votes = torch.tensor([int(is_done)])
+    if group.world_size > 1:
+        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(votes.item())
 
 
 def _capture(options: SteeringOptions, width: int, config: VllmConfig, device: torch.device) -> Capture:

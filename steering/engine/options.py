@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from steering import __version__
 from steering.bundle import Bundle, load_bundle
@@ -70,22 +70,28 @@ class SteeringOptions:
         bundles: checked bundles, in the order given.
         terms_per_layer: capacity of each steered layer's table.
         capture: what is captured; None where nothing can be.
+        armed: decoder blocks that carry the op whatever these bundles need, for those loaded later.
     """
 
     bundles: tuple[Bundle, ...]
     terms_per_layer: int
     capture: CaptureSettings | None = None
+    armed: tuple[int, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Decoder blocks that carry the op: those some edit touches or some gate reads."""
+        """Decoder blocks that carry the op: those some edit touches or some gate reads, and those armed."""
         edited = layers_of(edit for bundle in self.bundles for edit in bundle.edits.values())
         read = {probe.layer for bundle in self.bundles for probe in bundle.probes.values()}
-        return tuple(sorted({*edited, *read}))
+        return tuple(sorted({*edited, *read, *self.armed}))
 
 
 def engine_arguments(
-    bundles: Sequence[Path], *, terms_per_layer: int | None = None, capture: CaptureSettings | None = None
+    bundles: Sequence[Path],
+    *,
+    terms_per_layer: int | None = None,
+    capture: CaptureSettings | None = None,
+    layers: Sequence[int] | Literal["all"] = (),
 ) -> dict[str, Any]:
     """Values for vLLM's `AsyncEngineArgs` that make an engine steer with these bundles.
 
@@ -94,6 +100,8 @@ def engine_arguments(
         terms_per_layer: capacity of each steered layer's table; by default what the bundles need, and the default of
             this module at least.
         capture: what is captured; whoever starts the engine names the folder in the environment as well.
+        layers: decoder blocks that carry the op beside those these bundles need, so that bundles that need them can be
+            loaded later; an idle op costs little, and not nothing.
 
     Raises:
         BundleError: a bundle does not pass its checks.
@@ -105,9 +113,11 @@ def engine_arguments(
     options: dict[str, Any] = {"bundles": described}
     if terms_per_layer:
         options["terms_per_layer"] = terms_per_layer
+    if layers:
+        options["layers"] = "all" if layers == "all" else sorted(set(layers))
     if capture is not None:
-        layers = None if capture.layers is None else list(capture.layers)
-        options["capture"] = {"layers": layers, "generated": capture.generated, "shard_bytes": capture.shard_bytes}
+        kept = None if capture.layers is None else list(capture.layers)
+        options["capture"] = {"layers": kept, "generated": capture.generated, "shard_bytes": capture.shard_bytes}
     return {
         "worker_cls": WORKER_CLASS,
         "scheduler_cls": SCHEDULER_CLASS,
@@ -136,8 +146,9 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
         if value != needed:
             raise UnsupportedConfiguration(f"steering needs {option}={needed!r}, this engine has {value!r}")
     capture = None if given.get("capture") is None else _capture_from(given["capture"])
-    entries = given.get("bundles", [] if capture else None)
-    if not isinstance(entries, list) or not (entries or capture):
+    armed = _armed_from(given.get("layers", []), config)
+    entries = given.get("bundles", [] if capture or armed else None)
+    if not isinstance(entries, list) or not (entries or capture or armed):
         raise UnsupportedConfiguration(f"additional_config[{CONFIG_KEY!r}] needs a list of bundles, got {entries!r}")
     bundles = []
     for entry in entries:
@@ -147,7 +158,19 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
             raise BundleDigestError(f"bundle {path} has digest {bundle.digest}, the engine was started with {digest}")
         bundles.append(bundle)
     terms = given.get("terms_per_layer") or max(DEFAULT_TERMS_PER_LAYER, terms_needed(bundles))
-    return SteeringOptions(bundles=tuple(bundles), terms_per_layer=int(terms), capture=capture)
+    return SteeringOptions(bundles=tuple(bundles), terms_per_layer=int(terms), capture=capture, armed=armed)
+
+
+def _armed_from(given: object, config: VllmConfig) -> tuple[int, ...]:
+    total: int = config.model_config.get_total_num_hidden_layers() if given else 0
+    if given == "all":
+        return tuple(range(total))
+    if not isinstance(given, list) or not all(type(layer) is int and 0 <= layer < total for layer in given):
+        raise UnsupportedConfiguration(
+            f"additional_config[{CONFIG_KEY!r}]['layers'] is \"all\" or a list of numbers from 0 to {total - 1}, the "
+            f"model's decoder blocks; got {given!r}"
+        )
+    return tuple(sorted(set(given)))
 
 
 def _capture_from(given: object) -> CaptureSettings:
@@ -175,5 +198,5 @@ def enter_compile_key(config: VllmConfig, options: SteeringOptions) -> None:
     without it, unsteered and without an error.
     """
     assert isinstance(config.additional_config, dict)
-    # What is captured stands there as it was given.
+    # What is captured stands there as it was given. Read again, these layers are armed ones, and come to the same.
     config.additional_config[CONFIG_KEY] |= {"version": __version__, "layers": list(options.layers)}

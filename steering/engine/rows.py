@@ -124,6 +124,10 @@ class Rows:
         """Steered requests that are known, running or preempted."""
         return len(self._requests)
 
+    def names(self, digest: str) -> bool:
+        """Whether the plan of a known request, running or preempted, names this bundle."""
+        return any(steered.plan.bundle == digest for steered in self._requests.values())
+
     def add(
         self, request_id: str, plan: Plan, prompt_length: int, tokens: Sequence[int] = (), computed: int = 0
     ) -> None:

@@ -110,6 +110,11 @@ class RowDownload:
         event.record()
         return self._thread.submit(self._wait, event, pinned, work)
 
+    def settle(self) -> None:
+        """Wait until all work asked for so far has been done."""
+        if self._thread is not None:
+            self._thread.submit(lambda: None).result()
+
     def _wait(self, event: torch.cuda.Event, pinned: Tensor, work: Callable[[NDArray[np.float32]], None]) -> None:
         event.synchronize()
         work(pinned.numpy())

@@ -5,15 +5,21 @@ Named in `worker_cls`, imported in worker processes only.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
 from steering import __version__
 from steering.engine.compat import ARCHITECTURES
 from steering.engine.options import options_from
+from steering.engine.roster import RELEASED
 from steering.engine.runner_v1 import steer
-from steering.errors import UnsupportedArchitecture
+from steering.errors import PluginNotArmed, TrimtabError, UnsupportedArchitecture
+
+if TYPE_CHECKING:
+    from steering.engine.model import Steering
 
 
 def _platform_worker() -> type[Any]:
@@ -50,13 +56,41 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """As vLLM's; requests that ended are forgotten first. The V2 runner removes preempted ones in the same way as
-        these, but what a gate decided for a preempted request must be there when it comes back.
+        these, but what a gate decided for a preempted request must be there when it comes back. The V1 runner forgets
+        them itself; after that, bundles are released that the scheduler knows no request of any more.
         """
-        steering = getattr(self.model_runner.get_model(), "steering", None) if self.use_v2_model_runner else None
-        if steering is not None and steering.live:
+        steering = self._steering()
+        if steering is None:
+            return super().execute_model(scheduler_output)
+        if self.use_v2_model_runner and steering.live:
             for request_id in scheduler_output.finished_req_ids:
                 steering.end(request_id)
-        return super().execute_model(scheduler_output)
+        result = super().execute_model(scheduler_output)
+        released = getattr(scheduler_output, RELEASED, ())
+        if released or steering.loads.is_waiting:
+            steering.loads.release(released)
+        return result
+
+    def steering_load(self, path: str, digest: str) -> dict[str, Any]:
+        """Put a bundle into the bank of every rank, or of none; to be called on all of them at once.
+
+        No request can name it before the scheduler is told to open it.
+
+        Returns:
+            error: fields of the error that kept this rank from it, None for none.
+        """
+        return _told(lambda: self._armed().loads.load(Path(path), digest))
+
+    def steering_unload(self, digest: str) -> dict[str, Any]:
+        """Take a bundle out of the bank that no request can name; refused while one does.
+
+        Whoever unloads a bundle that is open tells the scheduler to close it: a step then releases it on every rank
+        when its last request has ended.
+
+        Returns:
+            error: as of `steering_load`.
+        """
+        return _told(lambda: self._armed().loads.unload(digest))
 
     def steering_report(self) -> dict[str, Any]:
         """What this worker can do and has done.
@@ -64,12 +98,12 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         Returns:
             version: of the plugin; architecture; runner: "v1" or "v2"; hidden_size; layers: that carry the op;
             bundles: edit names by digest; gates: profiles with a gate by digest; responses: tokens that the
-            response probe reads by digest; rows: capacity; live: steered requests
-            now; witness: layers whose op has edited a token since the last `steering_clear_witness`; captured: layers
-            that are captured. Layers, bundles and gates are empty when nothing is armed.
+            response probe reads by digest; taken: rows of each layer's table that these take; terms: rows that each
+            table has; rows: capacity; live: steered requests now; witness: layers whose op has edited a token since
+            the last `steering_clear_witness`; captured: layers that are captured. Layers, bundles and gates are empty
+            when nothing is armed.
         """
-        model = self.model_runner.get_model()
-        steering = getattr(model, "steering", None)
+        steering = self._steering()
         report: dict[str, Any] = {
             "version": __version__,
             "architecture": self.model_config.architecture,
@@ -79,6 +113,8 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
             "bundles": {},
             "gates": {},
             "responses": {},
+            "taken": {},
+            "terms": 0,
             "rows": 0,
             "live": 0,
             "witness": [],
@@ -90,6 +126,8 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
                 "bundles": steering.bank.bundles,
                 "gates": steering.bank.gates,
                 "responses": steering.bank.responses,
+                "taken": steering.bank.taken,
+                "terms": steering.bank.terms,
                 "rows": steering.rows.capacity,
                 "live": steering.rows.live,
                 "witness": steering.bank.witness(),
@@ -103,7 +141,7 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         Raises:
             CaptureError: something could not be written.
         """
-        steering = getattr(self.model_runner.get_model(), "steering", None)
+        steering = self._steering()
         return 0 if steering is None or steering.capture is None else int(steering.capture.flush())
 
     def shutdown(self) -> None:
@@ -111,13 +149,32 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         runner = getattr(self, "model_runner", None)
         if runner is not None and getattr(runner, "model", None) is not None:
             self.steering_flush_capture()
-            steering = getattr(runner.get_model(), "steering", None)
+            steering = self._steering()
             if steering is not None:
                 steering.close()
         super().shutdown()
 
     def steering_clear_witness(self) -> None:
         """Forget which layers' ops have run, to see which run next."""
-        steering = getattr(self.model_runner.get_model(), "steering", None)
+        steering = self._steering()
         if steering is not None:
             steering.bank.clear_witness()
+
+    def _steering(self) -> Steering | None:
+        found: Steering | None = getattr(self.model_runner.get_model(), "steering", None)
+        return found
+
+    def _armed(self) -> Steering:
+        steering = self._steering()
+        if steering is None:
+            raise PluginNotArmed("this engine was started without bundles and layers, so that none can be loaded")
+        return steering
+
+
+def _told(work: Callable[[], None]) -> dict[str, Any]:
+    """Do some work; errors become fields, as vLLM carries only the text of those raised in a worker."""
+    try:
+        work()
+    except TrimtabError as error:
+        return {"error": error.to_fields()}
+    return {"error": None}

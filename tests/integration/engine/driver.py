@@ -243,7 +243,7 @@ def _serve_triton_without_gpu() -> None:
 def _main() -> None:
     """Play scenarios until the standard input ends: one line each, the files of question and answer."""
     from steering.engine.outcomes import OutcomeInbox
-    from tests.integration.engine import configurations, offline, talks
+    from tests.integration.engine import configurations, loading, offline, talks
 
     if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
         _serve_triton_without_gpu()
@@ -252,6 +252,7 @@ def _main() -> None:
         players = {
             offline.KIND: offline.run_offline,
             configurations.KIND: configurations.run_configurations,
+            loading.KIND: functools.partial(loading.run_loading, inbox=inbox),
             talks.KIND: functools.partial(talks.run_talks, inbox=inbox),
         }
         for line in sys.stdin:
@@ -398,17 +399,19 @@ def _ask(engine: Any, round_: Sequence[Ask], digest: str, round_number: int) -> 
         outputs, aborted = step_through(engine, prompts, parameters, [ask.abort_at for ask in round_])
     else:
         outputs, aborted = engine.generate(prompts, parameters, use_tqdm=False), {}
-    return [
-        Got(
-            tokens=[list(sample.token_ids) for sample in output.outputs],
-            logprobs=[[next(iter(place.values())).logprob for place in sample.logprobs] for sample in output.outputs],
-            cached=output.num_cached_tokens or 0,
-            finish=[str(sample.finish_reason) for sample in output.outputs],
-            prompt_logprobs=[next(iter(place.values())).logprob for place in (output.prompt_logprobs or [])[1:]],
-            aborted=aborted.get(number, ""),
-        )
-        for number, output in enumerate(outputs)
-    ]
+    return [got_of(output, aborted.get(number, "")) for number, output in enumerate(outputs)]
+
+
+def got_of(output: Any, aborted: str = "") -> Got:
+    """What a request got, of vLLM's `RequestOutput`."""
+    return Got(
+        tokens=[list(sample.token_ids) for sample in output.outputs],
+        logprobs=[[next(iter(place.values())).logprob for place in sample.logprobs] for sample in output.outputs],
+        cached=output.num_cached_tokens or 0,
+        finish=[str(sample.finish_reason) for sample in output.outputs],
+        prompt_logprobs=[next(iter(place.values())).logprob for place in (output.prompt_logprobs or [])[1:]],
+        aborted=aborted,
+    )
 
 
 if __name__ == "__main__":

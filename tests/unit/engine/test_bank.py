@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
+from steering.bundle import Bundle
 from steering.engine.bank import Bank, terms_needed
 from steering.engine.kernels import (
     BIAS,
@@ -21,7 +24,8 @@ from steering.engine.kernels import (
 from steering.engine.options import DEFAULT_TERMS_PER_LAYER
 from steering.engine.rows import Rows
 from steering.errors import BundleFormatError, CapacityExceeded, UnknownName
-from tests.samples import bundle_in_memory, random_edit, random_probe
+from steering.terms import Edit, LayerTerms
+from tests.samples import bundle_in_memory, random_edit, random_probe, random_terms
 
 CPU = torch.device("cpu")
 WIDTH = 16
@@ -150,7 +154,7 @@ def test_another_width_or_layer_is_refused_by_name() -> None:
     bank = bank_of(layers=(0, 1))
     with pytest.raises(BundleFormatError, match="'e' has width 8, the model has 16"):
         bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1}, width=8)}, width=8))
-    with pytest.raises(BundleFormatError, match=r"needs layer 3; steered: \[0, 1\]"):
+    with pytest.raises(BundleFormatError, match=r"needs layer 3; layers that carry the op: \[0, 1\]"):
         bank.load(bundle_in_memory({"e": random_edit("e", ranks={0: 1, 3: 1})}))
     assert bank.bundles == {}
 
@@ -177,6 +181,139 @@ def test_witness_names_the_layers_whose_op_edited() -> None:
     assert bank.witness() == [0, 2]
     bank.clear_witness()
     assert bank.witness() == []
+
+
+def everything(digest: str, *, ranks: dict[int, int], seed: int = 0) -> Bundle:
+    """A bundle of two edits of these ranks, a gate of three scores and a response probe at layer 1."""
+    edits = {name: random_edit(name, ranks=ranks, seed=seed + place) for place, name in enumerate("ab")}
+    probe = random_probe("p", layer=1, categories=("x", "y"), width=WIDTH, seed=seed)
+    reader = random_probe("r", layer=1, categories=(), width=WIDTH, seed=seed + 1)
+    gates = {"g": (probe, {"x": "a", "y": "b"}, {"x": "b"})}
+    return bundle_in_memory(edits, digest=digest, gates=gates, response=(reader, 4))
+
+
+def assert_found(bank: Bank, bundle: Bundle) -> None:
+    """Through its numbers every term and score of the bundle is found, and every category's edit is its own."""
+    scalars = 2 * WIDTH
+    for name, edit in bundle.edits.items():
+        number = bank.number(bundle=bundle.digest, edit=name)
+        assert bank.name(number) == name
+        for terms in edit.layers:
+            table = bank.tables[terms.layer]
+            first, count = (int(table[number, scalars + column]) for column in (FIRST, COUNT))
+            rows = table[first : first + count]
+            assert torch.equal(rows[:, :WIDTH], terms.read)
+            assert torch.equal(rows[:, WIDTH:scalars], terms.write)
+            assert torch.equal(rows[:, scalars : scalars + 2], torch.stack([terms.gain, terms.bias], dim=1))
+    readers = {bank.response(bundle=bundle.digest).number: bundle.probes["r"]}
+    gate = bank.gate(bundle=bundle.digest, profile="g")
+    for number, probe in (readers | {gate.number: bundle.probes["p"]}).items():
+        table = bank.tables[probe.layer]
+        first, count = (int(table[number, scalars + column]) for column in (GATE_FIRST, GATE_COUNT))
+        rows = table[first : first + count]
+        assert torch.equal(rows[:, :WIDTH], probe.weight)
+        assert torch.equal(rows[:, scalars + BIAS], probe.bias)
+        named = [[bank.name(int(n)) for n in rows[1:, scalars + column]] for column in (REFUSE_EDIT, COMPLY_EDIT)]
+        assert named == ([["a", "b"], ["b", None]] if number == gate.number else [[], []])
+
+
+def test_an_unloaded_bundle_leaves_nothing() -> None:
+    """Tables are as they were before it came, bit for bit, and its names are unknown; its neighbour stays as it is."""
+    bank = bank_of(terms=24)
+    first, second = (everything(digest, ranks={1: 1, 2: 2}, seed=seed) for seed, digest in enumerate(("f", "s")))
+    bank.load(first)
+    before = {layer: table.clone() for layer, table in bank.tables.items()}
+    bank.load(second)
+    assert bank.tables[1][0, 2 * WIDTH + GATE_COUNT] == 4
+    bank.unload("s")
+    for layer, table in bank.tables.items():
+        assert torch.equal(table, before[layer])
+    assert_found(bank, first)
+    for ask in (
+        lambda: bank.number(bundle="s", edit="a"),
+        lambda: bank.gate(bundle="s", profile="g"),
+        lambda: bank.response(bundle="s"),
+    ):
+        with pytest.raises(UnknownName):
+            ask()
+    bank.unload("s")
+    assert (list(bank.bundles), bank.taken) == (["f"], {0: 0, 1: 6, 2: 4})
+
+
+def test_a_torn_bank_is_packed_while_its_bundles_are_used() -> None:
+    """Free rows enough, but nowhere enough side by side: the others are moved and still found, numbers are kept."""
+    bank = bank_of(terms=24)
+    bundles = {str(n): everything(str(n), ranks={1: 1}, seed=n) for n in range(4)}
+    for bundle in bundles.values():
+        bank.load(bundle)
+    assert bank.taken[1] == 24
+    for torn in ("0", "2"):
+        bank.unload(torn)
+    numbers = {digest: bank.number(bundle=digest, edit="a") for digest in ("1", "3")}
+    wide = bundle_in_memory({"wide": random_edit("wide", ranks={1: 12})}, digest="wide")
+    bank.load(wide)
+    assert bank.taken[1] == 24
+    for digest, number in numbers.items():
+        assert_found(bank, bundles[digest])
+        assert bank.number(bundle=digest, edit="a") == number
+    number = bank.number(bundle="wide", edit="wide")
+    start = int(bank.tables[1][number, 2 * WIDTH + FIRST])
+    assert torch.equal(bank.tables[1][start : start + 12, :WIDTH], wide.edits["wide"].layers[0].read)
+
+
+def test_bundles_come_and_go_in_any_order() -> None:
+    """Over 300 random loads and unloads, whatever is loaded is found, and an empty bank is as new."""
+    draw, bank = random.Random(5), bank_of(terms=40)
+    bundles = {str(n): everything(str(n), ranks={1: 1 + n % 5, 2: 1 + n % 3}, seed=n) for n in range(9)}
+    refused = 0
+    for _ in range(300):
+        bundle = bundles[str(draw.randrange(9))]
+        if bundle.digest in bank.bundles:
+            bank.unload(bundle.digest)
+        else:
+            try:
+                bank.load(bundle)
+            except CapacityExceeded:
+                refused += 1
+        for digest in bank.bundles:
+            assert_found(bank, bundles[digest])
+    assert refused > 10
+    for digest in list(bank.bundles):
+        bank.unload(digest)
+    assert not any(table.any() for table in bank.tables.values())
+    assert set(bank.taken.values()) == {0}
+
+
+def test_a_load_that_breaks_off_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may run out of memory on the way: what was written is cleared."""
+    bank = bank_of(terms=24)
+    monkeypatch.setattr(bank, "_load_gate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        bank.load(everything("f", ranks={1: 1, 2: 2}))
+    assert bank.bundles == {}
+    assert not any(table.any() for table in bank.tables.values())
+
+
+def test_what_is_not_read_stays_out_of_the_table() -> None:
+    """A term without gain reads nothing, so its read direction may be anything; in the table it is zero."""
+    terms = random_terms(layer=0, rank=2, is_read=False)
+    huge = LayerTerms(layer=0, read=terms.read * 1e38, write=terms.write, gain=terms.gain, bias=terms.bias)
+    bank = bank_of()
+    bank.load(bundle_in_memory({"e": Edit(name="e", layers=(huge,))}))
+    assert not bank.tables[0][:, :WIDTH].any()
+
+
+def test_an_addition_that_is_no_number_in_the_models_dtype_is_refused() -> None:
+    """float16 ends at 65,504; bfloat16 holds it."""
+    terms = random_terms(layer=0, rank=1)
+    large = LayerTerms(layer=0, read=terms.read, write=terms.write, gain=terms.gain, bias=torch.tensor([40_000.0]))
+    bundle = bundle_in_memory({"e": Edit(name="e", layers=(large,))})
+    narrow = Bank(layers=[0], width=WIDTH, terms=8, device=CPU, dtype=torch.float16)
+    with pytest.raises(
+        BundleFormatError, match=r"'e' layer 0: bias adds up to 80000 .* strength 2; .*float16 ends at 65504"
+    ):
+        narrow.load(bundle)
+    Bank(layers=[0], width=WIDTH, terms=8, device=CPU, dtype=torch.bfloat16).load(bundle)
 
 
 def added_bytes(*, layers: int, width: int, terms: int, requests: int, tokens: int) -> int:

@@ -40,6 +40,7 @@ def config_of(arguments: dict[str, Any], **changed: Any) -> Any:
         additional_config=given["additional_config"],
         parallel_config=SimpleNamespace(worker_cls=given["worker_cls"]),
         scheduler_config=SimpleNamespace(scheduler_cls=given["scheduler_cls"]),
+        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 6),
     )
 
 
@@ -50,6 +51,32 @@ def test_engine_processes_read_what_the_gateway_gave(bundles: list[Path]) -> Non
     assert [bundle.digest for bundle in options.bundles] == [load_bundle(path).digest for path in bundles]
     assert options.layers == (0, 1, 3)
     assert options.terms_per_layer == 9
+
+
+def test_layers_can_be_armed_for_bundles_that_come_later(bundles: list[Path]) -> None:
+    """Beside the layers of the bundles, some or all; they are part of the compile key, and no bundle is needed."""
+    for given, layers in (((5, 1, 5), (0, 1, 3, 5)), ("all", (0, 1, 2, 3, 4, 5)), ((), (0, 1, 3))):
+        config = config_of(engine_arguments(bundles, layers=given))  # type: ignore[arg-type]
+        options = options_from(config)
+        assert options is not None
+        assert options.layers == layers
+        enter_compile_key(config, options)
+        assert config.additional_config[CONFIG_KEY]["layers"] == list(layers)
+        again = options_from(config)
+        assert again is not None
+        assert again.layers == layers
+    alone = options_from(config_of(engine_arguments([], layers=[2])))
+    assert alone is not None
+    assert (alone.bundles, alone.layers) == ((), (2,))
+
+
+@pytest.mark.parametrize("given", [[6], [-1], ["1"], [True], "some", {"1": 1}])
+def test_layers_that_the_model_lacks_are_refused(given: object, bundles: list[Path]) -> None:
+    """The error names what was given and what the model has."""
+    arguments = engine_arguments(bundles)
+    arguments["additional_config"][CONFIG_KEY]["layers"] = given
+    with pytest.raises(UnsupportedConfiguration, match="numbers from 0 to 5"):
+        options_from(config_of(arguments))
 
 
 @pytest.mark.parametrize("additional", [None, {}, {"other": 1}, {CONFIG_KEY: None}, {CONFIG_KEY: {}}])

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steering.engine.prefix_cache import BlockHasher, SteeringScheduler, isolated, plan_of
+from steering.engine.roster import BundleNames, Roster
 from steering.errors import InvalidSpec
 from steering.plan import PLAN_KEY, Plan, Reasoning, Scope
 from tests.samples import DIGEST, gate_plan, plan_for
@@ -180,10 +181,13 @@ class FakeScheduler:
 
 
 class Scheduler(SteeringScheduler, FakeScheduler):
-    edits = {DIGEST: frozenset({"e"})}  # noqa: RUF012 - set by `make_scheduler` in the same way
-    gates = {(DIGEST, "gate"): frozenset({"safety"})}  # noqa: RUF012 - likewise
-    responses = frozenset({DIGEST})
     hash_block_size = BLOCK
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roster = Roster(
+            {DIGEST: BundleNames(edits=frozenset({"e"}), gates={"gate": frozenset({"safety"})}, has_response=True)}
+        )
 
 
 @dataclass(slots=True, kw_only=True)

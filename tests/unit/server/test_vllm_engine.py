@@ -1,18 +1,30 @@
-"""What the seam over vLLM makes of the worker's reports, without vLLM."""
+"""What the seam over vLLM makes of the worker's reports and answers, without vLLM."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.errors import reply_to
 from server.vllm_engine import VllmEngine
+from steering.bundle import load_bundle
 from steering.engine.outcomes import OutcomeListener, OutcomeSender
-from steering.errors import EditNotApplied
+from steering.engine.roster import Roster
+from steering.errors import (
+    BundleFormatError,
+    CapacityExceeded,
+    EditNotApplied,
+    EngineError,
+    TrimtabError,
+    UnknownName,
+)
 from steering.outcome import Outcome
 from steering.plan import Scope
+from tests.samples import plan_for, random_edit, write_bundle
 
 
 def outcome(request_id: str, edit: str) -> Outcome:
@@ -73,3 +85,122 @@ async def test_a_sample_that_never_reports_is_given_up(listener: OutcomeListener
     with pytest.raises(EditNotApplied):
         await engine.outcomes("p", (0,), 0.2)
     assert asyncio.get_running_loop().time() - began < 1
+
+
+class FakeCore:
+    """VLLM's engine process: a scheduler with a real roster, and two ranks that fill banks or say why not.
+
+    Attributes:
+        refusals: what each rank answers to a load; None for none.
+        is_deaf: orders to open fail, before or after they were carried out.
+        done: methods and orders, in turn.
+    """
+
+    def __init__(self, refusals: tuple[TrimtabError | None, ...] = (None, None), is_deaf: str = "") -> None:
+        self.roster = Roster({})
+        self.banks: list[set[str]] = [set(), set()]
+        self.refusals, self.is_deaf = refusals, is_deaf
+        self.done: list[str] = []
+        self.engine_core = self
+
+    async def collective_rpc(self, method: str, timeout: float, args: tuple[str, ...]) -> list[Any]:  # noqa: ASYNC109
+        self.done.append(method)
+        assert timeout > 0
+        if method == "steering_load" and not any(self.refusals):
+            for bank in self.banks:
+                bank.add(args[1])
+        elif method == "steering_unload":
+            for bank in self.banks:
+                bank.discard(args[0])
+            return [{"error": None}, {"error": None}]
+        return [{"error": None if error is None else error.to_fields()} for error in self.refusals]
+
+    async def call_utility_async(self, method: str, order: str, digest: str, names: Any) -> Any:
+        assert method == "scheduler"
+        self.done.append(order)
+        if order == "open" and self.is_deaf == "before":
+            raise RuntimeError("Call to scheduler method failed")
+        found = self.roster.obey(order, digest, names)
+        if order == "open" and self.is_deaf == "after":
+            raise TimeoutError
+        return found
+
+
+def engine_of(core: FakeCore) -> VllmEngine:
+    """The seam over this engine process."""
+    engine = object.__new__(VllmEngine)
+    vars(engine).update(_client=core, _loading=asyncio.Lock())
+    return engine
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A bundle with the edit `e`."""
+    write_bundle(tmp_path / "bundle", {"e": random_edit("e", ranks={0: 1})})
+    return tmp_path / "bundle"
+
+
+async def test_a_bundle_is_in_every_bank_before_a_request_can_name_it(folder: Path) -> None:
+    """Loaded by the workers, then opened by the scheduler; closed by the scheduler alone, which has it released."""
+    core = FakeCore()
+    engine = engine_of(core)
+    digest = await engine.load(folder)
+    assert core.done == ["revive", "steering_load", "open"]
+    core.roster.check(plan_for("e", bundle=digest))
+    await engine.unload(digest)
+    assert core.done[3:] == ["close"]
+    assert core.roster.has_released
+    with pytest.raises(UnknownName, match="being unloaded"):
+        core.roster.check(plan_for("e", bundle=digest))
+
+
+async def test_a_bundle_that_is_being_unloaded_is_revived_without_the_workers(folder: Path) -> None:
+    """It never left their banks; once it is released it is loaded anew."""
+    core = FakeCore()
+    engine = engine_of(core)
+    digest = await engine.load(folder)
+    await engine.unload(digest)
+    del core.done[:]
+    assert await engine.load(folder) == digest
+    assert core.done == ["revive"]
+    await engine.unload(digest)
+    assert core.roster.take_released() == (digest,)
+    del core.done[:]
+    await engine.load(folder)
+    assert core.done == ["revive", "steering_load", "open"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_the_rank_that_could_not_load_says_why(first: bool, folder: Path) -> None:
+    """Its error comes as it was raised, whichever rank it is; the scheduler never hears of the bundle."""
+    refusals = [EngineError("another rank could not"), BundleFormatError("needs layer 3")]
+    core = FakeCore(tuple(reversed(refusals)) if first else tuple(refusals))
+    with pytest.raises(BundleFormatError, match="needs layer 3"):
+        await engine_of(core).load(folder)
+    assert core.done == ["revive", "steering_load"]
+
+
+async def test_a_full_bank_is_a_503(folder: Path) -> None:
+    """`CapacityExceeded` crosses the processes as what it is."""
+    core = FakeCore((CapacityExceeded("no room"), CapacityExceeded("no room")))
+    with pytest.raises(CapacityExceeded, match="no room") as caught:
+        await engine_of(core).load(folder)
+    assert reply_to(caught.value).status == 503
+
+
+@pytest.mark.parametrize("is_deaf", ["before", "after"])
+async def test_what_the_scheduler_did_not_confirm_is_taken_back(is_deaf: str, folder: Path) -> None:
+    """Whether the order was carried out or not: no request can name the bundle, and its room is free or released."""
+    core = FakeCore(is_deaf=is_deaf)
+    with pytest.raises(EngineError, match="order to open"):
+        await engine_of(core).load(folder)
+    digest = load_bundle(folder).digest
+    with pytest.raises(UnknownName):
+        core.roster.check(plan_for("e", bundle=digest))
+    assert core.roster.has_released if is_deaf == "after" else core.banks == [set(), set()]
+
+
+async def test_what_is_not_loaded_cannot_be_unloaded() -> None:
+    """The error names the digest."""
+    with pytest.raises(UnknownName, match="sha256:none"):
+        await engine_of(FakeCore()).unload("sha256:none")

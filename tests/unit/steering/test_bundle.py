@@ -12,10 +12,19 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from steering.bundle import MANIFEST, MAX_MANIFEST_BYTES, TENSORS, load_bundle, save_bundle
+from steering.bundle import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MOST_BIAS,
+    MOST_GAIN,
+    MOST_PROBE,
+    TENSORS,
+    load_bundle,
+    save_bundle,
+)
 from steering.errors import BundleDigestError, BundleFormatError
 from steering.fingerprint import digest_of
-from tests.samples import manifest_of, random_edit, write_bundle
+from tests.samples import manifest_of, random_edit, random_probe, with_gates, write_bundle
 
 EDITS = {"raise": random_edit("raise", ranks={1: 2, 3: 1}), "lower": random_edit("lower", ranks={2: 1}, seed=1)}
 Fields = dict[str, Any]
@@ -232,3 +241,50 @@ def test_saving_checks_as_loading_does(tmp_path: Path) -> None:
     with pytest.raises(BundleFormatError, match="absent"):
         save_bundle(tmp_path / "bundle", fields, EDITS)
     assert not (tmp_path / "bundle").exists()
+
+
+def scaled(part: str, factor: float, term: int = 0) -> Callable[[dict[str, Tensor]], object]:
+    """Set one number of the edit `raise` at layer 1."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"raise/1/{part}"][term] = factor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "most", "value"), [("gain", MOST_GAIN, -1e30), ("bias", MOST_BIAS, 1e30), ("bias", MOST_BIAS, -3e38)]
+)
+def test_a_huge_dose_is_refused_by_edit_layer_term_and_value(
+    part: str, most: float, value: float, folder: Path
+) -> None:
+    """Finite numbers that would wipe the residual out, or overflow it, never leave the file; the largest allowed at
+    the highest certified strength, which is 2 here, does.
+    """
+    tamper_tensors(folder, scaled(part, value, term=1))
+    with pytest.raises(
+        BundleFormatError, match=rf"'raise' layer 1: {part} of term 1 is {value:.6g}".replace("+", r"\+")
+    ):
+        load_bundle(folder)
+    tamper_tensors(folder, scaled(part, most, term=1))
+    with pytest.raises(BundleFormatError, match=f"strength 2 is {2 * most:.6g}".replace("+", r"\+")):
+        load_bundle(folder)
+    tamper_tensors(folder, scaled(part, most / 2, term=1))
+    assert getattr(load_bundle(folder).edits["raise"].layers[0], part)[1] == most / 2
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_probe_whose_scores_could_overflow_is_refused(part: str, tmp_path: Path) -> None:
+    """Up to the limit the score of any residual that the next norm survives is a number in float32."""
+    probe = random_probe("p", layer=1, categories=("x",))
+    manifest = with_gates(manifest_of(EDITS), {"g": (probe, {"x": "raise"}, {})})
+    save_bundle(tmp_path, manifest, EDITS, {"p": probe})
+
+    def change(size: float) -> Callable[[dict[str, Tensor]], object]:
+        return lambda tensors: tensors[f"probes/p/{part}"][1].fill_(size / (4 if part == "weight" else 1))
+
+    tamper_tensors(tmp_path, change(2 * MOST_PROBE))
+    with pytest.raises(BundleFormatError, match=f"probe 'p' layer 1: {part} of score 1 has size 1.84467e"):
+        load_bundle(tmp_path)
+    tamper_tensors(tmp_path, change(MOST_PROBE))
+    assert load_bundle(tmp_path).probes["p"].logits(torch.full((16,), 2.0**62)).isfinite().all()
