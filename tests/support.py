@@ -144,8 +144,8 @@ SUPPORT = (
     ),
     Row(
         "several API server processes",
-        "test_gateway_process::test_options_that_would_undo_steering_are_refused",
-        refused="vLLM's option --api-server-count cannot be used here: the gateway has its own, or does without",
+        "test_compat::test_each_unproved_option_is_refused_by_name",
+        refused="api_server_count=2: not proved yet; use 1",
     ),
 )
 

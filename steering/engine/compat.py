@@ -146,6 +146,11 @@ def _refusals(config: VllmConfig, options: SteeringOptions) -> list[_Refusal]:
         ),
         _Refusal(option="data_parallel_size", given=above_one("data_parallel_size"), advice="start one server per GPU"),
         _Refusal(
+            option="api_server_count",
+            given=above_one("_api_process_count"),
+            advice="not proved yet; use 1",
+        ),
+        _Refusal(
             option="enable_dbo", given=getattr(parallel, "enable_dbo", False), advice="micro-batches split the row map"
         ),
         _Refusal(

@@ -17,6 +17,7 @@ CONFIGURED: dict[str, Any] = {
     "enable_lora": {"lora_config": SimpleNamespace()},
     "kv_transfer_config": {"kv_transfer_config": SimpleNamespace()},
     "runner": {"runner_type": "pooling"},
+    "api_server_count": {"_api_process_count": 2},
 }
 """How an option is given to the configuration, where its own name is not how."""
 

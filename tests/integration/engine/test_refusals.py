@@ -34,6 +34,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "enable_dbo": ("True", {"enable_dbo": True}),
     "kv_transfer_config": ("True", {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}),
     "kv_transfer_config by kv_offloading_size": ("True", {"kv_offloading_size": 1.0}),
+    "api_server_count": ("2", {"_api_process_count": 2}),
     "enable_prompt_embeds": ("True", {"enable_prompt_embeds": True}),
     "runner": ("pooling", {"runner": "pooling", "convert": "embed"}),
     "kv_sharing_fast_prefill": ("True", {"kv_sharing_fast_prefill": True}),

@@ -26,6 +26,7 @@ def configuration(**changed: Any) -> Any:
             "prefill_context_parallel_size": 1,
             "data_parallel_size": 1,
             "enable_dbo": False,
+            "_api_process_count": 1,
             "enable_expert_parallel": False,
         },
         "model_config": {"enable_prompt_embeds": False, "enable_sleep_mode": False, "runner_type": "generate"},
@@ -52,6 +53,7 @@ REFUSED = {
     "prefill_context_parallel_size": 2,
     "data_parallel_size": 4,
     "enable_dbo": True,
+    "_api_process_count": 2,
     "enable_expert_parallel": True,
     "speculative_config": SimpleNamespace(method="eagle3"),
     "lora_config": SimpleNamespace(),
@@ -62,7 +64,12 @@ REFUSED = {
     "kv_sharing_fast_prefill": True,
     "pass_config": SimpleNamespace(enable_sp=True),
 }
-NAMED = {"pass_config": "enable_sp", "lora_config": "enable_lora", "runner_type": "runner"}
+NAMED = {
+    "_api_process_count": "api_server_count",
+    "pass_config": "enable_sp",
+    "lora_config": "enable_lora",
+    "runner_type": "runner",
+}
 
 
 @pytest.mark.parametrize("option", REFUSED)
