@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,8 @@ from typing import Any, TextIO
 from steering.engine.compat import ENVIRONMENT
 from steering.errors import EngineError, EngineTimeout
 
-START_PATIENCE, ROUND_PATIENCE = 900.0, 300.0
-"""Seconds; an engine that compiles on a busy machine, and one round."""
+START_PATIENCE, ROUND_PATIENCE, END_PATIENCE = 900.0, 300.0, 30.0
+"""Seconds; an engine that compiles on a busy machine, one round, and the end of a companion that has no more orders."""
 
 
 class Companion:
@@ -87,6 +88,7 @@ def companion(
             stderr=log,
             text=True,
             env={**ENVIRONMENT, **os.environ, **(environment or {})},
+            start_new_session=True,  # a group of its own, with the processes that it starts
         )
         try:
             yield Companion(module, process, log)
@@ -94,11 +96,12 @@ def companion(
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=END_PATIENCE)
+            # An engine's own processes too: what they hold of a GPU is wanted by the next engine.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             assert process.stdout is not None
             process.stdout.close()
 

@@ -46,6 +46,10 @@ class Resident:
         own = engine_arguments([Path(path) for path in settings["bundles"]]) if self._is_steering else {}
         self._llm = LLM(model=settings["model"], **settings["options"], **own)
 
+    def close(self) -> None:
+        """End the engine's processes, which the end of this one alone leaves waiting."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def about(self) -> dict[str, Any]:
         """What runs here: a steering engine reports its layers, stock vLLM knows no such report."""
         if not self._is_steering:
@@ -299,6 +303,7 @@ def main() -> None:
         _listen()
     resident = Resident(settings)
     serve(answers, resident.about(), resident.order)
+    resident.close()
 
 
 if __name__ == "__main__":

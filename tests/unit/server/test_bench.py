@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,37 @@ def test_a_companion_that_ends_is_an_error_with_its_last_words(doubler: str) -> 
         made.wait_until_ready()
         with pytest.raises(EngineError, match="own last words"):
             made.ask(number=-1)
+
+
+PARENT = """
+import json, subprocess, sys
+from server.bench.companion import serve, take_over_output
+
+answers = take_over_output()
+child = subprocess.Popen(["sleep", "600"])
+serve(answers, {"child": child.pid}, dict)
+"""
+
+
+def test_a_companions_own_processes_end_with_it(doubler: str, tmp_path: Path) -> None:
+    """An engine that outlives its companion would keep the memory of a GPU."""
+    (tmp_path / "parent.py").write_text(PARENT)
+    with companion("parent", {}) as made:
+        child = made.wait_until_ready()["child"]
+        assert Path(f"/proc/{child}").exists()
+    deadline = time.monotonic() + 10
+    while _is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _is_running(child)
+
+
+def _is_running(process: int) -> bool:
+    """A process that has ended and was not waited for, as in a container without an init, counts as ended."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize("options", ["[1]", "{", "5"])
