@@ -105,8 +105,8 @@ class SteeringScheduler:
     def __call__(self, order: str, digest: str, names: Mapping[str, Any] | None = None) -> bool:
         """Carry out an order of whoever loads bundles; see `Roster.obey`.
 
-        vLLM's engine takes calls of its attributes by name (`EngineCoreProc._handle_client_request`, UTILITY, 0.25 to
-        0.33), between steps and in the order of the requests, and the scheduler is such an attribute.
+        vLLM's engine takes calls of its attributes by name (`EngineCoreProc._handle_client_request`, UTILITY, vLLM
+        0.32), between steps and in the order of the requests, and the scheduler is such an attribute.
         """
         return self.roster.obey(order, digest, names)
 
