@@ -101,6 +101,10 @@ def serve(
         str | None,
         typer.Option(help="Layers that bundles loaded later may need, as 3,5,8 or all; the bundles' own by default."),
     ] = None,
+    check_finite: Annotated[
+        bool | None,
+        typer.Option("--check-finite", help="End a steered request whose residuals are not finite; costs a little."),
+    ] = None,
 ) -> None:
     """See the help text above; settings not given here come from TRIMTAB_* variables."""
     from server.process import Order
@@ -115,6 +119,7 @@ def serve(
         "served_model_name": served_model_name,
         "accept_transfer": accept_transfer,
         "steer_layers": steer_layers,
+        "check_finite": check_finite,
     }
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
@@ -211,6 +216,7 @@ def _order(settings: Any, options: tuple[str, ...], order: Any) -> Any:
             options=options,
             defaults=DEMO_OPTIONS,
             layers=settings.armed_layers,
+            check_finite=settings.check_finite,
         )
     return order(
         model=settings.model,
@@ -218,6 +224,7 @@ def _order(settings: Any, options: tuple[str, ...], order: Any) -> Any:
         bundles=settings.bundles,
         options=options,
         layers=settings.armed_layers,
+        check_finite=settings.check_finite,
     )
 
 

@@ -44,6 +44,7 @@ class Order:
         options: vLLM's own, as given.
         defaults: vLLM's own, where none were given.
         layers: armed beside those the bundles need.
+        check_finite: steered requests whose residuals are not finite are ended.
     """
 
     model: Path
@@ -52,6 +53,7 @@ class Order:
     options: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] | Literal["all"] = ()
+    check_finite: bool = False
 
 
 def serve(order: Order, settings: Settings, *, on_ready: Callable[[str], None]) -> None:
@@ -132,7 +134,8 @@ async def _serve(order: Order, settings: Settings, catalog: Catalog, on_ready: C
 
     set_environment()
     arguments = parse_options(order.model, order.name, order.options, order.defaults)
-    async with started(arguments, order.bundles, layers=order.layers) as engine:
+    chosen: dict[str, Any] = {"layers": order.layers, "check_finite": order.check_finite}
+    async with started(arguments, order.bundles, **chosen) as engine:
         gateway = create_gateway(engine, catalog, settings, engine_version=versions())
         server = DrainingServer(_uvicorn_config(gateway, settings), gateway)
         check = asyncio.create_task(_arm(server, gateway, on_ready), name="self-check")

@@ -29,7 +29,9 @@ class Settings(BaseSettings):
         accept_transfer: bundles made for another model of the same shape are accepted.
         steer_layers: decoder blocks that carry the op beside those the bundles need, for bundles loaded later: numbers
             with commas between them, or "all".
-        max_body_bytes: more are not read.
+        check_finite: steered requests whose residuals become infinite or no numbers are ended with an error.
+        check_finite: bool = False
+    max_body_bytes: more are not read.
         body_timeout: for the whole body.
         max_inflight: requests answered at once.
         outcome_timeout, first_token_timeout, between_timeout, total_timeout: see `server.service.Limits`.

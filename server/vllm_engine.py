@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, 
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import generate_latest
 from pydantic import ValidationError
@@ -244,15 +244,13 @@ class VllmEngine:
 
 
 @asynccontextmanager
-async def started(
-    arguments: Namespace, bundles: Sequence[Path], *, layers: Sequence[int] | Literal["all"] = ()
-) -> AsyncIterator[VllmEngine]:
+async def started(arguments: Namespace, bundles: Sequence[Path], **steering: Any) -> AsyncIterator[VllmEngine]:
     """A running engine that steers with these bundles.
 
     Args:
         arguments: of `parse_options`.
         bundles: folders, checked already.
-        layers: armed beside those the bundles need, for bundles loaded later.
+        steering: other arguments of `engine_arguments`.
 
     Raises:
         OperatorError: vLLM or the plugin refuses the combination of model, bundles and options.
@@ -273,7 +271,7 @@ async def started(
         stack.push_async_callback(listener.close)
         try:
             engine_args = AsyncEngineArgs.from_cli_args(arguments)
-            for name, value in engine_arguments(bundles, layers=layers).items():
+            for name, value in engine_arguments(bundles, **steering).items():
                 setattr(engine_args, name, value)
             client = await stack.enter_async_context(build_async_engine_client_from_engine_args(engine_args))
             listener.start()

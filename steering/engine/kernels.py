@@ -72,6 +72,9 @@ RESPONSE = SCORES + 1 + MAX_CATEGORIES
 AWAITED = RESPONSE + 1 + MAX_RESPONSE_TOKENS
 """Column of a row: one more than the id of the token at which reasoning ends, while it is waited for; 0 otherwise."""
 
+BROKEN = AWAITED + 1
+"""Column of a row: not 0 once the finite check has seen what is no number in a token of it; see `finite.py`."""
+
 ROW_WIDTH = 40
 """A multiple of 4."""
 
@@ -95,7 +98,7 @@ class Latch(IntEnum):
 
 _LIBRARY = torch.library.Library("trimtab", "FRAGMENT")
 
-assert AWAITED < ROW_WIDTH
+assert BROKEN < ROW_WIDTH
 assert 1 << (MUTED - PLACE) > MAX_RESPONSE_TOKENS
 
 

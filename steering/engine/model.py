@@ -17,6 +17,7 @@ import steering.engine.kernels  # noqa: F401 - defines torch.ops.trimtab.edit
 from steering.engine.bank import Bank
 from steering.engine.capture import Capture, capture_of
 from steering.engine.compat import ARCHITECTURES, check_configuration, class_location
+from steering.engine.finite import FiniteCheck, mark
 from steering.engine.loads import Loads
 from steering.engine.options import SteeringOptions, enter_compile_key, options_from
 from steering.engine.outcomes import OutcomeSender
@@ -64,6 +65,7 @@ class Steering:
         self.is_sparing = self.bank.is_sparing
         """Whether the op that spares reasoning is part of the model, and of the graphs made of it."""
         self._download = RowDownload(self.rows.rows)
+        self.finite = FiniteCheck(self.rows, self._download) if options.is_checking_finite else None
         self.loads = Loads(
             bank=self.bank,
             rows=self.rows,
@@ -123,6 +125,8 @@ class Steering:
         """Send what became true; called once the forward pass has been launched without an error."""
         if self.capture is not None:
             self.capture.after_forward()
+        if self.finite is not None:
+            self.finite.after_forward()
         if not (self._due.outcomes or self._due.responses):
             return
         # By number: a request may have given its row back by the time the table has been read.
@@ -211,7 +215,8 @@ class SteeredModel(nn.Module):
         self.steering = steering
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, *arguments: Any, **named: Any) -> Tensor | Any:
-        """As vLLM's; where a bundle spares reasoning the step's tokens are looked at first, outside the compiled part.
+        """As vLLM's; where a bundle spares reasoning the step's tokens are looked at first, and where what is finite is
+        checked its result afterwards, both outside the compiled part.
 
         Raises:
             UnsupportedConfiguration: reasoning is to be spared, and the runner gives embeddings and no tokens.
@@ -220,7 +225,11 @@ class SteeredModel(nn.Module):
             if input_ids is None:
                 raise UnsupportedConfiguration("reasoning is spared by the tokens, and only embeddings were given")
             torch.ops.trimtab.spare(input_ids, self.steering.rows.token_rows, self.steering.rows.rows)
-        return super().forward(input_ids, positions, *arguments, **named)
+        result = super().forward(input_ids, positions, *arguments, **named)
+        if self.steering is not None and self.steering.finite is not None:
+            hidden = result if isinstance(result, Tensor) else result[0]
+            mark(hidden, self.steering.rows.token_rows, self.steering.rows.rows)
+        return result
 
     def compute_logits(self, *arguments: Any, **named: Any) -> Any:
         """As vLLM's; both runners call it right after every forward pass, outside the graph."""

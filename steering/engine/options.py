@@ -70,6 +70,7 @@ class SteeringOptions:
         bundles: checked bundles, in the order given.
         terms_per_layer: capacity of each steered layer's table.
         capture: what is captured; None where nothing can be.
+        is_checking_finite: the residuals of requests with a row are checked at every step.
         armed: decoder blocks that carry the op whatever these bundles need, for those loaded later.
     """
 
@@ -77,6 +78,7 @@ class SteeringOptions:
     terms_per_layer: int
     capture: CaptureSettings | None = None
     armed: tuple[int, ...] = ()
+    is_checking_finite: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -92,6 +94,7 @@ def engine_arguments(
     terms_per_layer: int | None = None,
     capture: CaptureSettings | None = None,
     layers: Sequence[int] | Literal["all"] = (),
+    check_finite: bool = False,
 ) -> dict[str, Any]:
     """Values for vLLM's `AsyncEngineArgs` that make an engine steer with these bundles.
 
@@ -102,6 +105,7 @@ def engine_arguments(
         capture: what is captured; whoever starts the engine names the folder in the environment as well.
         layers: decoder blocks that carry the op beside those these bundles need, so that bundles that need them can be
             loaded later; an idle op costs little, and not nothing.
+        check_finite: a steered request whose residuals become infinite or no numbers is ended with an error.
 
     Raises:
         BundleError: a bundle does not pass its checks.
@@ -113,6 +117,8 @@ def engine_arguments(
     options: dict[str, Any] = {"bundles": described}
     if terms_per_layer:
         options["terms_per_layer"] = terms_per_layer
+    if check_finite:
+        options["check_finite"] = True
     if layers:
         options["layers"] = "all" if layers == "all" else sorted(set(layers))
     if capture is not None:
@@ -136,7 +142,7 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
     given = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
     if not given:
         return None
-    unknown = set(given) - {"bundles", "terms_per_layer", "capture", "version", "layers"}
+    unknown = set(given) - {"bundles", "terms_per_layer", "capture", "version", "layers", "check_finite"}
     if unknown:
         raise UnsupportedConfiguration(f"unknown keys {sorted(unknown)} in additional_config[{CONFIG_KEY!r}]")
     for option, value, needed in (
@@ -158,7 +164,18 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
             raise BundleDigestError(f"bundle {path} has digest {bundle.digest}, the engine was started with {digest}")
         bundles.append(bundle)
     terms = given.get("terms_per_layer") or max(DEFAULT_TERMS_PER_LAYER, terms_needed(bundles))
-    return SteeringOptions(bundles=tuple(bundles), terms_per_layer=int(terms), capture=capture, armed=armed)
+    is_checking_finite = given.get("check_finite", False)
+    if not isinstance(is_checking_finite, bool):
+        raise UnsupportedConfiguration(
+            f"additional_config[{CONFIG_KEY!r}]['check_finite'] is true or false, got {is_checking_finite!r}"
+        )
+    return SteeringOptions(
+        bundles=tuple(bundles),
+        terms_per_layer=int(terms),
+        capture=capture,
+        armed=armed,
+        is_checking_finite=is_checking_finite,
+    )
 
 
 def _armed_from(given: object, config: VllmConfig) -> tuple[int, ...]:

@@ -15,10 +15,11 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from steering.engine.capture import capture_of
+from steering.engine.finite import BROKEN_REQUESTS
 from steering.engine.roster import RELEASED, BundleNames, Roster
 from steering.errors import InvalidSpec, NotSupported, TrimtabError
 from steering.plan import PLAN_KEY, Plan, Scope
@@ -106,6 +107,7 @@ class SteeringScheduler:
     is_capturing: bool = False
     roster: Roster
     hash_block_size: int
+    requests: dict[str, Request]
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -115,8 +117,8 @@ class SteeringScheduler:
     def __call__(self, order: str, digest: str, names: Mapping[str, Any] | None = None) -> bool:
         """Carry out an order of whoever loads bundles; see `Roster.obey`.
 
-        vLLM's engine takes calls of its attributes by name (`EngineCoreProc._handle_client_request`, UTILITY, 0.25 to
-        0.33), between steps and in the order of the requests, and the scheduler is such an attribute.
+        vLLM's engine takes calls of its attributes by name (`EngineCoreProc._handle_client_request`, UTILITY, vLLM
+        0.32), between steps and in the order of the requests, and the scheduler is such an attribute.
         """
         return self.roster.obey(order, digest, names)
 
@@ -166,11 +168,16 @@ class SteeringScheduler:
         """
         return bool(self._rejected) or self.roster.has_released or super().has_finished_requests()  # type: ignore[misc]
 
-    def update_from_output(self, *arguments: Any, **named: Any) -> Any:
-        """As vLLM's, with an error for the client of each rejected request; it would else wait for ever."""
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """As vLLM's, with an error for the client of each rejected request; it would else wait for ever. Those whose
+        residuals are not finite are ended likewise, without the step's token.
+        """
         from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
-        outputs = super().update_from_output(*arguments, **named)  # type: ignore[misc]
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        broken = getattr(model_runner_output, BROKEN_REQUESTS, ())
+        if broken:
+            self._end_broken(broken, outputs)
         for request in self._rejected:
             group = outputs.setdefault(request.client_index, EngineCoreOutputs())
             group.outputs.append(
@@ -178,6 +185,25 @@ class SteeringScheduler:
             )
         self._rejected.clear()
         return outputs
+
+    def _end_broken(self, broken: Sequence[str], outputs: Any) -> None:
+        from vllm.logger import init_logger
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+        from vllm.v1.request import RequestStatus
+
+        init_logger(__name__).error("requests %s ended: their residuals are not finite", list(broken))
+        clients = {
+            request_id: self.requests[request_id].client_index for request_id in broken if request_id in self.requests
+        }
+        self.finish_requests(list(clients), RequestStatus.FINISHED_ERROR)  # type: ignore[attr-defined]
+        for client, group in outputs.items():
+            # One that reached its end in this very step is not among the running ones any more.
+            clients |= {each.request_id: client for each in group.outputs if each.request_id in broken}
+            group.outputs = [each for each in group.outputs if each.request_id not in broken]
+        for request_id, client in clients.items():
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.append(
+                EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
+            )
 
     def _checked_plan(self, request: Request) -> Plan | None:
         plan = plan_of(request)

@@ -124,6 +124,11 @@ class Rows:
         """Steered requests that are known, running or preempted."""
         return len(self._requests)
 
+    @property
+    def requests(self) -> dict[int, str]:
+        """Requests that have a row, by its number."""
+        return {row: request_id for request_id, row in self._row_of.items()}
+
     def names(self, digest: str) -> bool:
         """Whether the plan of a known request, running or preempted, names this bundle."""
         return any(steered.plan.bundle == digest for steered in self._requests.values())
@@ -256,6 +261,8 @@ class Rows:
             row: [W] the request's row as that pass left it.
         """
         plan, gate = steered.plan, steered.gate
+        if row[kernels.BROKEN]:
+            return self._reported(steered, error="the residuals are not finite")
         if gate is None:
             return self._reported(steered, is_applied=True, edit=plan.edit, strength=plan.strength)
         values = row.tolist()  # once: to take a single number out of an array is slow

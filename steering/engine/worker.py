@@ -5,14 +5,17 @@ Named in `worker_cls`, imported in worker processes only.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
+from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from steering import __version__
 from steering.engine.compat import ARCHITECTURES
+from steering.engine.finite import BROKEN_REQUESTS, FiniteCheck
 from steering.engine.options import options_from
 from steering.engine.roster import RELEASED
 from steering.engine.runner_v1 import steer
@@ -70,6 +73,16 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         if released or steering.loads.is_waiting:
             steering.loads.release(released)
         return result
+
+    def sample_tokens(self, *arguments: Any) -> Any:
+        """As vLLM's; where the finite check is on, the output also names the requests that are to be ended."""
+        output = super().sample_tokens(*arguments)
+        steering = self._steering()
+        if steering is None or steering.finite is None:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _Checked(output, steering.finite)
+        return _with_broken(output, steering.finite)
 
     def steering_load(self, path: str, digest: str) -> dict[str, Any]:
         """Put a bundle into the bank of every rank, or of none; to be called on all of them at once.
@@ -169,6 +182,25 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         if steering is None:
             raise PluginNotArmed("this engine was started without bundles and layers, so that none can be loaded")
         return steering
+
+
+class _Checked(AsyncModelRunnerOutput):
+    """An output of vLLM's that is on its way from the device."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, check: FiniteCheck) -> None:
+        self._output, self._check = output, check
+
+    def get_output(self) -> Any:
+        """As vLLM's, with the requests that are to be ended."""
+        return _with_broken(self._output.get_output(), self._check)
+
+
+def _with_broken(output: Any, check: FiniteCheck) -> Any:
+    broken = check.take()
+    if broken and output is not None:
+        output = copy.copy(output)  # vLLM has one empty output for all
+        setattr(output, BROKEN_REQUESTS, broken)
+    return output
 
 
 def _told(work: Callable[[], None]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class LoadingScenario:
         model, bundle: local folders.
         terms: rows of each layer's table.
         steps: in turn.
+        check_finite: the finite check is on.
         arguments, environment, v2_interpreted: as of `driver.Scenario`.
         kind: tells the process what to play.
     """
@@ -53,6 +54,7 @@ class LoadingScenario:
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     v2_interpreted: bool = False
+    check_finite: bool = False
     kind: str = KIND
 
 
@@ -93,7 +95,9 @@ def run_loading(question: Path, inbox: Any) -> LoadingResult:
         engine = LLM(
             model=fields["model"],
             skip_tokenizer_init=True,
-            **engine_arguments([Path(fields["bundle"])], terms_per_layer=fields["terms"]),
+            **engine_arguments(
+                [Path(fields["bundle"])], terms_per_layer=fields["terms"], check_finite=fields["check_finite"]
+            ),
             **options,
         )
     try:

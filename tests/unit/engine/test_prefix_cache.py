@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steering.engine.finite import BROKEN_REQUESTS
 from steering.engine.prefix_cache import BlockHasher, SteeringScheduler, isolated, plan_of
-from steering.engine.roster import BundleNames, Roster
+from steering.engine.roster import RELEASED, BundleNames, Roster
 from steering.errors import InvalidSpec
 from steering.plan import PLAN_KEY, Plan, Reasoning, Scope
 from tests.samples import DIGEST, gate_plan, plan_for
@@ -169,15 +170,30 @@ class FakeScheduler:
 
     def __init__(self) -> None:
         self.accepted: list[FakeRequest] = []
+        self.requests: dict[str, FakeRequest] = {}
+        self.ended: set[str] = set()
+        self.outputs: dict[int, FakeOutputs] = {}
 
     def add_request(self, request: FakeRequest) -> None:
         self.accepted.append(request)
+        self.requests[request.request_id] = request
 
     def has_finished_requests(self) -> bool:
         return False
 
-    def update_from_output(self) -> dict[int, FakeOutputs]:
-        return {}
+    def schedule(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(finished_req_ids=self.ended)
+
+    def finish_requests(self, request_ids: list[str], status: str) -> None:
+        assert status == "FINISHED_ERROR"
+        for request_id in request_ids:
+            del self.requests[request_id]
+            self.ended.add(request_id)
+
+    def update_from_output(self, scheduler_output: object, model_runner_output: object) -> dict[int, FakeOutputs]:
+        del scheduler_output, model_runner_output
+        outputs, self.outputs = self.outputs, {}
+        return outputs
 
 
 class Scheduler(SteeringScheduler, FakeScheduler):
@@ -205,7 +221,9 @@ class FakeOutputs:
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the scheduler takes of vLLM, by its import paths, so that vLLM need not be imported."""
-    modules = {name: types.ModuleType(name) for name in ("vllm", "vllm.logger", "vllm.v1", "vllm.v1.engine")}
+    modules = {
+        name: types.ModuleType(name) for name in ("vllm", "vllm.logger", "vllm.v1", "vllm.v1.engine", "vllm.v1.request")
+    }
     modules["vllm.logger"].init_logger = logging.getLogger  # type: ignore[attr-defined]
     engine = {
         "EngineCoreOutput": FakeOutput,
@@ -213,6 +231,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         "FinishReason": types.SimpleNamespace(ERROR="error"),
     }
     vars(modules["vllm.v1.engine"]).update(engine)
+    vars(modules["vllm.v1.request"]).update(RequestStatus=types.SimpleNamespace(FINISHED_ERROR="FINISHED_ERROR"))
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
 
@@ -310,12 +329,12 @@ def assert_rejected(scheduler: Scheduler, request: FakeRequest) -> None:
     """Never scheduled; the engine is made to take a step, in which the client is told of an error, once."""
     assert scheduler.accepted == []
     assert scheduler.has_finished_requests()
-    outputs = scheduler.update_from_output()
+    outputs = scheduler.update_from_output(None, None)
     assert outputs == {
         3: FakeOutputs(outputs=[FakeOutput(request_id=request.request_id, new_token_ids=[], finish_reason="error")])
     }
     assert not scheduler.has_finished_requests()
-    assert scheduler.update_from_output() == {}
+    assert scheduler.update_from_output(None, None) == {}
 
 
 @pytest.mark.usefixtures("vllm")
@@ -329,6 +348,63 @@ def test_a_plan_that_cannot_be_followed_ends_its_request_alone(text: object) -> 
 def test_a_session_that_takes_more_input_later_cannot_be_steered() -> None:
     """Its prompt length changes, so positions cannot be decided."""
     assert_rejected(*submitted(plan_for("e").to_json(), resumable=True))
+
+
+def test_a_step_tells_the_ranks_what_is_released_after_the_last_request() -> None:
+    """Closed while its request runs: nothing is told, and the engine is not kept busy. Once that ended, one step is
+    taken for it, which names the bundle; the next does not.
+    """
+    scheduler, request = submitted(plan_for("e").to_json())
+    assert scheduler("close", DIGEST)
+    assert not scheduler.has_finished_requests()
+    assert not hasattr(scheduler.schedule(), RELEASED)
+    scheduler.ended.add(request.request_id)
+    assert getattr(scheduler.schedule(), RELEASED) == (DIGEST,)
+    assert not hasattr(scheduler.schedule(), RELEASED)
+    assert scheduler("close", DIGEST) is False
+
+
+def test_a_released_bundle_makes_an_idle_engine_take_a_step() -> None:
+    """Nobody names it: the step comes without any request."""
+    scheduler, _ = submitted(None)
+    scheduler("close", DIGEST)
+    assert scheduler.has_finished_requests()
+    assert getattr(scheduler.schedule(), RELEASED) == (DIGEST,)
+    assert not scheduler.has_finished_requests()
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_plan_that_names_a_bundle_being_unloaded_is_rejected() -> None:
+    """Its request is ended; one accepted before stays."""
+    scheduler, before = submitted(plan_for("e").to_json())
+    scheduler("close", DIGEST)
+    late = FakeRequest(
+        tokens=TOKENS[:10],
+        request_id="late",
+        sampling_params=Parameters(extra_args={PLAN_KEY: plan_for("e").to_json()}),
+    )
+    scheduler.add_request(late)
+    assert scheduler.accepted == [before]
+    outputs = scheduler.update_from_output(None, None)
+    assert [each.request_id for each in outputs[3].outputs] == ["late"]
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_broken_request_is_ended_without_its_token_and_alone(has_ended: bool) -> None:
+    """Running still, or at its end in this very step: its client gets an error and no token, the neighbour its own."""
+    scheduler, request = submitted(plan_for("e").to_json())
+    neighbour = FakeRequest(tokens=TOKENS[:5], request_id="neighbour")
+    scheduler.add_request(neighbour)
+    given = FakeOutput(request_id="neighbour", new_token_ids=[7], finish_reason="")
+    broken = FakeOutput(request_id=request.request_id, new_token_ids=[0], finish_reason="length" if has_ended else "")
+    scheduler.outputs = {3: FakeOutputs(outputs=[broken, given])}
+    if has_ended:
+        del scheduler.requests[request.request_id]
+    told = types.SimpleNamespace(**{BROKEN_REQUESTS: (request.request_id, "gone long ago")})
+    error = FakeOutput(request_id=request.request_id, new_token_ids=[], finish_reason="error")
+    assert scheduler.update_from_output(None, told) == {3: FakeOutputs(outputs=[given, error])}
+    assert list(scheduler.requests) == ["neighbour"]
 
 
 def test_plan_of_reads_the_plan_and_nothing_else() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -44,12 +45,21 @@ def test_docstring_draws_the_tree_as_it_is() -> None:
 
 @pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
 def test_errors_survive_a_process_border_with_every_fact(error: type[TrimtabError]) -> None:
-    """Message, parameter and code come out of a pickle as they went in; engine processes send errors so."""
+    """Message, parameter and code come out of a pickle as they went in, and out of JSON; engine processes send errors
+    in both ways.
+    """
     sent = error("found 1, needs 2", parameter="steering.strength", code="own_code")
-    received = pickle.loads(pickle.dumps(sent))  # noqa: S301 - made one line above
-    assert type(received) is error
-    assert (str(received), received.message) == ("found 1, needs 2", "found 1, needs 2")
-    assert (received.parameter, received.code) == ("steering.strength", "own_code")
+    pickled = pickle.loads(pickle.dumps(sent))  # noqa: S301 - made one line above
+    for received in (pickled, TrimtabError.from_fields(json.loads(json.dumps(sent.to_fields())))):
+        assert type(received) is error
+        assert (str(received), received.message) == ("found 1, needs 2", "found 1, needs 2")
+        assert (received.parameter, received.code) == ("steering.strength", "own_code")
+
+
+def test_an_error_of_an_unknown_class_is_still_one_of_ours() -> None:
+    """Another version's worker may have errors that this process lacks."""
+    fields = UnknownName("no such edit").to_fields() | {"class": "NotThoughtOfYet"}
+    assert type(TrimtabError.from_fields(fields)) is TrimtabError
 
 
 @pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
