@@ -1,9 +1,11 @@
 """Prefix cache: no answer depends on what the cache holds, and what may be shared is found again (design rule 3).
 
-Random talks of several turns, from a seed, run interleaved in one engine that has far too few key-value blocks:
-unsteered, two bundles of one model with edits of the same names, both scopes, a gate that decides, gates and probes
-that only observe, n = 2. What a turn asks holds the answers before it and often goes on with another kind of steering,
-and a few beginnings are shared by all, so that a block under a wrong key is found by somebody who must not have it.
+Random talks of several turns, from a seed, run interleaved in one engine that has few key-value blocks. Half of them
+come at once, so that requests are preempted, the others one after the other, so that answers are still in the cache
+when the next turn asks. They are unsteered, or steered by one of two bundles whose edits have the same names, in either
+scope, by a gate, or only observed by a gate or probe; some have n = 2. What a turn asks holds the answers before it and
+often goes on with another kind of steering, and a few beginnings are shared by all, so that a block under a wrong key
+is found by somebody who must not have it.
 
 Each answer is compared with two others: that of an engine without prefix caching, which is asked the same in the same
 order, and that of the request alone. For the latter the oracle is used (transformers with the edit put in by hooks, one
@@ -59,10 +61,10 @@ CROWDED: dict[str, Any] = {
     "max_num_seqs": 24,
     "max_num_batched_tokens": 256,
     "enable_chunked_prefill": True,
-    "num_gpu_blocks_override": 72,
+    "num_gpu_blocks_override": 80,
     "max_model_len": 512,
 }
-"""An engine in which prompts are read in pieces and running requests are preempted."""
+"""An engine in which prompts are read in pieces and, while it is crowded, running requests are preempted."""
 
 GATE = {"profile": "gate", "comply_below": 0.4, "refuse_above": 0.6}
 KINDS: dict[str, dict[str, Any]] = {
@@ -75,6 +77,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "gate that observes": {"gate": {**GATE, "is_observed": True}},
     "response observed": {"response": True},
 }
+KEEPING = [kind for kind in KINDS if kind != "gate" and not kind.endswith("generated")]
+"""Kinds whose next turn may find blocks of the answer; that of the others does only where the kind has changed."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,14 @@ def random_talks(seed: int, *, talks: int, turns: int = TURNS) -> tuple[list[lis
     openings = [prompt_of(length, 20 + length) for length in (1, 2, BLOCK - 9, BLOCK, BLOCK + 1, 19)]
     made: list[list[Turn]] = []
     kinds: list[list[str]] = []
-    for _ in range(talks):
+    for number in range(talks):
+        is_crowd = number < talks // 2
+        start = generator.randrange(12) if is_crowd else 3 * talks + 12 * (number - talks // 2)
         edit, strength = generator.choice(EDITS), generator.choice([1.0, -1.0, 1.5])
         said = (*generator.choice(systems), *generator.choice(openings))
         kind = generator.choice(list(KINDS))
         talk, of_talk = [], []
-        for _ in range(turns):
+        for turn in range(turns):
             fields = dict(KINDS[kind])
             bundle = fields.pop("bundle", 0)
             if "scope" in fields:
@@ -129,7 +135,7 @@ def random_talks(seed: int, *, talks: int, turns: int = TURNS) -> tuple[list[lis
                 samples=2 if generator.random() < SAMPLES_OF_TWO else 1,
                 **fields,
             )
-            talk.append(Turn(ask=ask, bundle=bundle, pause=generator.randrange(12)))
+            talk.append(Turn(ask=ask, bundle=bundle, pause=generator.randrange(12) if turn else start))
             of_talk.append(kind)
             said = prompt_of(generator.randrange(1, 24), generator.randrange(1000))
             if generator.random() < 0.4:
@@ -206,15 +212,17 @@ class TestRandomTalks:
     """Interleaved talks of every kind in an engine that preempts."""
 
     def test_the_load_is_what_it_claims(self, proof: Proof) -> None:
-        """Enough requests, preemptions in both engines, all decisions, and cache hits of every kind of request."""
+        """Enough requests, preemptions in both, all decisions; every kind finds blocks, and answers that it may."""
         hits: Counter[str] = Counter()
         count: Counter[str] = Counter()
+        read_on: Counter[str] = Counter()
         prompt = 0
         for kinds, heard_talk in zip(proof.kinds, proof.cached.talks, strict=True):
-            for kind, heard in zip(kinds, heard_talk, strict=True):
+            for place, (kind, heard) in enumerate(zip(kinds, heard_talk, strict=True)):
                 hits[kind] += heard.cached
                 count[kind] += 1
                 prompt += len(heard.prompt)
+                read_on[kind] += place > 0 and heard.cached > len(heard_talk[place - 1].prompt)
         decided = Counter(one for talk in proof.cached.decisions for turn in talk for one in turn)
         LOG.info(
             "%d requests, %d prompt tokens, %d of them cached; preemptions %d (without caching %d); steps %d (%d); "
@@ -229,10 +237,17 @@ class TestRandomTalks:
             dict(decided),
         )
         for kind in KINDS:
-            LOG.info("%s: %d requests, %d cached tokens", kind, count[kind], hits[kind])
+            LOG.info(
+                "%s: %d requests, %d cached tokens, %d found blocks of the answer before",
+                kind,
+                count[kind],
+                hits[kind],
+                read_on[kind],
+            )
         assert count.total() >= REQUESTS
         assert min(proof.cached.preemptions, proof.plain.preemptions) > 0
         assert all(hits[kind] > 0 for kind in KINDS)
+        assert all(read_on[kind] > 0 for kind in KEEPING)
         assert set(Decision) <= set(decided)
         assert all(heard.cached == 0 for talk in proof.plain.talks for heard in talk)
 
