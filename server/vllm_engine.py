@@ -165,7 +165,7 @@ class VllmEngine:
                 errors = [TrimtabError.from_fields(answer["error"]) for answer in answers if answer["error"]]
                 if errors:
                     # One rank says what it is, the others that there was one.
-                    raise next((error for error in errors if not isinstance(error, EngineError)), errors[0])
+                    raise next((error for error in errors if type(error) is not EngineError), errors[0])
                 try:
                     await self._order("open", bundle.digest, BundleNames.of(bundle).to_fields())
                 except EngineError:

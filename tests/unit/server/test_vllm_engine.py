@@ -171,11 +171,12 @@ async def test_a_bundle_that_is_being_unloaded_is_revived_without_the_workers(fo
 
 
 @pytest.mark.parametrize("first", [True, False])
-async def test_the_rank_that_could_not_load_says_why(first: bool, folder: Path) -> None:
+@pytest.mark.parametrize("reason", [BundleFormatError("needs layer 3"), CapacityExceeded("no room")])
+async def test_the_rank_that_could_not_load_says_why(first: bool, reason: TrimtabError, folder: Path) -> None:
     """Its error comes as it was raised, whichever rank it is; the scheduler never hears of the bundle."""
-    refusals = [EngineError("another rank could not"), BundleFormatError("needs layer 3")]
+    refusals = [EngineError("another rank could not"), reason]
     core = FakeCore(tuple(reversed(refusals)) if first else tuple(refusals))
-    with pytest.raises(BundleFormatError, match="needs layer 3"):
+    with pytest.raises(type(reason), match=reason.message):
         await engine_of(core).load(folder)
     assert core.done == ["revive", "steering_load"]
 
