@@ -104,7 +104,7 @@ SUPPORT = (
     ),
     Row(
         "dual batch overlap",
-        "test_refusals::test_unproved_option_of_vllm_is_refused_by_name",
+        "test_compat::test_each_unproved_option_is_refused_by_name",
         refused="enable_dbo=True: micro-batches split the row map",
     ),
     Row(

@@ -51,18 +51,18 @@ def run_configurations(question: Path) -> Told:
     from steering.engine.compat import check_configuration
     from steering.engine.options import options_from
     from steering.engine.plugin import engine_arguments
-    from steering.errors import UnsupportedConfiguration
+    from steering.errors import OperatorError
 
     fields = json.loads(question.read_text())
     messages = {}
     for name, arguments in fields["arguments"].items():
         own = {"model": fields["model"], "skip_tokenizer_init": True, **engine_arguments([Path(fields["bundle"])])}
         config = EngineArgs(**{**own, **arguments}).create_engine_config()
-        options = options_from(config)
-        assert options is not None
         try:
+            options = options_from(config)
+            assert options is not None
             check_configuration(config, options)
             messages[name] = ""
-        except UnsupportedConfiguration as error:
+        except OperatorError as error:
             messages[name] = error.message
     return Told(messages=messages, multimodal=sorted(_MULTIMODAL_MODELS))

@@ -31,7 +31,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "pipeline_parallel_size": ("2", {"pipeline_parallel_size": 2}),
     "data_parallel_size": ("2", {"data_parallel_size": 2}),
     "decode_context_parallel_size": ("2", {"decode_context_parallel_size": 2, "tensor_parallel_size": 2}),
-    "enable_dbo": ("True", {"enable_dbo": True}),
     "kv_transfer_config": ("True", {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}),
     "kv_transfer_config by kv_offloading_size": ("True", {"kv_offloading_size": 1.0}),
     "api_server_count": ("2", {"_api_process_count": 2}),
@@ -43,12 +42,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 it, and what was asked. What vLLM itself refuses on a CPU is checked in `tests/unit/engine/test_compat.py`."""
 
 
+GONE = "a bundle that is gone"
+
+
 @pytest.fixture(scope="module")
 def told(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What the check says of every configuration above."""
     model = tiny("llama")
     arguments = {**ACCEPTED, **{option: given for option, (_, given) in REFUSED.items()}}
     arguments["speculative_config"]["speculative_config"]["model"] = str(model.model)
+    arguments[GONE] = {"additional_config": {"trimtab": {"bundles": ["absent"]}}}
     question = Configurations(model=str(model.model), bundle=model.bundle_path, arguments=arguments)
     return tell(question, tmp_path_factory.mktemp("configurations"))
 
@@ -59,6 +62,11 @@ def test_unproved_option_of_vllm_is_refused_by_name(option: str, told: Told) -> 
     (value, _), named = REFUSED[option], option.split(" ", maxsplit=1)[0]
     assert told.messages[option].startswith(f"steering does not work with these engine options: {named}={value}: ")
     assert not [other for other in REFUSED if other != named and f"{other}=" in told.messages[option]]
+
+
+def test_a_bundle_that_is_gone_stops_the_start(told: Told) -> None:
+    """Read by scheduler and model before anything is served, also where no gateway has looked at it before."""
+    assert "cannot read absent/manifest.json" in told.messages[GONE]
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
