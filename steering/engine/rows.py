@@ -224,7 +224,9 @@ class Rows:
         if not any(of_request):
             self._clear()
             return Due([], [])
-        spans, total = _spans(request_ids, tokens, computed)
+        # Where every request is past its prompt and none is observed, no span is asked for.
+        spans = _spans(request_ids, tokens, computed) if self._waiting or self._observing else []
+        total = int(np.add.reduce(tokens))
         due, deciding = self._due(spans) if self._waiting else ([], [])
         observed = self._observed(spans) if self._observing else {}
         if self._changed:
@@ -405,12 +407,10 @@ class _Span(NamedTuple):
     length: int
 
 
-def _spans(
-    request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
-) -> tuple[list[_Span], int]:
-    """Every request's span, and the number of tokens of the step."""
+def _spans(request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]) -> list[_Span]:
+    """Every request's span."""
     spans, start = [], 0
     for request_id, first, count in zip(request_ids, computed.tolist(), tokens.tolist(), strict=True):
         spans.append(_Span(request_id, start, first, count))
         start += count
-    return spans, start
+    return spans

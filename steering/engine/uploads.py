@@ -42,10 +42,15 @@ class MapUpload:
     def __init__(self, target: Tensor) -> None:
         self._target = target
         self._turns = None if target.device.type == "cpu" else _Turns([target])
+        # The tensor stays where it is: to ask for its array at every step costs more than a row does.
+        self._array: NDArray[np.int32] | None = target.numpy() if self._turns is None else None
 
     def array(self) -> NDArray[np.int32]:
         """The host array to fill before `send`."""
-        array: NDArray[np.int32] = (self._target if self._turns is None else self._turns.next()[0]).numpy()
+        if self._turns is None:
+            assert self._array is not None
+            return self._array
+        array: NDArray[np.int32] = self._turns.next()[0].numpy()
         return array
 
     def send(self, length: int) -> None:
