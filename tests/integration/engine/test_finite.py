@@ -19,8 +19,8 @@ def test_only_the_request_that_overflows_is_ended(tiny: Callable[[str], Tiny], t
     asks = {
         "plain": Ask(prompt=prompt_of(9, 1), count=12),
         "same edit": Ask(prompt=prompt_of(20, 2), count=12, edit="add"),
-        "guilty": Ask(prompt=prompt_of(11, 3), count=12, edit="add", strength=3e38),
-        "ends at once": Ask(prompt=prompt_of(11, 4), count=1, edit="add", strength=3e38),
+        "guilty": Ask(prompt=prompt_of(11, 3), count=12, edit="add", strength=1e38),
+        "ends at once": Ask(prompt=prompt_of(11, 4), count=1, edit="add", strength=1e38),
         "later": Ask(prompt=prompt_of(11, 3), count=6, edit="add"),
     }
 
