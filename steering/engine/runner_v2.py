@@ -75,6 +75,9 @@ def _first_steered(model_class: type[Any]) -> type[Any]:
 
 
 def _config(model: Any) -> Any:
+    own = getattr(model, "vllm_config", None)
+    if own is not None:
+        return own
     from vllm.config import get_current_vllm_config
 
-    return getattr(model, "vllm_config", None) or get_current_vllm_config()
+    return get_current_vllm_config()
