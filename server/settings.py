@@ -30,8 +30,7 @@ class Settings(BaseSettings):
         steer_layers: decoder blocks that carry the op beside those the bundles need, for bundles loaded later: numbers
             with commas between them, or "all".
         check_finite: steered requests whose residuals become infinite or no numbers are ended with an error.
-        check_finite: bool = False
-    max_body_bytes: more are not read.
+        max_body_bytes: more are not read.
         body_timeout: for the whole body.
         max_inflight: requests answered at once.
         outcome_timeout, first_token_timeout, between_timeout, total_timeout: see `server.service.Limits`.
@@ -48,6 +47,7 @@ class Settings(BaseSettings):
     served_model_name: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     accept_transfer: bool = False
     steer_layers: Annotated[str, Field(pattern=r"^(all|\d{1,4}(,\d{1,4})*)?$")] = ""
+    check_finite: bool = False
     max_body_bytes: Annotated[int, Field(ge=1024)] = 2_000_000
     body_timeout: Seconds = 30.0
     max_inflight: Annotated[int, Field(ge=1)] = 1024

@@ -32,26 +32,16 @@ def pytest_configure() -> None:
         os.environ.setdefault(name, value)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by folder and skip, with the reason, those whose data or device is not here."""
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
         if folder in FOLDER_MARKERS:
             item.add_marker(FOLDER_MARKERS[folder])
-        item.add_marker(pytest.mark.xdist_group(_group(item.path)))
         if item.get_closest_marker("needs_data") and _data_directory() is None:
             item.add_marker(pytest.mark.skip(reason="needs the data directory: set TRIMTAB_DATA"))
         if item.get_closest_marker("gpu") and not _cuda_is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def _group(module: Path) -> str:
-    """Tests that one process of `make test` runs in turn: a module's, which share what they set up, and all those of
-    servers, some of which look at the clock.
-    """
-    is_of_servers = module.parent == TESTS / "integration"
-    return "servers" if is_of_servers else str(module.relative_to(TESTS))
 
 
 @pytest.fixture(scope="session")

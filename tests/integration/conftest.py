@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integration.serving import CONTEXT, MODEL, Server, make_tiny_served_model, serving
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_server_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests of servers look at the clock: of two modules that `make test` would run side by side, one waits."""
+    if request.path.parent != Path(__file__).parent:
+        yield
+        return
+    # The folder above is that of all processes of one run, or of one user's runs.
+    with (tmp_path_factory.getbasetemp().parent / "servers.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
