@@ -22,19 +22,22 @@ def test_only_the_request_that_overflows_is_ended(tiny: Callable[[str], Tiny], t
         "guilty": Ask(prompt=prompt_of(11, 3), count=12, edit="add", strength=1e38),
         "ends at once": Ask(prompt=prompt_of(11, 4), count=1, edit="add", strength=1e38),
         "later": Ask(prompt=prompt_of(11, 3), count=6, edit="add"),
+        "last": Ask(prompt=prompt_of(5, 5), count=2),
     }
 
     def ask(name: str) -> Step:
         return Step(do="ask", name=name, ask=asks[name], bundle=model.bundle_path)
 
-    steps = [*(ask(name) for name in list(asks)[:4]), Step(do="run"), ask("later"), Step(do="run"), Step(do="report")]
+    steps = [*(ask(name) for name in list(asks)[:4]), Step(do="run"), ask("later"), Step(do="run")]
+    # An engine tells its workers of a request that ended with the next step.
+    steps += [ask("last"), Step(do="run"), Step(do="report")]
     scenario = LoadingScenario(
         model=str(model.model), bundle=model.bundle_path, terms=32, steps=steps, check_finite=True
     )
     result = play_loading(scenario, tmp_path)
     for name in ("guilty", "ends at once"):
         assert (result.answers[name].finish, result.answers[name].tokens) == (["error"], [[]])
-    good = ["plain", "same edit", "later"]
+    good = ["plain", "same edit", "later", "last"]
     check_against_oracle(model.oracle, [asks[name] for name in good], [result.answers[name] for name in good])
     told = {outcome["plan_id"]: (outcome["applied"], outcome["error"]) for outcome in result.outcomes}
     wrong = (False, "the residuals are not finite")
