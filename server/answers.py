@@ -16,7 +16,6 @@ from starlette.types import Receive, Scope, Send
 
 from server.body import ClientGone, unless_disconnected
 from server.errors import envelope_bytes, reply_to
-from server.service import OpenStream
 from steering.errors import EngineError, TrimtabError
 
 DECISION_HEADER = "x-trimtab-decision"
@@ -40,43 +39,49 @@ def error_answer(error: TrimtabError, headers: Mapping[str, str] | None = None) 
 
 
 class EventStream(Response):
-    """Server-sent events: one `data:` line per chunk and a last `data: [DONE]`.
+    """Server-sent events, of one `data:` line each.
 
     An error after the first byte is told in a frame of its own, after which the stream ends without `[DONE]`.
 
     Args:
-        opened: the chunks; closed, and so the generation ended, when the client leaves.
-        on_disconnect: called when it does.
+        events: closed, and so the generation ended, when the client leaves.
+        decision: for the header.
+        ends_with_done: `data: [DONE]` is the last line.
+        on_disconnect: called when the client leaves.
     """
 
-    def __init__(self, opened: OpenStream, *, on_disconnect: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[tuple[str | None, dict[str, Any]], None],
+        *,
+        decision: str,
+        ends_with_done: bool = True,
+        on_disconnect: Callable[[], None],
+    ) -> None:
         super().__init__(
             media_type="text/event-stream",
-            headers={
-                "cache-control": "no-cache",
-                "x-accel-buffering": "no",
-                DECISION_HEADER: opened.effect.decision,
-            },
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no", DECISION_HEADER: decision},
         )
         del self.headers["content-length"]
-        self._opened = opened
+        self._events = events
+        self._ends_with_done = ends_with_done
         self._on_disconnect = on_disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Send everything, as an ASGI application."""
-        async with aclosing(self._opened.rest) as rest:
+        async with aclosing(self._events) as events:
             try:
-                await unless_disconnected(receive, self._send_all(rest, send))
+                await unless_disconnected(receive, self._send_all(events, send))
             except ClientGone:
                 self._on_disconnect()
 
-    async def _send_all(self, rest: AsyncGenerator[dict[str, Any], None], send: Send) -> None:
+    async def _send_all(self, events: AsyncGenerator[tuple[str | None, dict[str, Any]], None], send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await _send_event(send, to_json(self._opened.first))
-            async for chunk in rest:
-                await _send_event(send, to_json(chunk))
-            await _send_event(send, b"[DONE]")
+            async for name, data in events:
+                await _send_event(send, to_json(data), name)
+            if self._ends_with_done:
+                await _send_event(send, b"[DONE]")
         except TrimtabError as error:
             await _send_event(send, envelope_bytes(error))
         except OSError:  # how servers say that the client has left
@@ -87,5 +92,6 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _send_event(send: Send, payload: bytes) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + payload + b"\n\n", "more_body": True})
+async def _send_event(send: Send, payload: bytes, name: str | None = None) -> None:
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    await send({"type": "http.response.body", "body": head + b"data: " + payload + b"\n\n", "more_body": True})

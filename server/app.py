@@ -1,10 +1,10 @@
-"""The application: wiring only."""
+"""The applications: wiring only. One for clients, and one for operators on a port of its own."""
 
 from __future__ import annotations
 
 import logging
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -12,13 +12,14 @@ from starlette.types import ASGIApp
 
 from server.answers import error_answer
 from server.body import ClientGone
-from server.catalog import Catalog
+from server.catalog import Catalog, LiveCatalog
 from server.edge import Edge
 from server.engine import Engine
 from server.errors import UnknownRoute, WrongMethod
-from server.metrics import Metrics
-from server.routes import Gateway, router
-from server.service import ChatService
+from server.gateway import Gateway
+from server.observe.metrics import Metrics
+from server.routes import chat, health, metrics, models, steering
+from server.service import Service
 from server.settings import Settings
 from steering import __version__
 from steering.errors import CallerError, EngineError, InvalidSpec, TrimtabError
@@ -28,17 +29,29 @@ _log = logging.getLogger("trimtab")
 
 def create_gateway(engine: Engine, catalog: Catalog, settings: Settings, *, engine_version: str = "") -> Gateway:
     """What the routes share, not yet armed."""
-    metrics = Metrics(catalog, engine_version=engine_version)
-    service = ChatService(engine=engine, catalog=catalog, metrics=metrics, limits=settings.limits)
-    return Gateway(engine=engine, catalog=catalog, service=service, metrics=metrics, settings=settings)
+    counted = Metrics(catalog, engine_version=engine_version)
+    live = LiveCatalog(catalog)
+    service = Service(engine=engine, catalog=live, metrics=counted, limits=settings.limits)
+    return Gateway(engine=engine, catalog=live, service=service, metrics=counted, settings=settings)
 
 
 def create_app(gateway: Gateway) -> ASGIApp:
-    """The gateway as an ASGI application; serves no documentation pages, and no path but its own."""
+    """What clients reach."""
+    return _application(gateway, chat.router, models.router, steering.router, health.router)
+
+
+def create_admin_app(gateway: Gateway) -> ASGIApp:
+    """What operators and their monitoring reach."""
+    return _application(gateway, health.router, metrics.router)
+
+
+def _application(gateway: Gateway, *routers: APIRouter) -> ASGIApp:
+    """An ASGI application of these routes; serves no documentation pages, and no path but its own."""
     app = FastAPI(title="Trimtab", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.gateway = gateway
     app.router.redirect_slashes = False
-    app.include_router(router)
+    for router in routers:
+        app.include_router(router)
     app.add_exception_handler(TrimtabError, _on_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(HTTPException, _on_http_error)

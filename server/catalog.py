@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from steering.errors import BundleFormatError, UnknownName
+from steering.errors import BundleFormatError, NotSupported, UnknownName
 from steering.plan import CategorySource, Mode, Reasoning, Scope
 
 if TYPE_CHECKING:  # steering.bundle imports torch, which the gateway's own process parts do without
@@ -224,12 +224,52 @@ class Catalog:
         return found
 
 
+class LiveCatalog:
+    """The catalog in force: bundles come and go while requests run, and each keeps what it was resolved against."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._now = catalog
+
+    @property
+    def now(self) -> Catalog:
+        """The catalog at this moment."""
+        return self._now
+
+    def add(self, bundle: BundleView) -> None:
+        """Offer one more bundle.
+
+        Raises:
+            BundleFormatError: one of its name is there, or it cannot be offered at all.
+        """
+        self._now = Catalog(bundles=(*self._now.bundles, bundle))
+
+    def remove(self, digest: str) -> BundleView:
+        """Offer a bundle no more; returns it.
+
+        Raises:
+            UnknownName: no such bundle.
+            NotSupported: the default one, which requests without a `steering` field need.
+        """
+        bundles = self._now.bundles
+        found = next((bundle for bundle in bundles if bundle.digest == digest), None)
+        if found is None:
+            raise UnknownName(f"no bundle {digest!r} is loaded; bundles: {[one.label for one in bundles]}")
+        if found is bundles[0]:
+            raise NotSupported(
+                f"bundle {found.label} is the default one, which every request without a profile needs; start the "
+                "server with another first --bundle to do without it"
+            )
+        self._now = Catalog(bundles=tuple(bundle for bundle in bundles if bundle is not found))
+        return found
+
+
 def catalog_of(bundles: Iterable[tuple[Bundle, bool]]) -> Catalog:
     """The catalog of loaded bundles, each with whether it is accepted for a model it was not made for."""
-    return Catalog(bundles=tuple(_view(bundle, is_transferred=transferred) for bundle, transferred in bundles))
+    return Catalog(bundles=tuple(view_of(bundle, is_transferred=transferred) for bundle, transferred in bundles))
 
 
-def _view(bundle: Bundle, *, is_transferred: bool) -> BundleView:
+def view_of(bundle: Bundle, *, is_transferred: bool) -> BundleView:
+    """What the gateway needs to know of a bundle."""
     manifest = bundle.manifest
     probes = {
         record.name: ProbeView(

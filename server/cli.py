@@ -37,6 +37,7 @@ answers hardly faster; `-- --no-enforce-eager` compiles."""
 
 CURL = """\
 Ready on {address}  (Ctrl-C ends it)
+Metrics and administration on {admin}
 
 Try a prompt that only sounds harmful:
 
@@ -93,6 +94,9 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Loopback address to listen on; 127.0.0.1 by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 8000 by default, 0 takes a free one.")] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Port of metrics and administration; 8001 by default, 0 takes a free one.")
+    ] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients send as `model`.")] = None,
     accept_transfer: Annotated[
         bool | None, typer.Option("--accept-transfer", help="Accept bundles made for another model of the same shape.")
@@ -116,6 +120,7 @@ def serve(
         "bundles": tuple(bundle) if bundle else None,
         "host": host,
         "port": port,
+        "admin_port": admin_port,
         "served_model_name": served_model_name,
         "accept_transfer": accept_transfer,
         "steer_layers": steer_layers,
@@ -126,7 +131,7 @@ def serve(
     except ValidationError as error:
         raise OperatorError(f"settings: {error}") from error
     order = _order(settings, tuple(options or ()), Order)
-    run(order, settings, on_ready=lambda address: print(CURL.format(address=address, model=order.name), flush=True))
+    run(order, settings, on_ready=lambda address, admin: print(_hint(address, admin, order.name), flush=True))
 
 
 @bundle_app.command()
@@ -226,6 +231,10 @@ def _order(settings: Any, options: tuple[str, ...], order: Any) -> Any:
         layers=settings.armed_layers,
         check_finite=settings.check_finite,
     )
+
+
+def _hint(address: str, admin: str, model: str) -> str:
+    return CURL.format(address=address, admin=admin, model=model)
 
 
 def _gate_in_words(gate: GateSettings | None) -> str:

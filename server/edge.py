@@ -9,11 +9,12 @@ import logging
 import re
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.metrics import NONE, Metrics, flag
+from server.observe.metrics import NONE, Metrics, flag
 
 ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/models", "/v1/steering", "/livez", "/health", "/readyz", "/metrics"}
@@ -26,13 +27,22 @@ _log = logging.getLogger("trimtab")
 
 @dataclass(slots=True, kw_only=True)
 class Facts:
-    """What is known of a request in the end; `scope["trimtab"]`, filled in by the routes."""
+    """What is known of a request in the end; `scope["trimtab"]`, filled in by the routes.
+
+    Attributes:
+        key_id: of the API key it came with.
+        headers: sent with whatever is answered.
+        on_end: called once the answer was sent or given up.
+    """
 
     request_id: str
+    key_id: str = NONE
     profile: str = NONE
     decision: str = NONE
     is_steered: bool = False
     status: int = 500
+    headers: dict[str, str] = field(default_factory=dict)
+    on_end: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Edge:
@@ -65,12 +75,15 @@ class Edge:
                     *message.get("headers", ()),
                     (b"x-request-id", name),
                     (b"openai-processing-ms", taken),
+                    *((key.encode(), value.encode()) for key, value in facts.headers.items()),
                 ]
             await send(message)
 
         try:
             await self._app(scope, receive, send_named)
         finally:
+            for call in facts.on_end:
+                call()
             self._count(scope, facts, time.perf_counter() - began)
 
     def _count(self, scope: Scope, facts: Facts, seconds: float) -> None:
@@ -80,9 +93,10 @@ class Edge:
         self._metrics.duration.labels(endpoint, flag(facts.is_steered)).observe(seconds)
         if _log.isEnabledFor(logging.INFO) and endpoint not in ("/livez", "/health", "/readyz", "/metrics"):
             _log.info(
-                "request id=req_%s client_id=%s endpoint=%s status=%d profile=%s decision=%s seconds=%.3f",
+                "request id=req_%s client_id=%s key=%s endpoint=%s status=%d profile=%s decision=%s seconds=%.3f",
                 facts.request_id,
                 _client_id(scope),
+                facts.key_id,
                 endpoint,
                 facts.status,
                 facts.profile,

@@ -10,7 +10,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,11 +19,12 @@ from typing import Any, Literal
 
 import uvicorn
 from prometheus_client import disable_created_metrics
+from starlette.types import ASGIApp
 
-from server.app import create_app, create_gateway
+from server.app import create_admin_app, create_app, create_gateway
 from server.catalog import Catalog, catalog_of
+from server.gateway import Gateway
 from server.readiness import self_check
-from server.routes import Gateway
 from server.settings import Settings, check_host
 from steering.errors import BundleFormatError, TrimtabError
 
@@ -56,13 +58,13 @@ class Order:
     check_finite: bool = False
 
 
-def serve(order: Order, settings: Settings, *, on_ready: Callable[[str], None]) -> None:
+def serve(order: Order, settings: Settings, *, on_ready: Callable[[str, str], None]) -> None:
     """Serve until told to stop; returns after a clean end.
 
     Args:
         order: what is to be served.
         settings: how.
-        on_ready: called with the server's address once requests are taken.
+        on_ready: called with the addresses for clients and for operators once requests are taken.
 
     Raises:
         OperatorError: the set-up is at fault; before vLLM is started wherever that can be known.
@@ -98,6 +100,15 @@ def load_catalog(model: Path, bundles: Sequence[Path], *, accept_transfer: bool)
     return catalog_of(loaded)
 
 
+class AdminServer(uvicorn.Server):
+    """Uvicorn for operators: it lives as long as the other and leaves signals to it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take none."""
+        yield
+
+
 class DrainingServer(uvicorn.Server):
     """Uvicorn, with an end that lets answers finish.
 
@@ -128,7 +139,7 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-async def _serve(order: Order, settings: Settings, catalog: Catalog, on_ready: Callable[[str], None]) -> None:
+async def _serve(order: Order, settings: Settings, catalog: Catalog, on_ready: Callable[[str, str], None]) -> None:
     from server.vllm_engine import parse_options, started, versions
     from steering.engine.compat import set_environment
 
@@ -137,37 +148,55 @@ async def _serve(order: Order, settings: Settings, catalog: Catalog, on_ready: C
     chosen: dict[str, Any] = {"layers": order.layers, "check_finite": order.check_finite}
     async with started(arguments, order.bundles, **chosen) as engine:
         gateway = create_gateway(engine, catalog, settings, engine_version=versions())
-        server = DrainingServer(_uvicorn_config(gateway, settings), gateway)
-        check = asyncio.create_task(_arm(server, gateway, on_ready), name="self-check")
+        server = DrainingServer(_uvicorn_config(create_app(gateway), settings.host, settings.port), gateway)
+        admin = AdminServer(_uvicorn_config(create_admin_app(gateway), settings.admin_host, settings.admin_port))
+        administration = asyncio.create_task(_listen(admin), name="administration")
+        check = asyncio.create_task(_arm(server, admin, gateway, on_ready), name="self-check")
         try:
-            await server.serve()
-        except SystemExit as error:  # how uvicorn says that the address is taken; it has logged why
-            raise TrimtabError(f"cannot listen on {settings.host} port {settings.port}") from error
+            await _listen(server)
         finally:
             check.cancel()
+            admin.should_exit = True
+            await administration
         if check.done() and not check.cancelled():
             check.result()
 
 
-async def _arm(server: DrainingServer, gateway: Gateway, on_ready: Callable[[str], None]) -> None:
+async def _listen(server: uvicorn.Server) -> None:
     try:
-        await self_check(gateway.engine, gateway.catalog)
+        await server.serve()
+    except SystemExit as error:  # how uvicorn says that the address is taken; it has logged why
+        raise TrimtabError(f"cannot listen on {server.config.host} port {server.config.port}") from error
+
+
+async def _arm(
+    server: DrainingServer, admin: AdminServer, gateway: Gateway, on_ready: Callable[[str, str], None]
+) -> None:
+    try:
+        await self_check(gateway.engine, gateway.catalog.now)
     except BaseException:
         server.should_exit = True
         raise
-    while not server.started:  # noqa: ASYNC110 - uvicorn has a flag, not an event
+    while not (server.started and admin.started):
+        if admin.should_exit:  # its address is taken, which `_serve` tells
+            server.should_exit = True
+            return
         await asyncio.sleep(TICK)
     gateway.is_armed = True
+    on_ready(_address(server), _address(admin))
+
+
+def _address(server: uvicorn.Server) -> str:
     address = server.servers[0].sockets[0].getsockname()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    on_ready(f"http://{host}:{address[1]}")
+    return f"http://{host}:{address[1]}"
 
 
-def _uvicorn_config(gateway: Gateway, settings: Settings) -> uvicorn.Config:
+def _uvicorn_config(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(gateway),
-        host=settings.host,
-        port=settings.port,
+        app,
+        host=host,
+        port=port,
         http="httptools",
         loop="uvloop",
         lifespan="off",

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping
 
 from server.catalog import BundleView, Catalog, EditView, GateView, ProfileView, ResponseView
-from server.engine import ChatCall, Engine, WorkerReport
+from server.engine import Call, Engine, WorkerReport
 from steering import __version__
 from steering.errors import PluginNotArmed
 from steering.outcome import Outcome
@@ -135,9 +135,9 @@ async def _one_token(engine: Engine, plan: Plan | None) -> Outcome | None:
             engine.forget(plan.id)
 
 
-def _call(engine: Engine, plan: Plan | None, *, tokens: int) -> ChatCall:
+def _call(engine: Engine, plan: Plan | None, *, tokens: int) -> Call:
     """A greedy answer of so many tokens, no fewer."""
-    return ChatCall(
+    return Call(
         request_id=f"selfcheck-{secrets.token_hex(8)}",
         fields={
             "model": engine.model.name,

@@ -1,4 +1,4 @@
-"""The service: one chat completion from a checked request to a confirmed answer.
+"""The service: one generation from a checked request to a confirmed answer.
 
 Nothing of a steered answer leaves before the engine has confirmed the edit. Knows nothing of HTTP, vLLM or torch.
 """
@@ -6,19 +6,24 @@ Nothing of a steered answer leaves before the engine has confirmed the edit. Kno
 from __future__ import annotations
 
 import asyncio
+import copy
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from server.catalog import Catalog
+from server.access.caller import Caller, prefix_cache_salt
+from server.access.permissions import check_permitted
+from server.catalog import BundleView, LiveCatalog
 from server.effects import Effect, attach, effect_of
-from server.engine import ChatCall, Chunk, Completion, Engine
-from server.metrics import NONE, Metrics, flag
+from server.engine import Call, Chunk, Completion, Engine
+from server.generation import Generation, Ticket
+from server.observe.events import Ended, Observer, Usage
+from server.observe.metrics import NONE, Metrics, flag
 from server.policy import Resolution, resolve
+from server.progress import Progress
 from server.verdicts import UNKNOWN, MarkerStripper, Verdict, VerdictTable, read_verdict
-from server.wire import ChatRequest
 from steering.errors import (
     EditNotApplied,
     EngineDied,
@@ -76,26 +81,98 @@ class OpenStream:
     rest: AsyncGenerator[dict[str, Any], None]
 
 
-class ChatService:
-    """Answers chat completions over one engine.
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One request being answered, and what is known of it so far; see `Ended` for the fields."""
+
+    generation: Generation
+    resolution: Resolution
+    ticket: Ticket
+    began: float
+    effects: dict[int, Effect] = field(default_factory=dict)
+    verdicts: Sequence[Verdict] = ()
+    contents: tuple[str, ...] = ()
+    usage: Usage | None = None
+    error: TrimtabError | None = None
+    is_complete: bool = False
+    first_token: float | None = None
+
+    @property
+    def samples(self) -> int:
+        return self.generation.samples
+
+    def call(self) -> Call:
+        """What the engine is asked for; makes a new one each time, which the engine may change."""
+        return Call(
+            request_id=self.ticket.request_id,
+            prompting=self.generation.prompting,
+            fields=dict(self.generation.fields) | self._salt(),
+            samples=self.samples,
+            plan=self.resolution.order,
+            trace=self.ticket.trace,
+        )
+
+    def category_call(self, tokens: Sequence[int]) -> Call:
+        """P1.4's first pass: one token, among these."""
+        fields = copy.deepcopy(dict(self.generation.prompt_fields)) | self._salt()
+        fields |= {"max_tokens": 1, "temperature": 0.0, "allowed_token_ids": [*tokens]}
+        return Call(
+            request_id=f"{self.ticket.request_id}-category",
+            prompting=self.generation.prompting,
+            fields=fields,
+            trace=self.ticket.trace,
+        )
+
+    def _salt(self) -> dict[str, str]:
+        salt = prefix_cache_salt(self.ticket.caller, self.generation.cache_salt)
+        return {} if salt is None else {"cache_salt": salt}
+
+    def end(self, now: float) -> Ended:
+        return Ended(
+            ticket=self.ticket,
+            generation=self.generation,
+            resolution=self.resolution,
+            effects=self.effects,
+            verdicts=tuple(self.verdicts),
+            contents=self.contents,
+            usage=self.usage,
+            error=self.error,
+            is_complete=self.is_complete,
+            seconds=now - self.began,
+            first_token=self.first_token,
+        )
+
+
+class Service:
+    """Answers generations over one engine.
 
     Args:
         engine: generates.
         catalog: what may be asked for.
         metrics: what is counted.
         limits: how much, how long.
+        observers: told of every request that has ended.
 
     Attributes:
         is_draining: no new request is taken.
     """
 
-    def __init__(self, *, engine: Engine, catalog: Catalog, metrics: Metrics, limits: Limits) -> None:
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        catalog: LiveCatalog,
+        metrics: Metrics,
+        limits: Limits,
+        observers: Sequence[Observer] = (),
+    ) -> None:
         self.is_draining = False
         self._engine = engine
         self._catalog = catalog
         self._metrics = metrics
         self._limits = limits
-        self._tables = {bundle.name: VerdictTable(bundle) for bundle in catalog.bundles}
+        self._observers = list(observers)
+        self._tables: dict[str, VerdictTable] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_aborting = False
 
@@ -104,49 +181,54 @@ class ChatService:
         """Requests being answered now."""
         return len(self._tasks)
 
-    def resolve(self, request: ChatRequest) -> Resolution:
+    def observe(self, observer: Observer) -> None:
+        """Tell one more observer of every request that ends from now on."""
+        self._observers.append(observer)
+
+    def resolve(self, generation: Generation, caller: Caller) -> Resolution:
         """What is to be done for this request.
 
         Raises:
-            CallerError: the request asks for what this server does not have.
+            CallerError: the request asks for what this server does not have, or what this caller may not ask for.
         """
-        if request.model != self._engine.model.name:
+        if generation.model != self._engine.model.name:
             raise UnknownModel(
-                f"model {request.model!r} is not served here; models: [{self._engine.model.name!r}]", parameter="model"
+                f"model {generation.model!r} is not served here; models: [{self._engine.model.name!r}]",
+                parameter="model",
             )
-        return resolve(request.spec, self._catalog, plan_id=secrets.token_hex(16))
+        catalog = self._catalog.now
+        resolution = resolve(generation.spec, catalog, plan_id=secrets.token_hex(16))
+        return check_permitted(caller, generation, resolution, catalog)
 
-    async def complete(self, request: ChatRequest, resolution: Resolution, request_id: str) -> Answer:
+    async def complete(self, generation: Generation, resolution: Resolution, ticket: Ticket) -> Answer:
         """Answer in one piece.
 
         Raises:
             TrimtabError: see the table in `server/errors.py`; never an unconfirmed answer.
         """
-        with self._in_flight(resolution):
-            narrowed, completion = await _within(
-                self._limits.total, self._whole(request, resolution, request_id), "the answer"
-            )
-            effects = await self._confirm(narrowed, range(request.samples))
-            verdicts = [self._tables[narrowed.bundle.name].verdict(tokens) for tokens in completion.tokens]
-            verdicts = await self._read(narrowed, verdicts, [len(tokens) for tokens in completion.tokens])
-            body = self._reported(completion, narrowed, [effects[index] for index in range(request.samples)], verdicts)
-            return Answer(body=body, effect=effects[0])
+        with self._in_flight(generation, resolution, ticket) as run:
+            completion = await _within(self._limits.total, self._whole(run), "the answer")
+            await self._confirm(run, range(run.samples))
+            verdicts = [self._table(run).verdict(tokens) for tokens in completion.tokens]
+            run.verdicts = await self._read(run, verdicts, [len(tokens) for tokens in completion.tokens])
+            body = self._reported(completion, run)
+            return Answer(body=body, effect=run.effects[0])
 
-    async def open_stream(self, request: ChatRequest, resolution: Resolution, request_id: str) -> OpenStream:
+    async def open_stream(self, generation: Generation, resolution: Resolution, ticket: Ticket) -> OpenStream:
         """Answer piece by piece; returns once the first piece is confirmed.
 
         Raises:
             TrimtabError: before the first piece, so that it can still be answered with a status.
         """
-        progress = _Progress(self._tables[resolution.bundle.name], request.samples)
-        chunks = self._chunks(request, resolution, request_id, progress)
+        opened: list[_Run] = []
+        chunks = self._chunks(generation, resolution, ticket, opened)
         try:
             first = await anext(chunks)
         except StopAsyncIteration:
             first = {}
-        if 0 not in progress.effects:
+        if not opened or 0 not in opened[0].effects:
             raise EngineDied("the engine ended the answer before it began")
-        return OpenStream(effect=progress.effects[0], first=first, rest=chunks)
+        return OpenStream(effect=opened[0].effects[0], first=first, rest=chunks)
 
     def abort_all(self) -> None:
         """End every request in flight with an error; for the end of a drain."""
@@ -154,54 +236,52 @@ class ChatService:
         for task in tuple(self._tasks):
             task.cancel()
 
-    async def _whole(
-        self, request: ChatRequest, resolution: Resolution, request_id: str
-    ) -> tuple[Resolution, Completion]:
-        resolution = await self._categorised(request, resolution, request_id)
-        return resolution, await self._engine.complete(_call(request, resolution, request_id))
+    async def _whole(self, run: _Run) -> Completion:
+        await self._categorise(run)
+        return await self._engine.complete(run.call())
 
-    async def _categorised(self, request: ChatRequest, resolution: Resolution, request_id: str) -> Resolution:
+    async def _categorise(self, run: _Run) -> None:
         """P1.4's first pass, where it is asked for: the most likely refusal token names the category of the gate."""
-        candidates = resolution.candidates
+        candidates = run.resolution.candidates
         if not candidates:
-            return resolution
+            return
         self._metrics.category_passes.inc()
-        fields = request.prompt_fields() | {"max_tokens": 1, "temperature": 0.0, "allowed_token_ids": [*candidates]}
-        completion = await self._engine.complete(ChatCall(request_id=f"{request_id}-category", fields=fields))
+        completion = await self._engine.complete(run.category_call([*candidates]))
         (tokens,) = completion.tokens
         if len(tokens) != 1 or tokens[0] not in candidates:
             raise EngineError(f"the engine chose tokens {list(tokens)}, where one of {sorted(candidates)} was allowed")
-        return resolution.narrowed(candidates[tokens[0]])
+        run.resolution = run.resolution.narrowed(candidates[tokens[0]])
 
     async def _chunks(
-        self, request: ChatRequest, resolution: Resolution, request_id: str, progress: _Progress
+        self, generation: Generation, resolution: Resolution, ticket: Ticket, opened: list[_Run]
     ) -> AsyncGenerator[dict[str, Any], None]:
-        began = asyncio.get_running_loop().time()
-        wants_usage = bool(request.stream_options and request.stream_options.include_usage)
         held: list[dict[str, Any]] = []  # chunks before the first confirmed token: roles, which hold no text
-        with self._in_flight(resolution):
+        with self._in_flight(generation, resolution, ticket) as run:
+            opened.append(run)
+            progress = Progress(self._table(run), run.samples)
+            progress.effects = run.effects
             wait = min(self._limits.first_token, self._limits.total)
-            resolution = await _within(wait, self._categorised(request, resolution, request_id), "the category")
-            source = self._engine.stream(_call(request, resolution, request_id))
-            async with aclosing(source), aclosing(self._in_time(source, began)) as timely:
+            await _within(wait, self._categorise(run), "the category")
+            source = self._engine.stream(run.call())
+            async with aclosing(source), aclosing(self._in_time(source, run.began)) as timely:
                 async for chunk in timely:
                     body = chunk.body
                     if not body["choices"]:
                         if progress.begun:
-                            self._count_tokens(body.get("usage"), progress.effects[0])
-                            if wants_usage:
+                            self._count_tokens(body.get("usage"), run)
+                            if generation.wants_usage:
                                 yield body
                         continue
                     if progress.begins(chunk):
-                        await self._confirm_begun(resolution, progress, body["choices"][0]["index"], began)
-                    if wants_usage:
+                        await self._confirm_begun(run, body["choices"][0]["index"])
+                    if generation.wants_usage:
                         body["usage"] = None
                     kept = progress.cleaned(chunk)
                     if progress.is_finished:
-                        effects = [progress.effects[index] for index in range(request.samples)]
-                        verdicts = await self._read(resolution, progress.verdicts, progress.lengths)
-                        self._count(resolution, effects, verdicts)
-                        attach(body, resolution, effects, verdicts)
+                        run.verdicts = await self._read(run, progress.verdicts, progress.lengths)
+                        run.contents, run.is_complete = progress.contents, True
+                        self._count(run)
+                        attach(body, run.resolution, self._effects(run), run.verdicts)
                     if kept:
                         held.append(body)
                     if progress.begun:
@@ -227,38 +307,39 @@ class ChatService:
             if has_begun:
                 deadline = clock() + self._limits.between
 
-    async def _confirm_begun(self, resolution: Resolution, progress: _Progress, index: int, began: float) -> None:
+    async def _confirm_begun(self, run: _Run, index: int) -> None:
         """Confirm the sample that begins, and before anything else the first, which the header tells of."""
-        is_first = not progress.effects
-        progress.effects |= await self._confirm(resolution, sorted({0, index} if is_first else {index}))
+        is_first = not run.effects
+        await self._confirm(run, sorted({0, index} if is_first else {index}))
         if is_first:
-            self._metrics.first_token.labels(flag(progress.effects[0].applied)).observe(
-                asyncio.get_running_loop().time() - began
-            )
+            run.first_token = asyncio.get_running_loop().time() - run.began
+            if not run.ticket.is_internal:
+                self._metrics.first_token.labels(flag(run.effects[0].applied)).observe(run.first_token)
 
-    async def _confirm(self, resolution: Resolution, samples: Sequence[int]) -> dict[int, Effect]:
-        """What was done to these samples.
+    async def _confirm(self, run: _Run, samples: Sequence[int]) -> None:
+        """Take note of what was done to these samples.
 
         Raises:
             EditNotApplied: the engine does not say so in time, or says something that the plan does not allow.
         """
-        plan = resolution.plan
+        plan = run.resolution.plan
         if plan is None:
-            return {sample: effect_of(resolution, None) for sample in samples}
+            run.effects |= {sample: effect_of(run.resolution, None) for sample in samples}
+            return
         try:
             outcomes = await self._engine.outcomes(plan.id, samples, self._limits.outcome)
-            return {sample: effect_of(resolution, outcomes[sample]) for sample in samples}
+            run.effects |= {sample: effect_of(run.resolution, outcomes[sample]) for sample in samples}
         except EditNotApplied:
             self._metrics.unapplied.inc()
             raise
 
-    async def _read(self, resolution: Resolution, verdicts: Sequence[Verdict], lengths: Sequence[int]) -> list[Verdict]:
+    async def _read(self, run: _Run, verdicts: Sequence[Verdict], lengths: Sequence[int]) -> list[Verdict]:
         """The verdicts, with those of the response probe where no token told; an answer never waits for one for long.
 
         Args:
             lengths: tokens of each answer; the last of them is not fed back, and so cannot be read.
         """
-        reader, order = resolution.bundle.reader, resolution.order
+        reader, order = run.resolution.bundle.reader, run.resolution.order
         if reader is None or order is None:
             return list(verdicts)
         wanted = {sample: min(reader.tokens, length - 1) for sample, length in enumerate(lengths) if length > 1}
@@ -269,7 +350,7 @@ class ChatService:
         ]
 
     @contextmanager
-    def _in_flight(self, resolution: Resolution) -> Iterator[None]:
+    def _in_flight(self, generation: Generation, resolution: Resolution, ticket: Ticket) -> Iterator[_Run]:
         if self.is_draining:
             raise EngineOverloaded("this server is shutting down; send the request again")
         if not self._engine.is_alive:
@@ -278,118 +359,79 @@ class ChatService:
             raise EngineOverloaded(f"this server answers {self._limits.inflight} requests at once; try again")
         task = asyncio.current_task()
         assert task is not None
+        clock = asyncio.get_running_loop().time
+        run = _Run(generation=generation, resolution=resolution, ticket=ticket, began=clock())
         self._tasks.add(task)
         self._metrics.inflight.inc()
         try:
-            yield
+            yield run
         except asyncio.CancelledError:
             if not self._is_aborting:
                 raise
             task.uncancel()
-            raise EngineOverloaded("this server shut down before the answer was complete") from None
-        except TrimtabError:
-            self._metrics.outcomes.labels(
-                resolution.category or NONE, resolution.mode.value, "error", UNKNOWN.detector
-            ).inc()
+            run.error = EngineOverloaded("this server shut down before the answer was complete")
+            raise run.error from None
+        except TrimtabError as error:
+            run.error = error
+            if not ticket.is_internal:
+                self._metrics.outcomes.labels(
+                    run.resolution.category or NONE, run.resolution.mode.value, "error", UNKNOWN.detector
+                ).inc()
             raise
         finally:
             self._tasks.discard(task)
             self._metrics.inflight.dec()
             if resolution.order is not None:
                 self._engine.forget(resolution.order.id)
+            event = run.end(clock())
+            for observer in self._observers:
+                observer.ended(event)
 
-    def _reported(
-        self, completion: Completion, resolution: Resolution, effects: Sequence[Effect], verdicts: Sequence[Verdict]
-    ) -> dict[str, Any]:
-        table, body = self._tables[resolution.bundle.name], completion.body
+    def _table(self, run: _Run) -> VerdictTable:
+        bundle: BundleView = run.resolution.bundle
+        if bundle.digest not in self._tables:
+            self._tables[bundle.digest] = VerdictTable(bundle)
+        return self._tables[bundle.digest]
+
+    def _effects(self, run: _Run) -> list[Effect]:
+        return [run.effects[index] for index in range(run.samples)]
+
+    def _reported(self, completion: Completion, run: _Run) -> dict[str, Any]:
+        table, body = self._table(run), completion.body
         for tokens, choice in zip(completion.tokens, body["choices"], strict=True):
             if content := choice["message"].get("content"):
                 stripper = MarkerStripper(table)
                 stripper.see(tokens)
                 choice["message"]["content"] = stripper.feed(content) + stripper.flush()
-        self._count_tokens(body.get("usage"), effects[0])
-        self._count(resolution, effects, verdicts)
-        attach(body, resolution, effects, verdicts)
+        run.contents = tuple(choice["message"].get("content") or "" for choice in body["choices"])
+        run.is_complete = True
+        self._count_tokens(body.get("usage"), run)
+        self._count(run)
+        attach(body, run.resolution, self._effects(run), run.verdicts)
         return body
 
-    def _count_tokens(self, usage: dict[str, Any] | None, effect: Effect) -> None:
-        steered = flag(effect.applied)
-        if usage:
-            self._metrics.tokens.labels("prompt", steered).inc(usage["prompt_tokens"])
-            self._metrics.tokens.labels("completion", steered).inc(usage["completion_tokens"])
+    def _count_tokens(self, usage: dict[str, Any] | None, run: _Run) -> None:
+        if not usage:
+            return
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        run.usage = Usage(prompt=usage["prompt_tokens"], completion=usage["completion_tokens"], cached=cached)
+        if not run.ticket.is_internal:
+            steered = flag(run.effects[0].applied)
+            self._metrics.tokens.labels("prompt", steered).inc(run.usage.prompt)
+            self._metrics.tokens.labels("completion", steered).inc(run.usage.completion)
 
-    def _count(self, resolution: Resolution, effects: Sequence[Effect], verdicts: Sequence[Verdict]) -> None:
+    def _count(self, run: _Run) -> None:
+        if run.ticket.is_internal:
+            return
+        effects, resolution = self._effects(run), run.resolution
         first = effects[0]
         self._metrics.decisions.labels(first.category or NONE, first.decision).inc()
         if first.scores is not None and resolution.category_source is not None:
             self._metrics.probe_score.labels(resolution.profile.name).observe(first.scores.refusal)
             self._metrics.categories.labels(first.category or NONE, resolution.category_source.value).inc()
-        for effect, verdict in zip(effects, verdicts, strict=True):
+        for effect, verdict in zip(effects, run.verdicts, strict=True):
             category = verdict.category or effect.category or NONE
             self._metrics.outcomes.labels(category, effect.decision, verdict.outcome, verdict.detector).inc()
-
-
-class _Progress:
-    """What is known of a streamed answer so far, by choice; `effects` holds those of choices that have begun, `lengths`
-    the tokens of each.
-    """
-
-    def __init__(self, table: VerdictTable, samples: int) -> None:
-        self._table = table
-        self._strippers: dict[int, MarkerStripper] = {}
-        self._verdicts = [UNKNOWN] * samples
-        self._finished: set[int] = set()
-        self.effects: dict[int, Effect] = {}
-        self.lengths = [0] * samples
-
-    @property
-    def begun(self) -> int:
-        """Choices that have begun."""
-        return len(self._strippers)
-
-    @property
-    def is_finished(self) -> bool:
-        return len(self._finished) == len(self._verdicts)
-
-    @property
-    def verdicts(self) -> list[Verdict]:
-        return self._verdicts
-
-    def begins(self, chunk: Chunk) -> bool:
-        """Take note of the chunk; True when it is its choice's first with tokens, or its last without any."""
-        choice = chunk.body["choices"][0]
-        index = choice["index"]
-        if index in self._strippers or not (chunk.tokens or choice.get("finish_reason")):
-            return False
-        self._verdicts[index] = self._table.verdict(chunk.tokens)
-        self._strippers[index] = MarkerStripper(self._table)
-        return True
-
-    def cleaned(self, chunk: Chunk) -> bool:
-        """Take markers out of the chunk's text; False when nothing is left to tell the client."""
-        choice = chunk.body["choices"][0]
-        index, delta = choice["index"], choice["delta"]
-        self.lengths[index] += len(chunk.tokens)
-        is_last = bool(choice.get("finish_reason"))
-        if is_last:
-            self._finished.add(index)
-        stripper = self._strippers.get(index)
-        if stripper is not None:
-            stripper.see(chunk.tokens)
-            text = stripper.feed(delta.get("content") or "") + (stripper.flush() if is_last else "")
-            if text:
-                delta["content"] = text
-            elif not is_last:
-                delta.pop("content", None)
-            elif delta.get("content"):
-                delta["content"] = ""
-        return is_last or bool(delta) or choice.get("logprobs") is not None
-
-
-def _call(request: ChatRequest, resolution: Resolution, request_id: str) -> ChatCall:
-    return ChatCall(
-        request_id=request_id, fields=request.engine_fields(), samples=request.samples, plan=resolution.order
-    )
 
 
 async def _within(limit: float, work: Awaitable[T], what: str) -> T:

@@ -22,7 +22,8 @@ class Settings(BaseSettings):
     """How this server is run; durations in seconds.
 
     Attributes:
-        host, port: where it listens. Without API keys only loopback addresses are allowed.
+        host, port: where clients are answered. Without API keys only loopback addresses are allowed.
+        admin_host, admin_port: where operators and their monitoring are answered: metrics, health, administration.
         model: local model folder; None serves the demo.
         bundles: bundle folders, the default one first; empty serves the demo's.
         served_model_name: what clients send as `model`.
@@ -42,6 +43,8 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    admin_host: str = "127.0.0.1"
+    admin_port: Annotated[int, Field(ge=0, le=65_535)] = 8001
     model: Path | None = None
     bundles: tuple[Path, ...] = ()
     served_model_name: Annotated[str, Field(min_length=1, max_length=512)] | None = None

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from prometheus_client import generate_latest
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from server.engine import ChatCall, Chunk, Completion, ServedModel, WorkerReport
+from server.engine import Call, Chunk, Completion, Prompting, ServedModel, WorkerReport
+from server.vllm_shapes import as_chat, chunk_of, plain_chat, plain_completion
 from steering.bundle import load_bundle
 from steering.engine.outcomes import OutcomeListener, sample_of
 from steering.engine.plugin import engine_arguments
@@ -40,8 +42,9 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
     from vllm.engine.protocol import EngineClient
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 
 RPC_PATIENCE = 30.0
 """Seconds for a worker to say something of itself."""
@@ -77,21 +80,34 @@ GATEWAY_OPTIONS = (
 """vLLM options of its own HTTP server, which does not run here."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoints:
+    """VLLM's own endpoints, which the gateway calls in this process."""
+
+    chat: OpenAIServingChat
+    completion: OpenAIServingCompletion
+    tokenization: ServingTokenization
+
+
 class VllmEngine:
     """`server.engine.Engine` over a running `AsyncLLM`; made by `started`."""
 
     def __init__(
-        self, client: EngineClient, chat: OpenAIServingChat, listener: OutcomeListener, model: ServedModel
+        self, client: EngineClient, endpoints: Endpoints, listener: OutcomeListener, model: ServedModel
     ) -> None:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
         self._client = client
-        self._chat = chat
+        self._endpoints = endpoints
         self._listener = listener
         self._model = model
         self._loading = asyncio.Lock()  # each takes several calls, which others must not come between
-        self._request_class = ChatCompletionRequest
+        self._request_classes: dict[Prompting, Any] = {
+            Prompting.CHAT: ChatCompletionRequest,
+            Prompting.PLAIN: CompletionRequest,
+        }
         self._error_class = ErrorResponse
 
     @property
@@ -104,7 +120,7 @@ class VllmEngine:
         """False once the engine process is gone."""
         return not self._client.errored
 
-    async def complete(self, call: ChatCall) -> Completion:
+    async def complete(self, call: Call) -> Completion:
         """Generate a whole answer; see `server.engine.Engine`."""
         result = await self._answer(call, stream=False)
         if isinstance(result, self._error_class):
@@ -112,9 +128,10 @@ class VllmEngine:
             if task is not None and task.cancelling():  # vLLM answers a cancellation with an error response
                 raise asyncio.CancelledError
             raise _from_response(result.error.model_dump())
-        return Completion(body=_plain(result), tokens=tuple(choice.token_ids or () for choice in result.choices))
+        body = plain_chat(result) if call.prompting is Prompting.CHAT else plain_completion(result)
+        return Completion(body=body, tokens=tuple(choice.token_ids or () for choice in result.choices))
 
-    async def stream(self, call: ChatCall) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
         """Generate an answer piece by piece; see `server.engine.Engine`."""
         events = await self._answer(call, stream=True)
         if isinstance(events, self._error_class):
@@ -127,7 +144,7 @@ class VllmEngine:
                 body = from_json(payload)
                 if "error" in body:
                     raise _from_response(body["error"])
-                yield _chunk(body)
+                yield chunk_of(body if call.prompting is Prompting.CHAT else as_chat(body))
 
     async def outcomes(self, plan_id: str, samples: Collection[int], wait: float) -> Mapping[int, Outcome]:
         """Wait until these samples of a plan have reported; see `server.engine.Engine`."""
@@ -147,6 +164,20 @@ class VllmEngine:
     def forget(self, plan_id: str) -> None:
         """Drop what was reported under a plan."""
         self._listener.forget(plan_id)
+
+    async def tokenize(self, fields: Mapping[str, Any], prompting: Prompting) -> Sequence[int]:
+        """The token ids of a prompt; see `server.engine.Engine`."""
+        from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
+
+        wanted = TokenizeChatRequest if prompting is Prompting.CHAT else TokenizeCompletionRequest
+        known = {name: value for name, value in fields.items() if name in wanted.model_fields}
+        try:
+            result = await self._endpoints.tokenization.create_tokenize(wanted.model_validate(known), None)  # type: ignore[arg-type] # reads headers, if any
+        except Exception as error:
+            raise self._explained(error) from error
+        if isinstance(result, self._error_class):
+            raise _from_response(result.error.model_dump())
+        return result.tokens
 
     async def reports(self) -> Sequence[WorkerReport]:
         """One per worker."""
@@ -187,13 +218,15 @@ class VllmEngine:
 
         return generate_latest(get_prometheus_registry())
 
-    async def _answer(self, call: ChatCall, *, stream: bool) -> Any:
+    async def _answer(self, call: Call, *, stream: bool) -> Any:
         """VLLM's answer to a call: a response, an error response, or a generator of events."""
         try:
             request = self._request(call, stream=stream)
             if call.plan is not None:
                 self._listener.expect(call.plan.id)
-            return await self._chat.create_chat_completion(request)
+            if call.prompting is Prompting.PLAIN:
+                return await self._endpoints.completion.create_completion(request)
+            return await self._endpoints.chat.create_chat_completion(request)
         except TrimtabError:
             raise
         except ValidationError as error:
@@ -203,9 +236,9 @@ class VllmEngine:
         except Exception as error:
             raise self._explained(error) from error
 
-    def _request(self, call: ChatCall, *, stream: bool) -> ChatCompletionRequest:
+    def _request(self, call: Call, *, stream: bool) -> Any:
         fields = call.fields
-        if "max_tokens" in fields:  # deprecated upstream, with a warning at every read
+        if "max_tokens" in fields and call.prompting is Prompting.CHAT:  # deprecated there, warns
             fields["max_completion_tokens"] = fields.pop("max_tokens")
         fields["request_id"] = call.request_id
         fields["return_token_ids"] = True
@@ -214,7 +247,7 @@ class VllmEngine:
             fields["stream_options"] = {"include_usage": True}
         if call.plan is not None:
             fields["vllm_xargs"] = {PLAN_KEY: call.plan.to_json()}
-        return self._request_class.model_validate(fields)
+        return self._request_classes[call.prompting].model_validate(fields)
 
     def _explained(self, error: Exception) -> TrimtabError:
         from vllm.entrypoints.serve import create_error_response
@@ -281,14 +314,19 @@ async def started(arguments: Namespace, bundles: Sequence[Path], **steering: Any
             raise
         except Exception as error:
             raise UnsupportedConfiguration(f"vLLM did not start, its own log says why: {error}") from error
-        if state.openai_serving_chat is None:
+        if state.openai_serving_chat is None or state.openai_serving_completion is None:
             raise UnsupportedConfiguration(f"model {arguments.model} does not generate text")
         model = ServedModel(
             name=arguments.served_model_name[0],
             created=int(time.time()),
             context=client.vllm_config.model_config.max_model_len,
         )
-        yield VllmEngine(client, state.openai_serving_chat, listener, model)
+        endpoints = Endpoints(
+            chat=state.openai_serving_chat,
+            completion=state.openai_serving_completion,
+            tokenization=state.serving_tokenization,
+        )
+        yield VllmEngine(client, endpoints, listener, model)
 
 
 def parse_options(model: Path, name: str, options: Sequence[str], defaults: Mapping[str, Any]) -> Namespace:
@@ -324,46 +362,6 @@ def versions() -> str:
     import vllm
 
     return str(vllm.__version__)
-
-
-def _plain(response: ChatCompletionResponse) -> dict[str, Any]:
-    """The response as OpenAI shapes it, without what vLLM adds; much faster than a full dump."""
-    choices = []
-    for choice in response.choices:
-        message = choice.message
-        said: dict[str, Any] = {"role": message.role, "content": message.content, "refusal": message.refusal}
-        if message.reasoning is not None:
-            said["reasoning"] = message.reasoning
-        if message.tool_calls:
-            said["tool_calls"] = [call.model_dump() for call in message.tool_calls]
-        choices.append(
-            {
-                "index": choice.index,
-                "message": said,
-                "logprobs": None if choice.logprobs is None else choice.logprobs.model_dump(),
-                "finish_reason": choice.finish_reason,
-            }
-        )
-    return {
-        "id": response.id,
-        "object": response.object,
-        "created": response.created,
-        "model": response.model,
-        "choices": choices,
-        "usage": response.usage.model_dump(exclude_none=True),
-        "system_fingerprint": response.system_fingerprint,
-    }
-
-
-def _chunk(body: dict[str, Any]) -> Chunk:
-    for name in ("prompt_token_ids", "prompt_text", "metrics"):
-        body.pop(name, None)
-    if not body["choices"]:
-        return Chunk(body=body)
-    choice = body["choices"][0]
-    tokens = choice.pop("token_ids", None) or ()
-    choice.pop("stop_reason", None)
-    return Chunk(body=body, tokens=tokens)
 
 
 def _report(facts: Mapping[str, Any]) -> WorkerReport:

@@ -24,7 +24,7 @@ from server.catalog import (
     ProfileView,
     ResponseView,
 )
-from server.engine import ChatCall, Chunk, Completion, ServedModel, WorkerReport
+from server.engine import Call, Chunk, Completion, Prompting, ServedModel, WorkerReport
 from steering import __version__
 from steering.errors import BundleFormatError, EditNotApplied, TrimtabError, UnknownName
 from steering.outcome import Outcome, Response, Scores
@@ -159,7 +159,7 @@ class FakeEngine:
     report_changes: dict[str, Any] = field(default_factory=dict)
     runs_ops: bool = True
     is_alive: bool = True
-    calls: list[ChatCall] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     waits: list[tuple[dict[int, int], float]] = field(default_factory=list)
@@ -172,7 +172,7 @@ class FakeEngine:
     def model(self) -> ServedModel:
         return ServedModel(name=MODEL, created=1_700_000_000, context=512)
 
-    async def complete(self, call: ChatCall) -> Completion:
+    async def complete(self, call: Call) -> Completion:
         self.calls.append(call)
         pieces: list[list[tuple[int, str]]] = [[] for _ in range(call.samples)]
         try:
@@ -202,7 +202,7 @@ class FakeEngine:
             tokens=tuple([token for token, _ in said] for said in pieces),
         )
 
-    async def stream(self, call: ChatCall) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
         self.calls.append(call)
         written = 0
         try:
@@ -231,6 +231,13 @@ class FakeEngine:
             for sample, score in enumerate(self.answers)
             if not math.isnan(score)
         }
+
+    async def tokenize(self, fields: Mapping[str, Any], prompting: Prompting) -> Sequence[int]:
+        """One token a word of the prompt's text."""
+        if prompting is Prompting.PLAIN:
+            prompt = fields["prompt"]
+            return prompt if isinstance(prompt, list) else range(len(prompt.split()))
+        return range(sum(len(str(message["content"]).split()) + 1 for message in fields["messages"]))
 
     def forget(self, plan_id: str) -> None:
         self.forgotten.append(plan_id)
@@ -275,7 +282,7 @@ class FakeEngine:
     def exposition(self) -> bytes:
         return b"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
 
-    async def _tokens(self, call: ChatCall) -> AsyncGenerator[tuple[int, int, str], None]:
+    async def _tokens(self, call: Call) -> AsyncGenerator[tuple[int, int, str], None]:
         """One token of every sample, then the next of every sample."""
         limit = call.fields.get("max_tokens", len(self.words) + 1)
         produced = 0
@@ -293,7 +300,7 @@ class FakeEngine:
                     token = self._first(call, index)
                     yield index, token, MARKERS[token] if self.shows_markers else ""
 
-    def _first(self, call: ChatCall, index: int) -> int:
+    def _first(self, call: Call, index: int) -> int:
         if call.plan is None or not call.plan.is_steering:
             allowed = call.fields.get("allowed_token_ids", [self.unsteered])
             return self.likeliest if self.likeliest in allowed else int(allowed[0])
@@ -354,7 +361,7 @@ def _usage(completion: int) -> dict[str, Any]:
     return {"prompt_tokens": 5, "completion_tokens": completion, "total_tokens": 5 + completion}
 
 
-def _chunk(call: ChatCall, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+def _chunk(call: Call, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{call.request_id}",
         "object": "chat.completion.chunk",

@@ -39,7 +39,8 @@ class Server:
     """A running server.
 
     Attributes:
-        url: of its root.
+        url: of its root, for clients.
+        admin: of its root, for operators.
         process: its main process.
         log: lines of its output so far.
     """
@@ -47,6 +48,7 @@ class Server:
     url: str
     process: subprocess.Popen[str]
     log: list[str] = field(default_factory=list)
+    admin: str = ""
 
     def stop(self) -> int:
         """Ask it to end; returns its exit code."""
@@ -63,7 +65,7 @@ class Server:
 def serving(*arguments: str, **environment: str) -> Iterator[Server]:
     """`trimtab serve --port 0` with these arguments, from the moment it is ready until the block ends."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "serve", "--port", "0", *arguments],
+        [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--admin-port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -83,12 +85,14 @@ def serving(*arguments: str, **environment: str) -> Iterator[Server]:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        while not server.url:
+        while not server.admin:
             line = lines.get(timeout=START_PATIENCE)
             if line is None:
                 raise AssertionError("the server ended before it was ready:\n" + "\n".join(server.log[-40:]))
             if found := re.match(r"Ready on (\S+)", line):
                 server.url = found.group(1)
+            elif found := re.match(r"Metrics and administration on (\S+)", line):
+                server.admin = found.group(1)
         yield server
     finally:
         server.stop()

@@ -64,7 +64,7 @@ def ask(client: OpenAI, **fields: Any) -> Any:
 
 def metric(gateway: Server, name: str) -> float:
     """Sum of a metric's samples."""
-    text = httpx.get(f"{gateway.url}/metrics").text
+    text = httpx.get(f"{gateway.admin}/metrics").text
     families = text_string_to_metric_families(text)
     return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 

@@ -35,7 +35,7 @@ def _body(prompt: str, **fields: object) -> dict[str, object]:
 def _refused(server: Server, detector: str) -> dict[str, float]:
     """Choices counted by outcome, of one detector."""
     found: dict[str, float] = {}
-    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+    for line in httpx.get(f"{server.admin}/metrics").text.splitlines():
         if line.startswith("steering_outcomes_total{") and f'detector="{detector}"' in line:
             outcome = line.split('outcome="')[1].split('"')[0]
             found[outcome] = found.get(outcome, 0.0) + float(line.rsplit(" ", 1)[1])

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from starlette.types import ASGIApp
 
-from server.app import create_app, create_gateway
+from server.app import create_admin_app, create_app, create_gateway
 from server.catalog import Catalog
-from server.routes import Gateway
+from server.gateway import Gateway
 from server.settings import Settings
 from tests.fakes import MODEL, FakeEngine, make_catalog
 
@@ -25,6 +25,7 @@ class Spoken:
     gateway: Gateway
     app: ASGIApp
     client: httpx.AsyncClient
+    admin: httpx.AsyncClient
 
     async def chat(self, **fields: Any) -> httpx.Response:
         """Ask for a completion of one user message."""
@@ -61,6 +62,10 @@ def content_of(events: list[dict[str, Any]], index: int = 0) -> str:
     )
 
 
+def _client_of(app: ASGIApp) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://gateway")
+
+
 Make = Callable[..., Spoken]
 
 
@@ -75,9 +80,9 @@ async def make() -> AsyncIterator[Make]:
         gateway = create_gateway(engine or FakeEngine(), catalog or make_catalog(), Settings(**settings))
         gateway.is_armed = is_armed
         app = create_app(gateway)
-        client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://gateway")
-        clients.append(client)
-        return Spoken(gateway=gateway, app=app, client=client)
+        spoken = Spoken(gateway=gateway, app=app, client=_client_of(app), admin=_client_of(create_admin_app(gateway)))
+        clients.extend((spoken.client, spoken.admin))
+        return spoken
 
     yield build
     for client in clients:

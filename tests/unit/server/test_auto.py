@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine import ChatCall
+from server.engine import Call
 from steering.errors import EngineError
 from steering.plan import GateOrder
 from tests.fakes import POLITICAL, RESPOND, SAFETY, FakeEngine, make_catalog, make_gated_bundle, read
@@ -170,7 +170,7 @@ async def test_a_first_pass_that_fails_or_strays_ends_the_request(auto: Make, st
 class StrayingEngine(FakeEngine):
     """Does not keep to the tokens it is allowed."""
 
-    def _first(self, call: ChatCall, index: int) -> int:
+    def _first(self, call: Call, index: int) -> int:
         return RESPOND
 
 

@@ -16,7 +16,7 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 async def scrape(spoken: Spoken) -> Samples:
     """All samples by name."""
-    response = await spoken.client.get("/metrics")
+    response = await spoken.admin.get("/metrics")
     assert response.status_code == 200
     found: Samples = {}
     for family in text_string_to_metric_families(response.text):
@@ -80,7 +80,7 @@ async def test_nothing_a_client_writes_becomes_a_label(make: Make) -> None:
     await spoken.chat(steering={"mode": "refuse", "category": "evil"})
     await spoken.client.get("/evil")
     await spoken.client.get("/v1/models/evil")
-    assert "evil" not in (await spoken.client.get("/metrics")).text
+    assert "evil" not in (await spoken.admin.get("/metrics")).text
 
 
 async def test_log_line_names_the_request_and_holds_no_text(make: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.parsing import REFUSED, parse_chat_request
 from server.policy import Report, SteeringSpec
-from server.wire import ChatRequest
+from server.wire.chat import ChatRequest
+from server.wire.parsing import REFUSED, parse_chat_request
 from steering.errors import CallerError
 from steering.plan import CategorySource, Mode, Scope
 

@@ -90,7 +90,7 @@ async def test_metrics_count_by_detector(reading: Make) -> None:
     """Refusals and answers are counted under the probe's name, and what it could not read as unknown."""
     spoken = reading(FakeEngine(answers=[REFUSED, ANSWERED, NOTHING]))
     await spoken.chat(n=3, steering={"mode": "refuse"})
-    exposition = (await spoken.client.get("/metrics")).text
+    exposition = (await spoken.admin.get("/metrics")).text
     for outcome, detector in (("refusal", "response_probe"), ("comply", "response_probe"), ("unknown", "none")):
         labels = f'category="Safety",decision="refuse",detector="{detector}",outcome="{outcome}"'
         assert f"steering_outcomes_total{{{labels}}} 1.0" in exposition

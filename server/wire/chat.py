@@ -7,14 +7,16 @@ accepted because SDKs send them. Knows nothing of HTTP, vLLM or torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
+from server.generation import Generation
 from server.policy import SteeringSpec
-from server.steering_field import SteeringField, spec_of
-from server.strict import Strict
+from server.wire.steering import SteeringField, spec_of
+from server.wire.strict import Strict
 
 MAX_MESSAGES = 2048
 MAX_SAMPLES = 8
@@ -282,6 +284,7 @@ class ChatRequest(Strict):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
     # Ignored: harmless, and sent by clients that talk to several servers.
     user: Ignored | None = None
@@ -322,6 +325,19 @@ class ChatRequest(Strict):
         """What is asked of steering; None without a `steering` field."""
         return spec_of(self.steering)
 
+    def to_generation(self) -> Generation:
+        """The request as the service takes it."""
+        fields = self.engine_fields()
+        return Generation(
+            model=self.model,
+            spec=self.spec,
+            fields=fields,
+            prompt_fields=_prompt_fields(fields),
+            samples=self.samples,
+            wants_usage=bool(self.stream_options and self.stream_options.include_usage),
+            cache_salt=self.cache_salt,
+        )
+
     def engine_fields(self) -> dict[str, Any]:
         """The fields that concern the engine, as JSON values; those not sent, or sent as null, are left out."""
         fields = self.model_dump(
@@ -332,16 +348,12 @@ class ChatRequest(Strict):
                 _as_engines_read_it(message)
         return fields
 
-    def prompt_fields(self) -> dict[str, Any]:
-        """The fields that the prompt is made of, for a pass that only looks at it; tools are shown and never called."""
-        fields = {name: value for name, value in self.engine_fields().items() if name in _PROMPT}
-        return fields | ({"tool_choice": "none"} if "tools" in fields else {})
-
 
 _PROMPT = {"model", "messages", "tools", "reasoning_effort"}
 
 _NOT_FOR_THE_ENGINE = {
     "steering",
+    "cache_salt",
     "stream",
     "stream_options",
     "user",
@@ -357,8 +369,14 @@ _NOT_FOR_THE_ENGINE = {
 
 
 def _at(path: str, message: str) -> PydanticCustomError:
-    """An error of a combination; `path` names the field that `server/parsing.py` reports."""
+    """An error of a combination; `path` names the field that `server/wire/parsing.py` reports."""
     return PydanticCustomError("combination", "{message}", {"message": message, "path": path})
+
+
+def _prompt_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the prompt is made of, for a pass that only looks at it; tools are shown and never called."""
+    kept = {name: value for name, value in fields.items() if name in _PROMPT}
+    return kept | ({"tool_choice": "none"} if "tools" in kept else {})
 
 
 def _as_engines_read_it(message: dict[str, Any]) -> None:

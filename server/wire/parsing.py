@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from server.wire import ChatRequest
+from server.wire.chat import ChatRequest
 from steering.errors import CallerError, InvalidSpec
 
 REFUSED = {

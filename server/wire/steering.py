@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from server.policy import Report, SteeringSpec
-from server.strict import Strict
+from server.wire.strict import Strict
 from steering.manifest import MAX_CATEGORIES
 from steering.plan import CategorySource, Mode, Scope
 

@@ -1,0 +1,75 @@
+"""Callers: who sent a request, and what that key may do.
+
+Plain values; where they come from is `server/access/keys.py`. Knows nothing of HTTP, files or vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Permission(StrEnum):
+    """What a key may do.
+
+    `USE` names profiles, `RELAX` may lower refusals below what the server does by default, `CUSTOM` sets strength,
+    thresholds and scope, `SCORES` reads what probes read, `ADMIN` loads and unloads bundles.
+    """
+
+    USE = "steer:use"
+    RELAX = "steer:relax"
+    CUSTOM = "steer:custom"
+    SCORES = "scores:read"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """How much a key may ask for; None is no limit.
+
+    Attributes:
+        requests: per minute.
+        tokens: of prompts and answers, per minute.
+        concurrent: being answered at once.
+    """
+
+    requests: int | None = None
+    tokens: int | None = None
+    concurrent: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who sent a request.
+
+    Attributes:
+        key_id: names the key in logs and audit; never the key itself.
+        tenant: keys of one tenant share the prefix cache, those of others do not; None shares with everyone.
+        permissions: what the key may do.
+        profiles: names that may be asked for, as `Catalog.profile_names` has them; None for all. The server's default
+            profile can always be used.
+        categories: names that may be asked for; None for all.
+        strength: least and greatest strength that may be asked for; None leaves it to the certified range.
+        allowance: how much may be asked for.
+    """
+
+    key_id: str
+    tenant: str | None = None
+    permissions: frozenset[Permission] = frozenset()
+    profiles: frozenset[str] | None = None
+    categories: frozenset[str] | None = None
+    strength: tuple[float, float] | None = None
+    allowance: Allowance = field(default_factory=Allowance)
+
+
+LOCAL = Caller(key_id="local", permissions=frozenset(Permission))
+"""Whoever reaches a server without keys, which listens on the loopback interface only; and the server itself."""
+
+
+def prefix_cache_salt(caller: Caller, own: str | None) -> str | None:
+    """What keeps a request's blocks of the prefix cache apart: its tenant, and the client's own salt within that."""
+    if caller.tenant is None and own is None:
+        return None
+    return hashlib.sha256(json.dumps([caller.tenant, own]).encode()).hexdigest()

@@ -1,0 +1,84 @@
+"""Progress: what is known of a streamed answer so far, choice by choice.
+
+Knows nothing of HTTP, vLLM or torch.
+"""
+
+from __future__ import annotations
+
+from server.effects import Effect
+from server.engine import Chunk
+from server.verdicts import UNKNOWN, MarkerStripper, Verdict, VerdictTable
+
+
+class Progress:
+    """What is known so far.
+
+    Args:
+        table: tells verdicts and markers.
+        samples: choices there will be.
+
+    Attributes:
+        effects: of choices that have begun.
+        lengths: tokens of each choice.
+        texts: pieces of each choice's text as the client gets them.
+    """
+
+    def __init__(self, table: VerdictTable, samples: int) -> None:
+        self._table = table
+        self._strippers: dict[int, MarkerStripper] = {}
+        self._verdicts = [UNKNOWN] * samples
+        self._finished: set[int] = set()
+        self.effects: dict[int, Effect] = {}
+        self.lengths = [0] * samples
+        self.texts: list[list[str]] = [[] for _ in range(samples)]
+
+    @property
+    def begun(self) -> int:
+        """Choices that have begun."""
+        return len(self._strippers)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice has ended."""
+        return len(self._finished) == len(self._verdicts)
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """What the first token of each choice told."""
+        return self._verdicts
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """The text of each choice."""
+        return tuple("".join(pieces) for pieces in self.texts)
+
+    def begins(self, chunk: Chunk) -> bool:
+        """Take note of the chunk; True when it is its choice's first with tokens, or its last without any."""
+        choice = chunk.body["choices"][0]
+        index = choice["index"]
+        if index in self._strippers or not (chunk.tokens or choice.get("finish_reason")):
+            return False
+        self._verdicts[index] = self._table.verdict(chunk.tokens)
+        self._strippers[index] = MarkerStripper(self._table)
+        return True
+
+    def cleaned(self, chunk: Chunk) -> bool:
+        """Take markers out of the chunk's text; False when nothing is left to tell the client."""
+        choice = chunk.body["choices"][0]
+        index, delta = choice["index"], choice["delta"]
+        self.lengths[index] += len(chunk.tokens)
+        is_last = bool(choice.get("finish_reason"))
+        if is_last:
+            self._finished.add(index)
+        stripper = self._strippers.get(index)
+        if stripper is not None:
+            stripper.see(chunk.tokens)
+            text = stripper.feed(delta.get("content") or "") + (stripper.flush() if is_last else "")
+            if text:
+                delta["content"] = text
+                self.texts[index].append(text)
+            elif not is_last:
+                delta.pop("content", None)
+            elif delta.get("content"):
+                delta["content"] = ""
+        return is_last or bool(delta) or choice.get("logprobs") is not None

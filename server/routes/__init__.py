@@ -1,0 +1,1 @@
+"""Routes: wire in, one call, wire out."""

@@ -1,0 +1,28 @@
+"""Chat completions."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.routes.generation import Asked, ChatShape, answer
+from server.wire.chat import ChatRequest
+from server.wire.parsing import parse_chat_request
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
+    },
+)
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation, steered as its `steering` field says."""
+    return await answer(request, _asked)
+
+
+def _asked(body: bytes) -> Asked:
+    parsed = parse_chat_request(body)
+    return Asked(parsed.to_generation(), bool(parsed.stream), ChatShape())

@@ -1,0 +1,82 @@
+"""Shapes: vLLM's responses and chunks as the gateway knows them, OpenAI's chat completions without what vLLM adds.
+
+Reads attributes and dictionaries; imports nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.engine import Chunk
+
+
+def plain_chat(response: Any) -> dict[str, Any]:
+    """The response as OpenAI shapes it, without what vLLM adds; much faster than a full dump."""
+    choices = []
+    for choice in response.choices:
+        message = choice.message
+        said: dict[str, Any] = {"role": message.role, "content": message.content, "refusal": message.refusal}
+        if message.reasoning is not None:
+            said["reasoning"] = message.reasoning
+        if message.tool_calls:
+            said["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        choices.append(
+            {
+                "index": choice.index,
+                "message": said,
+                "logprobs": None if choice.logprobs is None else choice.logprobs.model_dump(),
+                "finish_reason": choice.finish_reason,
+            }
+        )
+    return {
+        "id": response.id,
+        "object": response.object,
+        "created": response.created,
+        "model": response.model,
+        "choices": choices,
+        "usage": response.usage.model_dump(exclude_none=True),
+        "system_fingerprint": response.system_fingerprint,
+    }
+
+
+def plain_completion(response: Any) -> dict[str, Any]:
+    """The response of a plain prompt in the shape of a chat completion; logprobs stay as completions give them."""
+    choices = [
+        {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": None if choice.logprobs is None else choice.logprobs.model_dump(),
+            "finish_reason": choice.finish_reason,
+        }
+        for choice in response.choices
+    ]
+    return {
+        "id": response.id,
+        "object": "chat.completion",
+        "created": response.created,
+        "model": response.model,
+        "choices": choices,
+        "usage": response.usage.model_dump(exclude_none=True),
+        "system_fingerprint": response.system_fingerprint,
+    }
+
+
+def as_chat(body: dict[str, Any]) -> dict[str, Any]:
+    """A chunk of a plain prompt's answer in the shape of a chat completion's."""
+    body["object"] = "chat.completion.chunk"
+    for choice in body["choices"]:
+        choice["delta"] = {"content": choice.pop("text")}
+        choice.pop("prompt_token_ids", None)
+    return body
+
+
+def chunk_of(body: dict[str, Any]) -> Chunk:
+    """A chunk without what vLLM adds, and the token ids it brings."""
+    for name in ("prompt_token_ids", "prompt_text", "metrics"):
+        body.pop(name, None)
+    if not body["choices"]:
+        return Chunk(body=body)
+    choice = body["choices"][0]
+    tokens = choice.pop("token_ids", None) or ()
+    choice.pop("stop_reason", None)
+    return Chunk(body=body, tokens=tokens)
