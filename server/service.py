@@ -6,23 +6,23 @@ Nothing of a steered answer leaves before the engine has confirmed the edit. Kno
 from __future__ import annotations
 
 import asyncio
-import copy
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from server.access.caller import Caller, prefix_cache_salt
+from server.access.caller import Caller
 from server.access.permissions import check_permitted
 from server.catalog import BundleView, LiveCatalog
 from server.effects import Effect, attach, effect_of
-from server.engine import Call, Chunk, Completion, Engine
+from server.engine import Chunk, Completion, Engine
 from server.generation import Generation, Ticket
-from server.observe.events import Ended, Observer, Usage
+from server.observe.events import Observer, Usage
 from server.observe.metrics import NONE, Metrics, flag
 from server.policy import Resolution, resolve
 from server.progress import Progress
+from server.run import Run
 from server.verdicts import UNKNOWN, MarkerStripper, Verdict, VerdictTable, read_verdict
 from steering.errors import (
     EditNotApplied,
@@ -79,68 +79,6 @@ class OpenStream:
     effect: Effect
     first: dict[str, Any]
     rest: AsyncGenerator[dict[str, Any], None]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """One request being answered, and what is known of it so far; see `Ended` for the fields."""
-
-    generation: Generation
-    resolution: Resolution
-    ticket: Ticket
-    began: float
-    effects: dict[int, Effect] = field(default_factory=dict)
-    verdicts: Sequence[Verdict] = ()
-    contents: tuple[str, ...] = ()
-    usage: Usage | None = None
-    error: TrimtabError | None = None
-    is_complete: bool = False
-    first_token: float | None = None
-
-    @property
-    def samples(self) -> int:
-        return self.generation.samples
-
-    def call(self) -> Call:
-        """What the engine is asked for; makes a new one each time, which the engine may change."""
-        return Call(
-            request_id=self.ticket.request_id,
-            prompting=self.generation.prompting,
-            fields=dict(self.generation.fields) | self._salt(),
-            samples=self.samples,
-            plan=self.resolution.order,
-            trace=self.ticket.trace,
-        )
-
-    def category_call(self, tokens: Sequence[int]) -> Call:
-        """P1.4's first pass: one token, among these."""
-        fields = copy.deepcopy(dict(self.generation.prompt_fields)) | self._salt()
-        fields |= {"max_tokens": 1, "temperature": 0.0, "allowed_token_ids": [*tokens]}
-        return Call(
-            request_id=f"{self.ticket.request_id}-category",
-            prompting=self.generation.prompting,
-            fields=fields,
-            trace=self.ticket.trace,
-        )
-
-    def _salt(self) -> dict[str, str]:
-        salt = prefix_cache_salt(self.ticket.caller, self.generation.cache_salt)
-        return {} if salt is None else {"cache_salt": salt}
-
-    def end(self, now: float) -> Ended:
-        return Ended(
-            ticket=self.ticket,
-            generation=self.generation,
-            resolution=self.resolution,
-            effects=self.effects,
-            verdicts=tuple(self.verdicts),
-            contents=self.contents,
-            usage=self.usage,
-            error=self.error,
-            is_complete=self.is_complete,
-            seconds=now - self.began,
-            first_token=self.first_token,
-        )
 
 
 class Service:
@@ -220,7 +158,7 @@ class Service:
         Raises:
             TrimtabError: before the first piece, so that it can still be answered with a status.
         """
-        opened: list[_Run] = []
+        opened: list[Run] = []
         chunks = self._chunks(generation, resolution, ticket, opened)
         try:
             first = await anext(chunks)
@@ -236,11 +174,11 @@ class Service:
         for task in tuple(self._tasks):
             task.cancel()
 
-    async def _whole(self, run: _Run) -> Completion:
+    async def _whole(self, run: Run) -> Completion:
         await self._categorise(run)
         return await self._engine.complete(run.call())
 
-    async def _categorise(self, run: _Run) -> None:
+    async def _categorise(self, run: Run) -> None:
         """P1.4's first pass, where it is asked for: the most likely refusal token names the category of the gate."""
         candidates = run.resolution.candidates
         if not candidates:
@@ -253,7 +191,7 @@ class Service:
         run.resolution = run.resolution.narrowed(candidates[tokens[0]])
 
     async def _chunks(
-        self, generation: Generation, resolution: Resolution, ticket: Ticket, opened: list[_Run]
+        self, generation: Generation, resolution: Resolution, ticket: Ticket, opened: list[Run]
     ) -> AsyncGenerator[dict[str, Any], None]:
         held: list[dict[str, Any]] = []  # chunks before the first confirmed token: roles, which hold no text
         with self._in_flight(generation, resolution, ticket) as run:
@@ -307,7 +245,7 @@ class Service:
             if has_begun:
                 deadline = clock() + self._limits.between
 
-    async def _confirm_begun(self, run: _Run, index: int) -> None:
+    async def _confirm_begun(self, run: Run, index: int) -> None:
         """Confirm the sample that begins, and before anything else the first, which the header tells of."""
         is_first = not run.effects
         await self._confirm(run, sorted({0, index} if is_first else {index}))
@@ -316,7 +254,7 @@ class Service:
             if not run.ticket.is_internal:
                 self._metrics.first_token.labels(flag(run.effects[0].applied)).observe(run.first_token)
 
-    async def _confirm(self, run: _Run, samples: Sequence[int]) -> None:
+    async def _confirm(self, run: Run, samples: Sequence[int]) -> None:
         """Take note of what was done to these samples.
 
         Raises:
@@ -333,7 +271,7 @@ class Service:
             self._metrics.unapplied.inc()
             raise
 
-    async def _read(self, run: _Run, verdicts: Sequence[Verdict], lengths: Sequence[int]) -> list[Verdict]:
+    async def _read(self, run: Run, verdicts: Sequence[Verdict], lengths: Sequence[int]) -> list[Verdict]:
         """The verdicts, with those of the response probe where no token told; an answer never waits for one for long.
 
         Args:
@@ -350,7 +288,7 @@ class Service:
         ]
 
     @contextmanager
-    def _in_flight(self, generation: Generation, resolution: Resolution, ticket: Ticket) -> Iterator[_Run]:
+    def _in_flight(self, generation: Generation, resolution: Resolution, ticket: Ticket) -> Iterator[Run]:
         if self.is_draining:
             raise EngineOverloaded("this server is shutting down; send the request again")
         if not self._engine.is_alive:
@@ -360,7 +298,7 @@ class Service:
         task = asyncio.current_task()
         assert task is not None
         clock = asyncio.get_running_loop().time
-        run = _Run(generation=generation, resolution=resolution, ticket=ticket, began=clock())
+        run = Run(generation=generation, resolution=resolution, ticket=ticket, began=clock())
         self._tasks.add(task)
         self._metrics.inflight.inc()
         try:
@@ -387,16 +325,16 @@ class Service:
             for observer in self._observers:
                 observer.ended(event)
 
-    def _table(self, run: _Run) -> VerdictTable:
+    def _table(self, run: Run) -> VerdictTable:
         bundle: BundleView = run.resolution.bundle
         if bundle.digest not in self._tables:
             self._tables[bundle.digest] = VerdictTable(bundle)
         return self._tables[bundle.digest]
 
-    def _effects(self, run: _Run) -> list[Effect]:
+    def _effects(self, run: Run) -> list[Effect]:
         return [run.effects[index] for index in range(run.samples)]
 
-    def _reported(self, completion: Completion, run: _Run) -> dict[str, Any]:
+    def _reported(self, completion: Completion, run: Run) -> dict[str, Any]:
         table, body = self._table(run), completion.body
         for tokens, choice in zip(completion.tokens, body["choices"], strict=True):
             if content := choice["message"].get("content"):
@@ -410,7 +348,7 @@ class Service:
         attach(body, run.resolution, self._effects(run), run.verdicts)
         return body
 
-    def _count_tokens(self, usage: dict[str, Any] | None, run: _Run) -> None:
+    def _count_tokens(self, usage: dict[str, Any] | None, run: Run) -> None:
         if not usage:
             return
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
@@ -420,7 +358,7 @@ class Service:
             self._metrics.tokens.labels("prompt", steered).inc(run.usage.prompt)
             self._metrics.tokens.labels("completion", steered).inc(run.usage.completion)
 
-    def _count(self, run: _Run) -> None:
+    def _count(self, run: Run) -> None:
         if run.ticket.is_internal:
             return
         effects, resolution = self._effects(run), run.resolution
