@@ -22,7 +22,6 @@ REFUSED = {
     "audio": "this server reads and writes text only",
     "bad_words": "it would bypass steering",
     "best_of": "use n",
-    "cache_salt": "the prefix cache is kept apart by the server",
     "chat_template": "how the prompt is built is the server's",
     "chat_template_kwargs": "how the prompt is built is the server's",
     "continue_final_message": "how the prompt is built is the server's",

@@ -314,7 +314,7 @@ def test_markers_do_not_show_where_a_tool_parser_asks_for_special_tokens(client:
         ({"extra_body": {"steering": {"profile": GATED, "scope": "all"}}}, "steering.scope", "steering_invalid"),
         ({"extra_body": {"vllm_xargs": {"trimtab": "{}"}}}, "vllm_xargs", "unknown_parameter"),
         ({"extra_body": {"vllm_xargs": {"trimtab_capture": 0}}}, "vllm_xargs", "unknown_parameter"),
-        ({"extra_body": {"cache_salt": "x"}}, "cache_salt", "unknown_parameter"),
+        ({"extra_body": {"cache_salt": "x"}}, "cache_salt", "steering_not_supported"),
         ({"messages": [{"role": "user", "content": "word " * CONTEXT * 4}]}, "messages", "context_length_exceeded"),
         ({"logit_bias": {"999999": 1}}, "logit_bias", "invalid_value"),
     ],

@@ -239,10 +239,10 @@ def test_a_pass_over_the_prompt_takes_what_the_prompt_is_made_of() -> None:
             seed=1,
         )
     )
-    fields = request.prompt_fields()
+    fields = request.to_generation().prompt_fields
     assert set(fields) == {"model", "messages", "tools", "reasoning_effort", "tool_choice"}
     assert fields["tool_choice"] == "none"
-    assert set(parse_chat_request(body(stop="x")).prompt_fields()) == {"model", "messages"}
+    assert set(parse_chat_request(body(stop="x")).to_generation().prompt_fields) == {"model", "messages"}
 
 
 def test_recursive_schemas_are_allowed() -> None:
