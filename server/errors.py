@@ -38,6 +38,12 @@ class BodyTimeout(CallerError):
     code = "request_timeout"
 
 
+class HeadersTooLarge(CallerError):
+    """The request's line and headers have more bytes or fields than the server reads."""
+
+    code = "headers_too_large"
+
+
 class UnsupportedMedia(CallerError):
     """The request's body is not plain JSON."""
 
@@ -54,6 +60,24 @@ class WrongMethod(CallerError):
     """The path exists, but not with this method."""
 
     code = "method_not_allowed"
+
+
+class UnknownBundle(CallerError):
+    """No such bundle is loaded, or lies in the folder that bundles may be loaded from."""
+
+    code = "bundle_not_found"
+
+
+class BundleRefused(CallerError):
+    """The bundle that an operator named cannot be used here; the code is that of what was found."""
+
+    code = "bundle_refused"
+
+
+class BundleInTheWay(CallerError):
+    """What an operator asks of a bundle does not go with the bundles that are loaded."""
+
+    code = "bundle_conflict"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +103,11 @@ TABLE: Mapping[type[TrimtabError], Reply] = {
     BodyTooLarge: Reply(status=413, type="invalid_request_error"),
     # 400 and not 408, which the SDK would send again.
     BodyTimeout: Reply(status=400, type="invalid_request_error", headers={"connection": "close"}),
+    HeadersTooLarge: Reply(status=431, type="invalid_request_error"),
     UnsupportedMedia: Reply(status=415, type="invalid_request_error"),
+    UnknownBundle: Reply(status=404, type="invalid_request_error"),
+    BundleRefused: Reply(status=422, type="invalid_request_error"),
+    BundleInTheWay: Reply(status=409, type="invalid_request_error"),
     UnknownRoute: Reply(status=404, type="invalid_request_error"),
     WrongMethod: Reply(status=405, type="invalid_request_error"),
     UnknownModel: Reply(status=404, type="invalid_request_error"),
