@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +19,8 @@ from server.engine import Engine
 from server.errors import UnknownRoute, WrongMethod
 from server.gateway import Gateway
 from server.observe.metrics import Metrics
+from server.observe.observation import Observation
+from server.rollout import Rollout
 from server.routes import chat, health, metrics, models, steering
 from server.service import Service
 from server.settings import Settings
@@ -29,10 +32,22 @@ _log = logging.getLogger("trimtab")
 
 def create_gateway(engine: Engine, catalog: Catalog, settings: Settings, *, engine_version: str = "") -> Gateway:
     """What the routes share, not yet armed."""
-    counted = Metrics(catalog, engine_version=engine_version)
+    rollout = Rollout(shares=settings.enforced_share)
+    rollout.check(catalog)
     live = LiveCatalog(catalog)
-    service = Service(engine=engine, catalog=live, metrics=counted, limits=settings.limits)
-    return Gateway(engine=engine, catalog=live, service=service, metrics=counted, settings=settings)
+    counted = Metrics(live, engine_version=engine_version, rollout=rollout)
+    observation = Observation(settings, counted)
+    service = Service(
+        engine=engine,
+        catalog=live,
+        metrics=counted,
+        limits=settings.limits,
+        observers=observation.observers,
+        rollout=rollout,
+    )
+    return Gateway(
+        engine=engine, catalog=live, service=service, metrics=counted, settings=settings, observation=observation
+    )
 
 
 def create_app(gateway: Gateway) -> ASGIApp:
@@ -57,13 +72,24 @@ def _application(gateway: Gateway, *routers: APIRouter) -> ASGIApp:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(Exception, _on_bug)
-    return Edge(app, gateway.metrics)
+    observation = gateway.observation
+    return Edge(
+        app,
+        gateway.metrics,
+        observation.ledger,
+        tracing=observation.tracing,
+        logs_scores=gateway.settings.log_scores,
+    )
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TrimtabError)
+    facts = request.scope["trimtab"]
+    facts.error = error.code
     if not isinstance(error, CallerError):
-        _log.warning("request id=req_%s failed: %s: %s", request.scope["trimtab"].request_id, error.code, error.message)
+        # What vLLM says of a fault of its own may quote a prompt; what the project's other errors say does not.
+        said = "the engine's own log says why" if type(error) is EngineError else error.message
+        _log.warning("request id=req_%s failed: %s: %s", facts.request_id, error.code, said)
     return error_answer(error)
 
 
@@ -78,20 +104,27 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405, in the envelope."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        return error_answer(
-            WrongMethod(
-                f"method {request.method[:20]} is not allowed here; allowed: {(error.headers or {}).get('Allow')}"
-            ),
+        allowed = (error.headers or {}).get("Allow")
+        return _noted(
+            request,
+            WrongMethod(f"method {request.method[:20]} is not allowed here; allowed: {allowed}"),
             error.headers,
         )
-    return error_answer(UnknownRoute("no such path; see GET /v1/models and GET /v1/steering"))
+    return _noted(request, UnknownRoute("no such path; see GET /v1/models and GET /v1/steering"))
 
 
-async def _on_validation_error(_request: Request, _error: Exception) -> Response:
+async def _on_validation_error(request: Request, _error: Exception) -> Response:
     """FastAPI's 422, which only path and query parameters could raise here."""
-    return error_answer(InvalidSpec("a parameter of the address is not valid"))
+    return _noted(request, InvalidSpec("a parameter of the address is not valid"))
 
 
 async def _on_bug(request: Request, _error: Exception) -> Response:
     """A bug of ours: logged with its traceback by the server, told without it."""
-    return error_answer(EngineError(f"internal error; quote request id req_{request.scope['trimtab'].request_id}"))
+    message = f"internal error; quote request id req_{request.scope['trimtab'].request_id}"
+    return _noted(request, EngineError(message, code="internal_error"))
+
+
+def _noted(request: Request, error: TrimtabError, headers: Mapping[str, str] | None = None) -> Response:
+    """The error as an answer; its code goes to the request's facts."""
+    request.scope["trimtab"].error = error.code
+    return error_answer(error, headers)

@@ -1,4 +1,4 @@
-"""The edge: the outermost ASGI layer, which names, times, counts and logs every request.
+"""The edge: the outermost ASGI layer, which names, times, traces, counts and logs every request.
 
 Pure ASGI: a framework's middleware base class would stand between a stream and its client's disconnect.
 """
@@ -9,17 +9,40 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.observe.events import Ended
+from server.observe.ledger import Ledger
+from server.observe.log import FACTS, as_text, facts_of
 from server.observe.metrics import NONE, Metrics, flag
+from server.observe.stages import Stages
+from server.observe.trace_context import trace_headers, trace_id_of
+from server.observe.tracing import NoTracing, Trace, Tracing
 
 ENDPOINTS = frozenset(
-    {"/v1/chat/completions", "/v1/models", "/v1/steering", "/livez", "/health", "/readyz", "/metrics"}
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/models",
+        "/v1/steering",
+        "/v1/steering/probe",
+        "/tokenize",
+        "/detokenize",
+        "/livez",
+        "/health",
+        "/readyz",
+        "/metrics",
+    }
 )
 """Paths that are label values of their own."""
+
+QUIET = frozenset({"/livez", "/health", "/readyz", "/metrics"})
+"""Those that are asked all the time, and neither logged nor traced."""
 
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _log = logging.getLogger("trimtab")
@@ -31,8 +54,12 @@ class Facts:
 
     Attributes:
         key_id: of the API key it came with.
+        decision: as the client is told it.
+        error: code of the error it was answered with; None where there was none.
         headers: sent with whatever is answered.
         on_end: called once the answer was sent or given up.
+        stages: those outside of the service.
+        trace: headers of W3C's trace context for whoever works on the request.
     """
 
     request_id: str
@@ -41,8 +68,11 @@ class Facts:
     decision: str = NONE
     is_steered: bool = False
     status: int = 500
+    error: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     on_end: list[Callable[[], None]] = field(default_factory=list)
+    stages: Stages = field(default_factory=Stages)
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 class Edge:
@@ -51,11 +81,25 @@ class Edge:
     Args:
         app: the application.
         metrics: where requests are counted.
+        ledger: what the service tells of them.
+        tracing: where spans go.
+        logs_scores: lines of requests tell what probes read.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        ledger: Ledger | None = None,
+        *,
+        tracing: Tracing | None = None,
+        logs_scores: bool = False,
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._ledger = ledger or Ledger()
+        self._tracing = tracing or NoTracing()
+        self._logs_scores = logs_scores
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection scope; only HTTP is counted."""
@@ -63,7 +107,12 @@ class Edge:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
+        endpoint = endpoint_of(scope["path"])
         facts = Facts(request_id=secrets.token_hex(16))
+        trace = None
+        if endpoint not in QUIET:
+            trace = self._tracing.begin(endpoint, scope["method"], trace_headers(scope["headers"]))
+            facts.trace = trace.headers
         scope["trimtab"] = facts
         name = b"req_" + facts.request_id.encode()
 
@@ -84,25 +133,50 @@ class Edge:
         finally:
             for call in facts.on_end:
                 call()
-            self._count(scope, facts, time.perf_counter() - began)
+            self._end(scope, facts, endpoint, time.perf_counter() - began, trace)
 
-    def _count(self, scope: Scope, facts: Facts, seconds: float) -> None:
-        path = scope["path"]
-        endpoint = path if path in ENDPOINTS else "/v1/models" if path.startswith("/v1/models/") else "other"
-        self._metrics.requests.labels(endpoint, facts.profile, str(facts.status)).inc()
-        self._metrics.duration.labels(endpoint, flag(facts.is_steered)).observe(seconds)
-        if _log.isEnabledFor(logging.INFO) and endpoint not in ("/livez", "/health", "/readyz", "/metrics"):
-            _log.info(
-                "request id=req_%s client_id=%s key=%s endpoint=%s status=%d profile=%s decision=%s seconds=%.3f",
-                facts.request_id,
-                _client_id(scope),
-                facts.key_id,
-                endpoint,
-                facts.status,
-                facts.profile,
-                facts.decision,
-                seconds,
-            )
+    def _end(self, scope: Scope, facts: Facts, endpoint: str, seconds: float, trace: Trace | None) -> None:
+        event = self._ledger.take(facts.request_id)
+        if facts.error is None and event is not None and event.error is not None:
+            facts.error = event.error.code
+        metrics = self._metrics
+        metrics.requests.labels(endpoint, metrics.labels.profile(facts.profile), str(facts.status)).inc()
+        metrics.duration.labels(endpoint, flag(facts.is_steered)).observe(seconds)
+        metrics.took(facts.stages)
+        if facts.error is not None:
+            metrics.failed(facts.error)
+        if trace is None:
+            return
+        trace.end(facts.request_id, facts.status, facts.error, event)
+        if _log.isEnabledFor(logging.INFO):
+            told = self._told(scope, facts, endpoint, seconds, event)
+            _log.info("%s", as_text(told), extra={FACTS: told})
+
+    def _told(self, scope: Scope, facts: Facts, endpoint: str, seconds: float, event: Ended | None) -> dict[str, Any]:
+        """What the line of a request tells; never what was asked or answered."""
+        told: dict[str, Any] = {
+            "event": "request",
+            "id": f"req_{facts.request_id}",
+            "client_id": _client_id(scope),
+            "trace_id": trace_id_of(facts.trace),
+            "key": facts.key_id,
+            "endpoint": endpoint,
+            "status": facts.status,
+            "error": facts.error,
+            "profile": facts.profile,
+            "decision": facts.decision,
+        }
+        stages = dict(facts.stages)
+        if event is not None:
+            told |= facts_of(event, has_scores=self._logs_scores)
+            stages |= event.stages
+        milliseconds = {stage.value: round(taken * 1000, 2) for stage, taken in stages.items()}
+        return told | {"seconds": round(seconds, 4), "stages_ms": milliseconds or None}
+
+
+def endpoint_of(path: str) -> str:
+    """The path as a label value."""
+    return path if path in ENDPOINTS else "/v1/models" if path.startswith("/v1/models/") else "other"
 
 
 def _client_id(scope: Scope) -> str:

@@ -31,6 +31,7 @@ class Effect:
         strength, scope: as applied; None where nothing was edited.
         reasoning: as applied.
         scores: what the gate's probe read; None where no gate decided.
+        is_shadow: it was decided and not done.
     """
 
     decision: str
@@ -40,11 +41,17 @@ class Effect:
     scope: Scope | None = None
     reasoning: Reasoning = Reasoning.EDITED
     scores: Scores | None = None
+    is_shadow: bool = False
 
     @property
     def applied(self) -> bool:
         """Whether something was edited."""
         return self.edit is not None
+
+    @property
+    def header(self) -> str:
+        """The decision as `x-trimtab-decision` tells it."""
+        return f"shadow:{self.decision}" if self.is_shadow else self.decision
 
 
 def effect_of(resolution: Resolution, outcome: Outcome | None) -> Effect:
@@ -58,6 +65,8 @@ def effect_of(resolution: Resolution, outcome: Outcome | None) -> Effect:
         EditNotApplied: the engine reports an error, or something that the plan does not allow.
     """
     plan = resolution.plan
+    if plan is None and resolution.is_shadow:
+        return Effect(decision=resolution.mode.value, category=resolution.category, is_shadow=True)
     if plan is None or outcome is None:
         return Effect(decision=Mode.OFF.value)
     if outcome.error:
@@ -82,6 +91,7 @@ def effect_of(resolution: Resolution, outcome: Outcome | None) -> Effect:
         scope=None if outcome.edit is None else outcome.scope,
         reasoning=outcome.reasoning,
         scores=outcome.scores,
+        is_shadow=resolution.is_shadow,
     )
 
 
@@ -106,6 +116,8 @@ def attach(
         "scope": None if first.scope is None else first.scope.value,
         "verdict": verdicts[0].to_json(in_full=is_full),
     }
+    if first.is_shadow:
+        steering["shadow"] = True
     if resolution.category_source is not None:
         steering["category_source"] = resolution.category_source.value
     if resolution.bundle.is_thinking and first.applied:
@@ -170,6 +182,10 @@ def _check_ruling(plan: Plan, order: GateOrder, resolution: Resolution, outcome:
             f"decision {decision!s} at refusal probability {scores.refusal:.6f}, where thresholds {order.comply_below} "
             f"and {order.refuse_above} demand one of {sorted(possible)}"
         )
+    if order.is_observed:
+        if outcome.applied or outcome.edit is not None or outcome.strength != 0:
+            raise _wrong(f"edit {outcome.edit!r} at strength {outcome.strength}, where it was only to observe")
+        return
     if decision is Decision.ABSTAIN:
         if outcome.applied or outcome.edit is not None:
             raise _wrong(f"edit {outcome.edit!r} after it abstained")

@@ -14,6 +14,7 @@ from server.access.caller import LOCAL, Caller
 from server.catalog import LiveCatalog
 from server.engine import Engine
 from server.observe.metrics import Metrics
+from server.observe.observation import Observation
 from server.service import Service
 from server.settings import Settings
 from steering.errors import EngineDied, EngineOverloaded
@@ -32,6 +33,7 @@ class Gateway:
     service: Service
     metrics: Metrics
     settings: Settings
+    observation: Observation
     is_armed: bool = False
 
     def admit(self, request: Request) -> Caller:

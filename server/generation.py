@@ -55,6 +55,7 @@ class Ticket:
         endpoint: path it came by; a label of metrics.
         is_internal: the server's own, such as a canary's: not traffic, and not counted as such.
         trace: headers of W3C's trace context.
+        number: which of the prompts of a request that has several.
     """
 
     request_id: str
@@ -62,3 +63,9 @@ class Ticket:
     endpoint: str = "none"
     is_internal: bool = False
     trace: Mapping[str, str] = field(default_factory=dict)
+    number: int | None = None
+
+    @property
+    def call_id(self) -> str:
+        """What the engine knows it by; unique among the prompts of one request, too."""
+        return self.request_id if self.number is None else f"{self.request_id}-{self.number}"

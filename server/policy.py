@@ -59,6 +59,7 @@ class Resolution:
         plan: for the engine; None when nothing is to be applied.
         observation: for the engine where there is no plan, and the answer is to be read all the same.
         report: how much of this the answer carries.
+        is_shadow: it is decided and counted, and nothing is edited; see `server/rollout.py`.
     """
 
     bundle: BundleView
@@ -69,6 +70,7 @@ class Resolution:
     plan: Plan | None
     observation: Plan | None = None
     report: Report
+    is_shadow: bool = False
 
     @property
     def order(self) -> Plan | None:

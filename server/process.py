@@ -6,9 +6,7 @@ Knows vLLM only through `server/vllm_engine.py`, imported once the cheap checks 
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from starlette.types import ASGIApp
 from server.app import create_admin_app, create_app, create_gateway
 from server.catalog import Catalog, catalog_of
 from server.gateway import Gateway
+from server.observe.log import configure_log
 from server.readiness import self_check
 from server.settings import Settings, check_host
 from steering.errors import BundleFormatError, TrimtabError
@@ -72,7 +71,7 @@ def serve(order: Order, settings: Settings, *, on_ready: Callable[[str, str], No
     """
     check_host(settings.host)
     catalog = load_catalog(order.model, order.bundles, accept_transfer=settings.accept_transfer)
-    _configure_log()
+    configure_log(settings.log_format)
     disable_created_metrics()  # type: ignore[no-untyped-call] # nothing here reads them, vLLM's included
     signal.signal(signal.SIGTERM, _stop_loading)
     import uvloop
@@ -156,6 +155,7 @@ async def _serve(order: Order, settings: Settings, catalog: Catalog, on_ready: C
             await _listen(server)
         finally:
             check.cancel()
+            await gateway.observation.stop()
             admin.should_exit = True
             await administration
         if check.done() and not check.cancelled():
@@ -182,6 +182,7 @@ async def _arm(
             server.should_exit = True
             return
         await asyncio.sleep(TICK)
+    await gateway.observation.start(gateway.engine, gateway.service, gateway.catalog)
     gateway.is_armed = True
     on_ready(_address(server), _address(admin))
 
@@ -208,17 +209,6 @@ def _uvicorn_config(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=5,
     )
-
-
-def _configure_log() -> None:
-    """One line per request and per problem on stderr."""
-    stream = logging.StreamHandler(sys.stderr)
-    stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    for name, level in (("trimtab", logging.INFO), ("uvicorn.error", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.addHandler(stream)
-        logger.setLevel(level)
-        logger.propagate = False
 
 
 def _stop_loading(_signal: int, _frame: FrameType | None) -> None:

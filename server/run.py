@@ -14,6 +14,7 @@ from server.effects import Effect
 from server.engine import Call
 from server.generation import Generation, Ticket
 from server.observe.events import Ended, Usage
+from server.observe.stages import Stages
 from server.policy import Resolution
 from server.verdicts import Verdict
 from steering.errors import TrimtabError
@@ -34,6 +35,7 @@ class Run:
     error: TrimtabError | None = None
     is_complete: bool = False
     first_token: float | None = None
+    stages: Stages = field(default_factory=Stages)
 
     @property
     def samples(self) -> int:
@@ -43,7 +45,7 @@ class Run:
     def call(self) -> Call:
         """What the engine is asked for; makes a new one each time, which the engine may change."""
         return Call(
-            request_id=self.ticket.request_id,
+            request_id=self.ticket.call_id,
             prompting=self.generation.prompting,
             fields=dict(self.generation.fields) | self._salt(),
             samples=self.samples,
@@ -56,7 +58,7 @@ class Run:
         fields = copy.deepcopy(dict(self.generation.prompt_fields)) | self._salt()
         fields |= {"max_tokens": 1, "temperature": 0.0, "allowed_token_ids": [*tokens]}
         return Call(
-            request_id=f"{self.ticket.request_id}-category",
+            request_id=f"{self.ticket.call_id}-category",
             prompting=self.generation.prompting,
             fields=fields,
             trace=self.ticket.trace,
@@ -80,4 +82,5 @@ class Run:
             is_complete=self.is_complete,
             seconds=now - self.began,
             first_token=self.first_token,
+            stages=self.stages,
         )

@@ -19,11 +19,13 @@ from server.effects import Effect, attach, effect_of
 from server.engine import Chunk, Completion, Engine
 from server.generation import Generation, Ticket
 from server.observe.events import Observer, Usage
-from server.observe.metrics import NONE, Metrics, flag
+from server.observe.metrics import Metrics, flag
+from server.observe.stages import Stage
 from server.policy import Resolution, resolve
 from server.progress import Progress
+from server.rollout import Rollout
 from server.run import Run
-from server.verdicts import UNKNOWN, MarkerStripper, Verdict, VerdictTable, read_verdict
+from server.verdicts import MarkerStripper, Verdict, VerdictTable, read_verdict
 from steering.errors import (
     EditNotApplied,
     EngineDied,
@@ -90,6 +92,7 @@ class Service:
         metrics: what is counted.
         limits: how much, how long.
         observers: told of every request that has ended.
+        rollout: which requests are steered; all of them unless told.
 
     Attributes:
         is_draining: no new request is taken.
@@ -103,6 +106,7 @@ class Service:
         metrics: Metrics,
         limits: Limits,
         observers: Sequence[Observer] = (),
+        rollout: Rollout | None = None,
     ) -> None:
         self.is_draining = False
         self._engine = engine
@@ -110,6 +114,7 @@ class Service:
         self._metrics = metrics
         self._limits = limits
         self._observers = list(observers)
+        self._rollout = rollout or Rollout()
         self._tables: dict[str, VerdictTable] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_aborting = False
@@ -184,7 +189,8 @@ class Service:
         if not candidates:
             return
         self._metrics.category_passes.inc()
-        completion = await self._engine.complete(run.category_call([*candidates]))
+        with run.stages.timed(Stage.CATEGORY):
+            completion = await self._engine.complete(run.category_call([*candidates]))
         (tokens,) = completion.tokens
         if len(tokens) != 1 or tokens[0] not in candidates:
             raise EngineError(f"the engine chose tokens {list(tokens)}, where one of {sorted(candidates)} was allowed")
@@ -248,9 +254,12 @@ class Service:
     async def _confirm_begun(self, run: Run, index: int) -> None:
         """Confirm the sample that begins, and before anything else the first, which the header tells of."""
         is_first = not run.effects
+        clock = asyncio.get_running_loop().time
+        if is_first:
+            run.stages[Stage.FIRST_TOKEN] = clock() - run.began - run.stages.get(Stage.CATEGORY, 0.0)
         await self._confirm(run, sorted({0, index} if is_first else {index}))
         if is_first:
-            run.first_token = asyncio.get_running_loop().time() - run.began
+            run.first_token = clock() - run.began
             if not run.ticket.is_internal:
                 self._metrics.first_token.labels(flag(run.effects[0].applied)).observe(run.first_token)
 
@@ -265,7 +274,8 @@ class Service:
             run.effects |= {sample: effect_of(run.resolution, None) for sample in samples}
             return
         try:
-            outcomes = await self._engine.outcomes(plan.id, samples, self._limits.outcome)
+            with run.stages.timed(Stage.CONFIRM):
+                outcomes = await self._engine.outcomes(plan.id, samples, self._limits.outcome)
             run.effects |= {sample: effect_of(run.resolution, outcomes[sample]) for sample in samples}
         except EditNotApplied:
             self._metrics.unapplied.inc()
@@ -281,7 +291,8 @@ class Service:
         if reader is None or order is None:
             return list(verdicts)
         wanted = {sample: min(reader.tokens, length - 1) for sample, length in enumerate(lengths) if length > 1}
-        read = await self._engine.responses(order.id, wanted, self._limits.verdict)
+        with run.stages.timed(Stage.VERDICT):
+            read = await self._engine.responses(order.id, wanted, self._limits.verdict)
         return [
             verdict if verdict.refused is not None else read_verdict(reader, read.get(sample))
             for sample, verdict in enumerate(verdicts)
@@ -298,9 +309,13 @@ class Service:
         task = asyncio.current_task()
         assert task is not None
         clock = asyncio.get_running_loop().time
+        if not ticket.is_internal:  # the server's own requests look at what a profile does
+            resolution = self._rollout.apply(resolution, ticket.request_id)
         run = Run(generation=generation, resolution=resolution, ticket=ticket, began=clock())
+        rows = run.samples if resolution.order is not None else 0
         self._tasks.add(task)
         self._metrics.inflight.inc()
+        self._metrics.rows_in_use.inc(rows)
         try:
             yield run
         except asyncio.CancelledError:
@@ -312,16 +327,17 @@ class Service:
         except TrimtabError as error:
             run.error = error
             if not ticket.is_internal:
-                self._metrics.outcomes.labels(
-                    run.resolution.category or NONE, run.resolution.mode.value, "error", UNKNOWN.detector
-                ).inc()
+                self._metrics.broke(run.resolution)
             raise
         finally:
             self._tasks.discard(task)
             self._metrics.inflight.dec()
+            self._metrics.rows_in_use.dec(rows)
             if resolution.order is not None:
                 self._engine.forget(resolution.order.id)
             event = run.end(clock())
+            if not ticket.is_internal:
+                self._metrics.took(run.stages)
             for observer in self._observers:
                 observer.ended(event)
 
@@ -357,19 +373,11 @@ class Service:
             steered = flag(run.effects[0].applied)
             self._metrics.tokens.labels("prompt", steered).inc(run.usage.prompt)
             self._metrics.tokens.labels("completion", steered).inc(run.usage.completion)
+            self._metrics.cached.labels(steered).inc(run.usage.cached)
 
     def _count(self, run: Run) -> None:
-        if run.ticket.is_internal:
-            return
-        effects, resolution = self._effects(run), run.resolution
-        first = effects[0]
-        self._metrics.decisions.labels(first.category or NONE, first.decision).inc()
-        if first.scores is not None and resolution.category_source is not None:
-            self._metrics.probe_score.labels(resolution.profile.name).observe(first.scores.refusal)
-            self._metrics.categories.labels(first.category or NONE, resolution.category_source.value).inc()
-        for effect, verdict in zip(effects, run.verdicts, strict=True):
-            category = verdict.category or effect.category or NONE
-            self._metrics.outcomes.labels(category, effect.decision, verdict.outcome, verdict.detector).inc()
+        if not run.ticket.is_internal:
+            self._metrics.answered(run.resolution, self._effects(run), run.verdicts)
 
 
 async def _within(limit: float, work: Awaitable[T], what: str) -> T:

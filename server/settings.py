@@ -6,12 +6,14 @@ Knows nothing of vLLM, torch or HTTP.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server.observe.log import LogFormat
 from server.service import Limits
 from steering.errors import UnsupportedConfiguration
 
@@ -31,10 +33,24 @@ class Settings(BaseSettings):
         steer_layers: decoder blocks that carry the op beside those the bundles need, for bundles loaded later: numbers
             with commas between them, or "all".
         check_finite: steered requests whose residuals become infinite or no numbers are ended with an error.
+        bundle_folder: bundles in it may be loaded while this server runs; None where none may.
+        max_header_bytes, max_header_fields: more are not read of a request's line and headers.
+        header_timeout: for the line and headers, from their first byte or from the connection.
         max_body_bytes: more are not read.
         body_timeout: for the whole body.
+        keep_alive_interval: after so long without anything to send, a stream gets a comment.
+        write_timeout: a client is cut off that so long has left unread what waits to be sent.
         max_inflight: requests answered at once.
         outcome_timeout, first_token_timeout, between_timeout, total_timeout: see `server.service.Limits`.
+        heartbeat_interval: between two requests of one token, steered and not, that the server sends itself when no other
+            was answered meanwhile; 0 for never.
+        heartbeat_timeout: for each; `/readyz` answers 503 when one fails, `/livez` when `heartbeat_failures` in a row do.
+        death_delay: from the death of the engine to the end of this process, which ends with 1.
+        enforced_share: of a profile's requests, how many are steered, by profile or `*`; 0 decides and counts alone.
+        log_format: lines for people (`text`) or machines (`json`).
+        log_scores: lines and spans of requests tell what probes read.
+        otlp_endpoint: collector that spans go to, the engine's as well; by gRPC unless
+            OTEL_EXPORTER_OTLP_TRACES_PROTOCOL says `http/protobuf`.
         drain_delay: from SIGTERM, for load balancers to see `/readyz` answer 503.
         drain_grace: for requests in flight, after that.
     """
@@ -51,13 +67,27 @@ class Settings(BaseSettings):
     accept_transfer: bool = False
     steer_layers: Annotated[str, Field(pattern=r"^(all|\d{1,4}(,\d{1,4})*)?$")] = ""
     check_finite: bool = False
+    bundle_folder: Path | None = None
+    max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 16 * 1024
+    max_header_fields: Annotated[int, Field(ge=16, le=10_000)] = 100
+    header_timeout: Seconds = 10.0
     max_body_bytes: Annotated[int, Field(ge=1024)] = 2_000_000
     body_timeout: Seconds = 30.0
+    keep_alive_interval: Seconds = 15.0
+    write_timeout: Seconds = 60.0
     max_inflight: Annotated[int, Field(ge=1)] = 1024
     outcome_timeout: Seconds = 5.0
     first_token_timeout: Seconds = 120.0
     between_timeout: Seconds = 60.0
     total_timeout: Seconds = 600.0
+    heartbeat_interval: Annotated[float, Field(ge=0, le=86_400)] = 30.0
+    heartbeat_timeout: Seconds = 30.0
+    heartbeat_failures: Annotated[int, Field(ge=1, le=100)] = 3
+    death_delay: Annotated[float, Field(ge=0, le=600)] = 5.0
+    enforced_share: Mapping[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    log_format: LogFormat = LogFormat.TEXT
+    log_scores: bool = False
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=2048)] | None = None
     drain_delay: Annotated[float, Field(ge=0, le=600)] = 0.5
     drain_grace: Annotated[float, Field(ge=0, le=3600)] = 30.0
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from server.effects import Effect
 from server.generation import Generation, Ticket
+from server.observe.stages import Stages
 from server.policy import Resolution
 from server.verdicts import Verdict
 from steering.errors import TrimtabError
@@ -39,6 +40,7 @@ class Ended:
         is_complete: the whole answer was generated.
         seconds: from admission.
         first_token: seconds from admission to the first confirmed token; None where it is not known.
+        stages: those in the service.
     """
 
     ticket: Ticket
@@ -52,6 +54,7 @@ class Ended:
     is_complete: bool = False
     seconds: float = 0.0
     first_token: float | None = None
+    stages: Stages = field(default_factory=Stages)
 
 
 class Observer(Protocol):

@@ -1,21 +1,34 @@
 """Metrics of the gateway: prefix `steering_`, base units, labels from closed sets only.
 
-`steered` is true where something was edited, which is not so where a gate abstained. Labels never hold what a client
-wrote: profiles and categories come from the loaded bundles, statuses are numbers.
+`steered` is true where something was edited, which is not so where a gate abstained or only observed. Labels never hold
+what a client wrote: profiles and categories come from the loaded bundles, statuses are numbers. What a judge, a canary
+and the drift of probes are counted by is with each of them.
 Knows nothing of HTTP, vLLM or torch.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterable, Iterator, Sequence
 
-from server.catalog import Catalog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.catalog import LiveCatalog
+from server.effects import Effect
+from server.observe.labels import NONE, Closed, Labels
+from server.observe.stages import Stages
+from server.policy import Resolution
+from server.rollout import Rollout
+from server.verdicts import UNKNOWN, Verdict
 from steering import __version__
 
-NONE = "none"
-"""Label value where there is no category or no profile."""
+__all__ = ["NONE", "Metrics", "flag"]
+
+MOST_CODES = 64
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_STAGE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS[:13])
 _PROBABILITIES = tuple(step / 20 for step in range(21))
 
 
@@ -23,12 +36,15 @@ class Metrics:
     """The gateway's own registry and what is counted in it.
 
     Args:
-        catalog: names the bundles for `steering_bundle_info`.
+        catalog: in force; names profiles, categories and bundles.
         engine_version: of vLLM, for `steering_build_info`.
+        rollout: for `steering_enforced_share`.
     """
 
-    def __init__(self, catalog: Catalog, *, engine_version: str) -> None:
+    def __init__(self, catalog: LiveCatalog, *, engine_version: str, rollout: Rollout | None = None) -> None:
+        self.labels = Labels(catalog)
         self.registry = registry = CollectorRegistry()
+        self._codes = Closed(MOST_CODES)
         self.requests = Counter(
             "steering_requests",
             "Requests answered, by status; profile is none where none was resolved.",
@@ -37,8 +53,9 @@ class Metrics:
         )
         self.decisions = Counter(
             "steering_decisions",
-            "Requests by what was decided for them: refuse, comply, abstain or off; category is none for off.",
-            ("category", "decision"),
+            "Requests by what was decided for them: refuse, comply, abstain or off; category is none for off. In mode "
+            "shadow it was decided and not done.",
+            ("category", "decision", "mode"),
             registry=registry,
         )
         self.probe_score = Histogram(
@@ -62,10 +79,16 @@ class Metrics:
         self.outcomes = Counter(
             "steering_outcomes",
             "Choices by what their answer turned out to be; category is the refusal's own where a detector names one.",
-            ("category", "decision", "outcome", "detector"),
+            ("category", "decision", "outcome", "detector", "mode"),
             registry=registry,
         )
         self.tokens = Counter("steering_tokens", "Tokens read and written.", ("kind", "steered"), registry=registry)
+        self.cached = Counter(
+            "steering_prompt_tokens_cached",
+            "Prompt tokens among steering_tokens that came from the prefix cache.",
+            ("steered",),
+            registry=registry,
+        )
         self.duration = Histogram(
             "steering_request_duration_seconds",
             "From the first byte of a request to the last byte of its answer.",
@@ -80,6 +103,19 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.stages = Histogram(
+            "steering_stage_duration_seconds",
+            "Parts of a request's time, up to its first confirmed token and after its last.",
+            ("stage",),
+            buckets=_STAGE_SECONDS,
+            registry=registry,
+        )
+        self.errors = Counter(
+            "steering_errors",
+            "Requests that ended in an error, by its code, streams that had begun included.",
+            ("code",),
+            registry=registry,
+        )
         self.unapplied = Counter(
             "steering_unapplied",
             "Requests whose edit or gate the engine did not confirm; their answers were withheld. Must stay 0.",
@@ -89,18 +125,82 @@ class Metrics:
             "steering_client_disconnects", "Clients that left before their answer was complete.", registry=registry
         )
         self.inflight = Gauge("steering_inflight_requests", "Requests being answered.", registry=registry)
-        self.ready = Gauge("steering_ready", "1 while /readyz answers 200.", registry=registry)
-        bundles = Gauge(
-            "steering_bundle_info", "Bundles loaded.", ("bundle", "version", "transferred"), registry=registry
+        self.rows_in_use = Gauge(
+            "steering_rows_in_use", "Answers being generated that are steered or observed.", registry=registry
         )
-        for bundle in catalog.bundles:
-            bundles.labels(bundle.label, bundle.version, flag(bundle.is_transferred)).set(1)
+        self.rows_limit = Gauge(
+            "steering_rows_limit", "Answers that the engine can steer or observe at once.", registry=registry
+        )
+        self.ready = Gauge("steering_ready", "1 while /readyz answers 200.", registry=registry)
         build = Gauge("steering_build_info", "Versions.", ("version", "vllm"), registry=registry)
         build.labels(__version__, engine_version).set(1)
+        registry.register(_Loaded(catalog, self.labels, rollout or Rollout()))
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def failed(self, code: str) -> None:
+        """Count a request that ended in an error."""
+        self.errors.labels(self._codes(code)).inc()
+
+    def answered(self, resolution: Resolution, effects: Sequence[Effect], verdicts: Iterable[Verdict]) -> None:
+        """Count what was decided for a request whose answer is complete, and what each choice of it was."""
+        first, bundle = effects[0], resolution.bundle
+        mode = mode_of(resolution)
+        self.decisions.labels(self.labels.category(first.category, bundle), first.decision, mode).inc()
+        if first.scores is not None and resolution.category_source is not None:
+            self.probe_score.labels(self.labels.profile(resolution.profile.name)).observe(first.scores.refusal)
+            category = self.labels.category(first.category, bundle)
+            self.categories.labels(category, resolution.category_source.value).inc()
+        for effect, verdict in zip(effects, verdicts, strict=True):
+            category = self.labels.category(verdict.category or effect.category, bundle)
+            self.outcomes.labels(category, effect.decision, verdict.outcome, verdict.detector, mode).inc()
+
+    def broke(self, resolution: Resolution) -> None:
+        """Count a request that failed in the engine as an outcome, so that rates keep their denominator."""
+        category = self.labels.category(resolution.category, resolution.bundle)
+        self.outcomes.labels(category, resolution.mode.value, "error", UNKNOWN.detector, mode_of(resolution)).inc()
+
+    def took(self, stages: Stages) -> None:
+        """Count how long the stages of a request took."""
+        for stage, seconds in stages.items():
+            self.stages.labels(stage.value).observe(seconds)
+
+
+class _Loaded(Collector):
+    """What is loaded at the moment of a scrape."""
+
+    def __init__(self, catalog: LiveCatalog, labels: Labels, rollout: Rollout) -> None:
+        self._catalog = catalog
+        self._labels = labels
+        self._rollout = rollout
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample a bundle, and one a profile."""
+        loaded = self._catalog.now.bundles
+        bundles = GaugeMetricFamily(
+            "steering_bundle_info", "Bundles loaded.", labels=("bundle", "version", "transferred")
+        )
+        shares: dict[str, float] = {}
+        for bundle in loaded:
+            bundles.add_metric((bundle.label, bundle.version, flag(bundle.is_transferred)), 1)
+            for profile in bundle.profiles.values():
+                shares.setdefault(self._labels.profile(profile.name), self._rollout.share(bundle, profile))
+        yield bundles
+        enforced = GaugeMetricFamily(
+            "steering_enforced_share",
+            "Share of a profile's requests that are steered; 0 is shadow.",
+            labels=("profile",),
+        )
+        for name, share in shares.items():
+            enforced.add_metric((name,), share)
+        yield enforced
+
+
+def mode_of(resolution: Resolution) -> str:
+    """Whether what was decided was done, as a label value."""
+    return "shadow" if resolution.is_shadow else "enforce"
 
 
 def flag(value: bool) -> str:
