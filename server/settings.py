@@ -42,9 +42,10 @@ class Settings(BaseSettings):
         write_timeout: a client is cut off that so long has left unread what waits to be sent.
         max_inflight: requests answered at once.
         outcome_timeout, first_token_timeout, between_timeout, total_timeout: see `server.service.Limits`.
-        heartbeat_interval: between two requests of one token, steered and not, that the server sends itself when no other
-            was answered meanwhile; 0 for never.
-        heartbeat_timeout: for each; `/readyz` answers 503 when one fails, `/livez` when `heartbeat_failures` in a row do.
+        heartbeat_interval: between requests of one token, steered and not, that the server sends itself while no other
+            is answered; 0 for never.
+        heartbeat_timeout: for each; `/readyz` answers 503 when one fails.
+        heartbeat_failures: in a row, after which `/livez` answers 503 as well.
         death_delay: from the death of the engine to the end of this process, which ends with 1.
         enforced_share: of a profile's requests, how many are steered, by profile or `*`; 0 decides and counts alone.
         log_format: lines for people (`text`) or machines (`json`).

@@ -5,67 +5,38 @@ An endpoint differs in how its body is parsed and in the shape of its answer.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import NamedTuple
 
 from fastapi import Request
 from starlette.responses import Response
 
-from server.answers import DECISION_HEADER, EventStream, JsonAnswer
+from server.answers import DECISION_HEADER, EventStream, JsonAnswer, Opened
 from server.body import read_json_body, unless_disconnected
 from server.gateway import gateway_of
 from server.generation import Generation, Ticket
-from server.service import OpenStream
+from server.observe.stages import Stage
+from server.several import Part, complete, open_stream
+from server.wire.shape import Shape
+from steering.errors import CallerError
 
 
 class Asked(NamedTuple):
-    """A parsed body: what is to be generated, whether piece by piece, and how the answer is to look."""
+    """A parsed body.
 
-    generation: Generation
+    Attributes:
+        generations: what is to be generated; several for the prompts of one completions request.
+        is_stream: piece by piece.
+        shape: how the answer is to look.
+        names: what this endpoint calls the fields that the engine may find at fault.
+    """
+
+    generations: Sequence[Generation]
     is_stream: bool
     shape: Shape
-
-
-class Shape(Protocol):
-    """How answers of an endpoint look; the service's are OpenAI's chat completions."""
-
-    def whole(self, body: dict[str, Any]) -> dict[str, Any]:
-        """An answer in one piece, made of a `chat.completion` object, which it may change."""
-        ...
-
-    def events(self, opened: OpenStream) -> AsyncGenerator[Event, None]:
-        """The events of a streamed answer, made of `chat.completion.chunk` objects; closed, it closes `opened.rest`."""
-        ...
-
-    @property
-    def ends_with_done(self) -> bool:
-        """Whether `data: [DONE]` ends the stream."""
-        ...
-
-
-class Event(NamedTuple):
-    """A server-sent event; `name` is None for those that have only data."""
-
-    name: str | None
-    data: dict[str, Any]
-
-
-class ChatShape:
-    """Answers as the service gives them."""
-
-    ends_with_done = True
-
-    def whole(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The object itself."""
-        return body
-
-    async def events(self, opened: OpenStream) -> AsyncGenerator[Event, None]:
-        """Each chunk is an event."""
-        async with aclosing(opened.rest) as rest:
-            yield Event(None, opened.first)
-            async for chunk in rest:
-                yield Event(None, chunk)
+    names: Mapping[str, str] = MappingProxyType({})
 
 
 async def answer(request: Request, parse: Callable[[bytes], Asked]) -> Response:
@@ -77,33 +48,48 @@ async def answer(request: Request, parse: Callable[[bytes], Asked]) -> Response:
     """
     gateway = gateway_of(request)
     facts = request.scope["trimtab"]
-    caller = gateway.admit(request)
-    body = await read_json_body(
-        request.headers,
-        request.receive,
-        limit=gateway.settings.max_body_bytes,
-        wait=gateway.settings.body_timeout,
-    )
-    asked = parse(body)
-    resolution = gateway.service.resolve(asked.generation, caller)
-    facts.profile, facts.decision = resolution.profile.name, resolution.mode.value
+    with facts.stages.timed(Stage.AUTH):
+        caller = gateway.admit(request)
+    with facts.stages.timed(Stage.BODY):
+        body = await read_json_body(
+            request.headers,
+            request.receive,
+            limit=gateway.settings.max_body_bytes,
+            wait=gateway.settings.body_timeout,
+        )
+    with facts.stages.timed(Stage.PARSE):
+        asked = parse(body)
+    with facts.stages.timed(Stage.RESOLVE):
+        parts = [Part(each, gateway.service.resolve(each, caller)) for each in asked.generations]
+    first = parts[0].resolution
+    facts.profile, facts.decision = first.profile.name, first.mode.value
     gateway.check_ready()
-    ticket = Ticket(request_id=facts.request_id, caller=caller, endpoint=request.scope["path"], trace=trace_of(request))
+    ticket = Ticket(request_id=facts.request_id, caller=caller, endpoint=request.scope["path"], trace=facts.trace)
     if asked.is_stream:
-        opening = gateway.service.open_stream(asked.generation, resolution, ticket)
-        opened = await unless_disconnected(request.receive, opening)
-        facts.decision, facts.is_steered = opened.effect.decision, opened.effect.applied
+
+        async def opening() -> Opened:
+            with _in_words_of(asked):
+                opened = await open_stream(gateway.service, parts, ticket)
+            facts.decision, facts.is_steered = opened.effect.header, opened.effect.applied
+            return Opened(asked.shape.events(opened), opened.effect.header)
+
         return EventStream(
-            asked.shape.events(opened),
-            decision=opened.effect.decision,
+            opening(),
             ends_with_done=asked.shape.ends_with_done,
+            keep_alive=gateway.settings.keep_alive_interval,
             on_disconnect=gateway.metrics.disconnects.inc,
         )
-    whole = await unless_disconnected(request.receive, gateway.service.complete(asked.generation, resolution, ticket))
-    facts.decision, facts.is_steered = whole.effect.decision, whole.effect.applied
-    return JsonAnswer(asked.shape.whole(whole.body), headers={DECISION_HEADER: whole.effect.decision})
+    with _in_words_of(asked):
+        whole = await unless_disconnected(request.receive, complete(gateway.service, parts, ticket))
+    facts.decision, facts.is_steered = whole.effect.header, whole.effect.applied
+    return JsonAnswer(asked.shape.whole(whole.body), headers={DECISION_HEADER: whole.effect.header})
 
 
-def trace_of(request: Request) -> dict[str, str]:
-    """The headers of W3C's trace context that came with a request."""
-    return {name: request.headers[name] for name in ("traceparent", "tracestate") if name in request.headers}
+@contextmanager
+def _in_words_of(asked: Asked) -> Iterator[None]:
+    """The engine speaks of a chat's fields; what it finds at fault is told by the endpoint's own names."""
+    try:
+        yield
+    except CallerError as error:
+        error.parameter = asked.names.get(error.parameter or "", error.parameter)
+        raise
