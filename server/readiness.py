@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from server.catalog import BundleView, Catalog, EditView, GateView, ProfileView, ResponseView
 from server.engine import Call, Engine, WorkerReport
@@ -21,42 +21,47 @@ PATIENCE = 60.0
 
 
 async def self_check(engine: Engine, catalog: Catalog) -> None:
-    """Ask every worker what it is, then generate one token unsteered, one under each edit that proves a layer, one
-    before each gate, which must read scores and edit nothing, and two before each response probe, which must read one.
+    """Ask every worker what it is, then generate one token unsteered, and check every bundle.
 
     Raises:
-        PluginNotArmed: a worker reports another version, lacks a bundle, layer, edit, gate or response probe, a layer's
-            op did not run, or a gate or response probe read nothing.
+        PluginNotArmed: as `check_bundle`, or no worker reports at all.
         EngineError: a token did not come.
     """
-    reports = await engine.reports()
-    if not reports:
-        raise PluginNotArmed("no worker reports the plugin; is the distribution installed where vLLM runs?")
-    for rank, report in enumerate(reports):
-        for bundle in catalog.bundles:
-            _check_report(rank, report, bundle)
-    await _one_token(engine, None)
+    await _check_reports(engine, catalog.bundles)
+    await one_token(engine, None)
     for bundle in catalog.bundles:
-        for edit in covering_edits(bundle.edits):
-            await engine.clear_witness()
-            plan = Plan(
-                id=secrets.token_hex(16),
-                bundle=bundle.digest,
-                edit=edit.name,
-                strength=min(max(1.0, edit.minimum), edit.maximum),
-            )
-            await _one_token(engine, plan)
-            seen = {layer for report in await engine.reports() for layer in report.witness}
-            if not set(edit.layers) <= seen:
-                raise PluginNotArmed(
-                    f"edit {edit.name!r} of {bundle.label} edits layers {list(edit.layers)}, but only {sorted(seen)} "
-                    "ran with an edit; a stale compile cache or an architecture that is wrapped wrongly does this"
-                )
-        for profile in bundle.profiles.values():
-            if profile.gate is not None:
-                await _check_gate(engine, bundle, profile, profile.gate)
-        if bundle.reader is not None:
-            await _check_reader(engine, bundle, bundle.reader)
+        await _try_out(engine, bundle)
+
+
+async def check_bundle(engine: Engine, bundle: BundleView) -> None:
+    """Check one bundle that the engine holds: generate one token under each edit that proves a layer, one before each
+    gate, which must read scores and edit nothing, and two before each response probe, which must read one.
+
+    Beside live requests a layer counts as seen whoever had it edited.
+
+    Raises:
+        PluginNotArmed: a worker reports another version, lacks the bundle, a layer, edit, gate or response probe, a
+            layer's op did not run, or a gate or response probe read nothing.
+        EngineError: a token did not come.
+    """
+    await _check_reports(engine, (bundle,))
+    await _try_out(engine, bundle)
+
+
+async def one_token(engine: Engine, plan: Plan | None) -> Outcome | None:
+    """Generate one token; what the engine reports of it, where there is a plan."""
+    try:
+        await engine.complete(_call(engine, plan, tokens=1))
+        return None if plan is None else (await engine.outcomes(plan.id, (0,), PATIENCE))[0]
+    finally:
+        if plan is not None:
+            engine.forget(plan.id)
+
+
+def plan_of_edit(bundle: BundleView, edit: EditView) -> Plan:
+    """A plan of one edit, as near its calibrated dose as it is certified for."""
+    strength = min(max(1.0, edit.minimum), edit.maximum)
+    return Plan(id=secrets.token_hex(16), bundle=bundle.digest, edit=edit.name, strength=strength)
 
 
 def covering_edits(edits: Mapping[str, EditView]) -> list[EditView]:
@@ -70,12 +75,38 @@ def covering_edits(edits: Mapping[str, EditView]) -> list[EditView]:
     return chosen
 
 
+async def _check_reports(engine: Engine, bundles: Sequence[BundleView]) -> None:
+    reports = await engine.reports()
+    if not reports:
+        raise PluginNotArmed("no worker reports the plugin; is the distribution installed where vLLM runs?")
+    for rank, report in enumerate(reports):
+        for bundle in bundles:
+            _check_report(rank, report, bundle)
+
+
+async def _try_out(engine: Engine, bundle: BundleView) -> None:
+    for edit in covering_edits(bundle.edits):
+        await engine.clear_witness()
+        await one_token(engine, plan_of_edit(bundle, edit))
+        seen = {layer for report in await engine.reports() for layer in report.witness}
+        if not set(edit.layers) <= seen:
+            raise PluginNotArmed(
+                f"edit {edit.name!r} of {bundle.label} edits layers {list(edit.layers)}, but only {sorted(seen)} "
+                "ran with an edit; a stale compile cache or an architecture that is wrapped wrongly does this"
+            )
+    for profile in bundle.profiles.values():
+        if profile.gate is not None:
+            await _check_gate(engine, bundle, profile, profile.gate)
+    if bundle.reader is not None:
+        await _check_reader(engine, bundle, bundle.reader)
+
+
 async def _check_gate(engine: Engine, bundle: BundleView, profile: ProfileView, gate: GateView) -> None:
     order = GateOrder(
         profile=profile.name, comply_below=gate.comply_below, refuse_above=gate.refuse_above, is_observed=True
     )
     plan = Plan(id=secrets.token_hex(16), bundle=bundle.digest, gate=order, strength=profile.strength)
-    outcome = await _one_token(engine, plan)
+    outcome = await one_token(engine, plan)
     scores = outcome.scores if outcome else None
     if scores is None or set(scores.categories) != set(gate.probe.categories):
         raise PluginNotArmed(
@@ -123,16 +154,6 @@ def _check_report(rank: int, report: WorkerReport, bundle: BundleView) -> None:
         raise PluginNotArmed(
             f"worker {rank} can edit layers {list(report.layers)}, bundle {bundle.label} needs {sorted(needed)}"
         )
-
-
-async def _one_token(engine: Engine, plan: Plan | None) -> Outcome | None:
-    """Generate one token; what the engine reports of it, where there is a plan."""
-    try:
-        await engine.complete(_call(engine, plan, tokens=1))
-        return None if plan is None else (await engine.outcomes(plan.id, (0,), PATIENCE))[0]
-    finally:
-        if plan is not None:
-            engine.forget(plan.id)
 
 
 def _call(engine: Engine, plan: Plan | None, *, tokens: int) -> Call:
