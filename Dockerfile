@@ -15,21 +15,23 @@ RUN python3 -m pip install --no-cache-dir --break-system-packages --no-deps --no
  && rm -rf build server steering \
  && trimtab serve --help > /dev/null \
  && useradd --no-log-init --create-home --uid 10001 trimtab \
- && install -d -o trimtab -g trimtab /cache
+ && install -d -o trimtab -g trimtab /cache /audit
 
 USER 10001
 WORKDIR /home/trimtab
 
-# Settings are TRIMTAB_* variables (docker/README.md). Models and bundles are mounted, never downloaded.
+# Settings are TRIMTAB_* variables and one file, TRIMTAB_CONFIG (docker/README.md). Models, bundles and keys are mounted.
 ENV HF_HUB_OFFLINE=1 \
     VLLM_NO_USAGE_STATS=1 \
     XDG_CACHE_HOME=/cache \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     TRITON_CACHE_DIR=/cache/triton \
     NUMBA_CACHE_DIR=/cache/numba \
+    TRIMTAB_LOG_FORMAT=json \
     TRIMTAB_MODEL=/models/model
-VOLUME ["/cache"]
-EXPOSE 8000
+VOLUME ["/cache", "/audit"]
+# 8000 for clients, 8001 for operators and their monitoring.
+EXPOSE 8000 8001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
-  CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"TRIMTAB_PORT\", 8000)}/readyz', timeout=4)"]
+  CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"TRIMTAB_ADMIN_PORT\", 8001)}/readyz', timeout=4)"]
 ENTRYPOINT ["trimtab", "serve"]

@@ -38,6 +38,8 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile docker/Dockerfile.cpu
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/kubernetes-validate --strict --quiet docker/kubernetes/*.yaml
 	$(BIN)/shellcheck .ci/run
 
 bench: $(STAMP)
