@@ -21,7 +21,7 @@ from server.gateway import Gateway
 from server.observe.metrics import Metrics
 from server.observe.observation import Observation
 from server.rollout import Rollout
-from server.routes import chat, health, metrics, models, steering
+from server.routes import chat, completions, health, metrics, models, responses, steering, tokenize
 from server.service import Service
 from server.settings import Settings
 from steering import __version__
@@ -52,7 +52,16 @@ def create_gateway(engine: Engine, catalog: Catalog, settings: Settings, *, engi
 
 def create_app(gateway: Gateway) -> ASGIApp:
     """What clients reach."""
-    return _application(gateway, chat.router, models.router, steering.router, health.router)
+    return _application(
+        gateway,
+        chat.router,
+        completions.router,
+        responses.router,
+        tokenize.router,
+        models.router,
+        steering.router,
+        health.router,
+    )
 
 
 def create_admin_app(gateway: Gateway) -> ASGIApp:

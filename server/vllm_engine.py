@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from server.engine import Call, Chunk, Completion, Prompting, ServedModel, WorkerReport
-from server.vllm_shapes import as_chat, chunk_of, plain_chat, plain_completion
+from server.vllm_shapes import as_chat, chunk_of, echo_of, plain_chat, plain_completion
 from steering.bundle import load_bundle
 from steering.engine.outcomes import OutcomeListener, sample_of
 from steering.engine.plugin import engine_arguments
@@ -128,7 +128,10 @@ class VllmEngine:
             if task is not None and task.cancelling():  # vLLM answers a cancellation with an error response
                 raise asyncio.CancelledError
             raise _from_response(result.error.model_dump())
-        body = plain_chat(result) if call.prompting is Prompting.CHAT else plain_completion(result)
+        if call.prompting is Prompting.CHAT:
+            body = plain_chat(result)
+        else:
+            body = plain_completion(result, await self._echoed(call))
         return Completion(body=body, tokens=tuple(choice.token_ids or () for choice in result.choices))
 
     async def stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
@@ -136,6 +139,7 @@ class VllmEngine:
         events = await self._answer(call, stream=True)
         if isinstance(events, self._error_class):
             raise _from_response(events.error.model_dump())
+        echoed, told = None, set[int]()
         async with aclosing(events):
             async for event in events:
                 payload = event.removeprefix("data: ").strip()
@@ -144,7 +148,15 @@ class VllmEngine:
                 body = from_json(payload)
                 if "error" in body:
                     raise _from_response(body["error"])
-                yield chunk_of(body if call.prompting is Prompting.CHAT else as_chat(body))
+                if call.prompting is Prompting.CHAT:
+                    yield chunk_of(body)
+                    continue
+                for choice in body["choices"]:
+                    if call.fields.get("echo") and choice["index"] not in told:
+                        echoed = echoed if told else await self._echoed(call)
+                        told.add(choice["index"])
+                        yield echo_of(body, echoed or "")
+                yield chunk_of(as_chat(body))
 
     async def outcomes(self, plan_id: str, samples: Collection[int], wait: float) -> Mapping[int, Outcome]:
         """Wait until these samples of a plan have reported; see `server.engine.Engine`."""
@@ -178,6 +190,19 @@ class VllmEngine:
         if isinstance(result, self._error_class):
             raise _from_response(result.error.model_dump())
         return result.tokens
+
+    async def _echoed(self, call: Call) -> str | None:
+        """Text of a plain prompt that is to be told; vLLM leaves it out of answers that carry token ids."""
+        from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest
+
+        prompt = call.fields["prompt"]
+        if not call.fields.get("echo") or isinstance(prompt, str):
+            return prompt if call.fields.get("echo") else None
+        request = DetokenizeRequest(model=self._model.name, tokens=prompt)
+        result = await self._endpoints.tokenization.create_detokenize(request, None)  # type: ignore[arg-type] # as above
+        if isinstance(result, self._error_class):
+            raise _from_response(result.error.model_dump())
+        return str(result.prompt)
 
     async def reports(self) -> Sequence[WorkerReport]:
         """One per worker."""

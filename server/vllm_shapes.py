@@ -39,12 +39,18 @@ def plain_chat(response: Any) -> dict[str, Any]:
     }
 
 
-def plain_completion(response: Any) -> dict[str, Any]:
-    """The response of a plain prompt in the shape of a chat completion; logprobs stay as completions give them."""
+def plain_completion(response: Any, echoed: str | None) -> dict[str, Any]:
+    """The response of a plain prompt in the shape of a chat completion; logprobs stay as completions give them.
+
+    Args:
+        response: vLLM's.
+        echoed: text of the prompt, where it is to be told.
+    """
+    prompt = {} if echoed is None else {"prompt": echoed}
     choices = [
         {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": {"role": "assistant", "content": choice.text, "refusal": None, **prompt},
             "logprobs": None if choice.logprobs is None else choice.logprobs.model_dump(),
             "finish_reason": choice.finish_reason,
         }
@@ -68,6 +74,14 @@ def as_chat(body: dict[str, Any]) -> dict[str, Any]:
         choice["delta"] = {"content": choice.pop("text")}
         choice.pop("prompt_token_ids", None)
     return body
+
+
+def echo_of(body: dict[str, Any], echoed: str) -> Chunk:
+    """A chunk that tells the text of the prompt, to go before the first of a choice."""
+    (choice,) = body["choices"]
+    told = {"role": "assistant", "prompt": echoed}
+    chosen = {"index": choice["index"], "delta": told, "logprobs": None, "finish_reason": None}
+    return Chunk(body={**body, "choices": [chosen]})
 
 
 def chunk_of(body: dict[str, Any]) -> Chunk:

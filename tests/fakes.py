@@ -184,7 +184,12 @@ class FakeEngine:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": "".join(text for _, text in said), "refusal": None},
+                "message": {
+                    "role": "assistant",
+                    "content": "".join(text for _, text in said),
+                    "refusal": None,
+                    **_echo(call),
+                },
                 "logprobs": None,
                 "finish_reason": "stop",
             }
@@ -192,7 +197,7 @@ class FakeEngine:
         ]
         return Completion(
             body={
-                "id": f"chatcmpl-{call.request_id}",
+                "id": _name(call),
                 "object": "chat.completion",
                 "created": 1_700_000_001,
                 "model": MODEL,
@@ -206,8 +211,8 @@ class FakeEngine:
         self.calls.append(call)
         written = 0
         try:
-            for index in range(call.samples):
-                yield Chunk(body=_chunk(call, index, {"role": "assistant", "content": ""}))
+            for index in range(call.samples if call.prompting is Prompting.CHAT or _echo(call) else 0):
+                yield Chunk(body=_chunk(call, index, {"role": "assistant", **(_echo(call) or {"content": ""})}))
             async for index, token, text in self._tokens(call):
                 written += 1
                 yield Chunk(body=_chunk(call, index, {"content": text}), tokens=[token])
@@ -357,13 +362,23 @@ def failing(error: TrimtabError, after: int = 0) -> FakeEngine:
     return FakeEngine(fails=error, fails_after=after)
 
 
+def _name(call: Call) -> str:
+    return f"{'chatcmpl' if call.prompting is Prompting.CHAT else 'cmpl'}-{call.request_id}"
+
+
+def _echo(call: Call) -> dict[str, Any]:
+    """The prompt, where it is to be echoed; ids as their numbers."""
+    prompt = call.fields.get("prompt")
+    return {"prompt": prompt if isinstance(prompt, str) else str(prompt)} if call.fields.get("echo") else {}
+
+
 def _usage(completion: int) -> dict[str, Any]:
     return {"prompt_tokens": 5, "completion_tokens": completion, "total_tokens": 5 + completion}
 
 
 def _chunk(call: Call, index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
     return {
-        "id": f"chatcmpl-{call.request_id}",
+        "id": _name(call),
         "object": "chat.completion.chunk",
         "created": 1_700_000_001,
         "model": MODEL,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.routes.generation import Asked, ChatShape, answer
+from server.routes.generation import Asked, answer
 from server.wire.chat import ChatRequest
-from server.wire.parsing import parse_chat_request
+from server.wire.parsing import parse
+from server.wire.shape import ChatShape
 
 router = APIRouter()
 
@@ -24,5 +25,5 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 def _asked(body: bytes) -> Asked:
-    parsed = parse_chat_request(body)
-    return Asked(parsed.to_generation(), bool(parsed.stream), ChatShape())
+    parsed = parse(ChatRequest, body)
+    return Asked([parsed.to_generation()], bool(parsed.stream), ChatShape())

@@ -6,63 +6,20 @@ Knows nothing of HTTP, vLLM or torch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from server.wire.chat import ChatRequest
+from server.wire.strict import Body
 from steering.errors import CallerError, InvalidSpec
 
-REFUSED = {
-    "add_generation_prompt": "how the prompt is built is the server's",
-    "add_special_tokens": "how the prompt is built is the server's",
-    "allowed_token_ids": "it would bypass steering",
-    "audio": "this server reads and writes text only",
-    "bad_words": "it would bypass steering",
-    "best_of": "use n",
-    "chat_template": "how the prompt is built is the server's",
-    "chat_template_kwargs": "how the prompt is built is the server's",
-    "continue_final_message": "how the prompt is built is the server's",
-    "documents": "how the prompt is built is the server's",
-    "ec_transfer_params": "it is internal to the engine",
-    "echo": "how the prompt is built is the server's",
-    "extra_args": "it is internal to the engine",
-    "function_call": "it is deprecated; use tool_choice",
-    "functions": "it is deprecated; use tools",
-    "kv_transfer_params": "it is internal to the engine",
-    "logits_processors": "code is never accepted",
-    "media_io_kwargs": "this server reads and writes text only",
-    "mm_processor_kwargs": "this server reads and writes text only",
-    "moderation": "this server does not moderate; see steering",
-    "prediction": "this server does not do it",
-    "priority": "it is internal to the engine",
-    "prompt_embeds": "tensors are never accepted",
-    "prompt_logprobs": "it is internal to the engine",
-    "request_id": "the server makes its own",
-    "return_token_ids": "it would show refusal tokens",
-    "session_id": "it is internal to the engine",
-    "skip_special_tokens": "it would show refusal tokens",
-    "spaces_between_special_tokens": "it would show refusal tokens",
-    "structured_outputs": "use response_format",
-    "truncate_prompt_tokens": "how the prompt is built is the server's",
-    "use_beam_search": "it is not proved to work with steering",
-    "vllm_xargs": "use steering",
-    "web_search_options": "this server does not search",
-}
-"""Fields that other servers know and this one refuses by name, with the reason."""
+AnyBody = TypeVar("AnyBody", bound=Body)
 
 MAX_ERRORS = 100
 """Bodies with more errors than this are refused without naming one."""
-
-_SHAPES = {
-    "steering": "must be an object, the name of a profile, or false",
-    "steering.category": "must be 'auto', the name of a category, or a list of 1 to 16 names",
-    "stop": "must be a string or a list of at most 4 strings",
-    "tool_choice": "must be 'none', 'auto', 'required' or an object that names a function",
-}
-"""What a field of several shapes may be; pydantic would tell of one of them only."""
 
 _CODES = {
     "missing": "missing_required_parameter",
@@ -71,24 +28,28 @@ _CODES = {
 }
 
 
-def parse_chat_request(body: bytes) -> ChatRequest:
+def parse(kind: type[AnyBody], body: bytes) -> AnyBody:
     """Check a body and make it a request.
+
+    Args:
+        kind: of the endpoint.
+        body: as it came.
 
     Raises:
         CallerError: not JSON; `parameter` is None.
         InvalidSpec: a field is at fault; `parameter` is its path, such as `messages[0].content`.
     """
     try:
-        request = ChatRequest.model_validate_json(body)
+        request = kind.model_validate_json(body)
     except ValidationError as error:
-        raise _explained(error, body) from None
+        raise _explained(kind, error, body) from None
     if b"\\u0000" in body:  # JSON has no other way to write a NUL; the walk is for bodies that may hold one
         for path in _paths_with_nul(from_json(body), ()):
             raise InvalidSpec(f"{_joined(path)} holds a NUL character", parameter=_joined(path), code="invalid_value")
     return request
 
 
-def _explained(error: ValidationError, body: bytes) -> CallerError:
+def _explained(kind: type[Body], error: ValidationError, body: bytes) -> CallerError:
     """The deepest of pydantic's errors: of the members of a union, the one that was meant fails furthest inside."""
     if error.error_count() > MAX_ERRORS:  # telling of each takes pydantic seconds on a body made for it
         return InvalidSpec(f"more than {MAX_ERRORS} fields are at fault", code="invalid_value")
@@ -100,8 +61,11 @@ def _explained(error: ValidationError, body: bytes) -> CallerError:
         return CallerError("body must be a JSON object", code="invalid_json")
     path = _path_in(given, found)
     name = _joined(path)
+    if path and path[0] in kind.refused and found["type"] != "combination":
+        why = kind.refused[str(path[0])]
+        return InvalidSpec(f"{name} is not accepted: {why}", parameter=name, code="unknown_parameter")
     code = "steering_invalid" if name.partition(".")[0] == "steering" else _code(found["type"])
-    return InvalidSpec(_message(found, path, name), parameter=name or None, code=code)
+    return InvalidSpec(_message(kind, found, path, name), parameter=name or None, code=code)
 
 
 def _path_in(given: object, found: ErrorDetails) -> tuple[str | int, ...]:
@@ -118,7 +82,7 @@ def _path_in(given: object, found: ErrorDetails) -> tuple[str | int, ...]:
             continue
         path.append(item)
     if found["type"].startswith("union_tag"):
-        path.append("role")  # the only discriminator in the wire models
+        path.append(_discriminator(found))
     return tuple(path)
 
 
@@ -133,28 +97,28 @@ def _member(node: object, key: str | int) -> object:
     return _ABSENT
 
 
-def _message(found: ErrorDetails, path: tuple[str | int, ...], name: str) -> str:
-    kind = found["type"]
-    if kind == "missing":
+def _discriminator(found: ErrorDetails) -> str:
+    """The key that tells members of a union apart; pydantic names it in quotes, or else the function that tells."""
+    given = str(found.get("ctx", {}).get("discriminator", ""))
+    return given.strip("'") if given.startswith("'") else "type"
+
+
+def _message(kind: type[Body], found: ErrorDetails, path: tuple[str | int, ...], name: str) -> str:
+    fault = found["type"]
+    if fault == "missing":
         return f"{name} is missing"
-    if kind == "extra_forbidden":
-        return _unknown(str(path[-1]), name, is_top_level=len(path) == 1)
-    if name in _SHAPES and kind != "combination":
-        return f"{name} {_SHAPES[name]}"
-    if name.endswith(".content") and kind in {"string_type", "list_type"}:
+    if fault == "extra_forbidden":
+        near = difflib.get_close_matches(str(path[-1]), kind.model_fields, n=1) if len(path) == 1 else []
+        return f"{name} is not a known field" + (f"; did you mean {near[0]!r}?" if near else "")
+    form = kind.forms.get(re.sub(r"\[\d+\]", "[]", name))
+    if form is not None and fault != "combination":
+        return f"{name} {form}"
+    if name.endswith(".content") and fault in {"string_type", "list_type"}:
         return f"{name} must be a string or a list of text parts"
-    if kind.startswith("union_tag"):
-        return f"{name} must be one of 'system', 'developer', 'user', 'assistant', 'tool'"
+    if fault.startswith("union_tag"):
+        return f"{name} must be one of {found['ctx'].get('expected_tags', 'the known ones')}"
     text = found["msg"][:300]
     return f"{name}: {text[:1].lower()}{text[1:]}" if name else text
-
-
-def _unknown(key: str, name: str, *, is_top_level: bool) -> str:
-    if is_top_level and key in REFUSED:
-        return f"{key} is not accepted: {REFUSED[key]}"
-    near = difflib.get_close_matches(key, ChatRequest.model_fields, n=1) if is_top_level else []
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{name} is not a known field{hint}"
 
 
 def _code(kind: str) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from server.policy import Report, SteeringSpec
 from server.wire.chat import ChatRequest
-from server.wire.parsing import REFUSED, parse_chat_request
+from server.wire.parsing import parse
 from steering.errors import CallerError
 from steering.plan import CategorySource, Mode, Scope
 
@@ -160,18 +160,18 @@ BAD = [
 def test_bad_body_is_refused_with_its_field(payload: bytes, parameter: str | None, code: str) -> None:
     """Wrong types, ranges, names, combinations and encodings name the field and a stable code."""
     with pytest.raises(CallerError) as caught:
-        parse_chat_request(payload)
+        parse(ChatRequest, payload)
     assert (caught.value.parameter, caught.value.code) == (parameter, code)
     assert len(caught.value.message) < 1000
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(ChatRequest.refused))
 def test_internal_fields_are_refused_by_name_and_with_a_reason(name: str) -> None:
     """Fields that other servers pass to the engine are never forwarded, and the reason is told."""
     with pytest.raises(CallerError) as caught:
-        parse_chat_request(body(**{name: None}))
+        parse(ChatRequest, body(**{name: None}))
     assert caught.value.parameter == name
-    assert REFUSED[name] in caught.value.message
+    assert ChatRequest.refused[name] in caught.value.message
 
 
 @pytest.mark.parametrize("field", ["vllm_xargs", "extra_args", "trimtab_capture", "capture"])
@@ -179,22 +179,22 @@ def test_residuals_cannot_be_asked_for_over_http(field: str) -> None:
     """Whatever could carry the engine's capture key is refused by name, also where it hides in the steering field."""
     for value in (7, [7, 3], {"trimtab_capture": 7}):
         with pytest.raises(CallerError) as caught:
-            parse_chat_request(body(**{field: value}))
+            parse(ChatRequest, body(**{field: value}))
         assert caught.value.parameter == field
         with pytest.raises(CallerError) as caught:
-            parse_chat_request(body(steering={field: value}))
+            parse(ChatRequest, body(steering={field: value}))
         assert caught.value.parameter == f"steering.{field}"
 
 
 def test_refused_fields_are_not_fields() -> None:
     """The list of refused names and the wire model cannot contradict each other."""
-    assert not set(REFUSED) & set(ChatRequest.model_fields)
+    assert not set(ChatRequest.refused) & set(ChatRequest.model_fields)
 
 
 def test_near_miss_is_suggested() -> None:
     """A typing error in a field's name is answered with the name that was meant."""
     with pytest.raises(CallerError, match="'temperature'"):
-        parse_chat_request(body(temprature=1))
+        parse(ChatRequest, body(temprature=1))
 
 
 def test_harmless_fields_are_ignored() -> None:
@@ -210,13 +210,13 @@ def test_harmless_fields_are_ignored() -> None:
         "verbosity": "low",
         "modalities": ["text"],
     }
-    assert parse_chat_request(body(**ignored)).engine_fields() == parse_chat_request(body()).engine_fields()
+    assert parse(ChatRequest, body(**ignored)).engine_fields() == parse(ChatRequest, body()).engine_fields()
 
 
 def test_nulls_mean_absent_but_stay_inside_schemas() -> None:
     """OpenAI's optional fields may be null; nulls in a client's own schema are part of it."""
     schema = {"type": "object", "properties": {"a": {"enum": [None, 1], "default": None}}}
-    fields = parse_chat_request(body(temperature=None, stop=None, tools=tool(parameters=schema))).engine_fields()
+    fields = parse(ChatRequest, body(temperature=None, stop=None, tools=tool(parameters=schema))).engine_fields()
     assert "temperature" not in fields
     assert "stop" not in fields
     assert fields["tools"][0]["function"]["parameters"] == schema
@@ -224,7 +224,8 @@ def test_nulls_mean_absent_but_stay_inside_schemas() -> None:
 
 def test_a_pass_over_the_prompt_takes_what_the_prompt_is_made_of() -> None:
     """Messages, shown tools and effort; nothing that samples, stops, forces or formats an answer."""
-    request = parse_chat_request(
+    request = parse(
+        ChatRequest,
         body(
             tools=tool(),
             tool_choice="required",
@@ -237,18 +238,18 @@ def test_a_pass_over_the_prompt_takes_what_the_prompt_is_made_of() -> None:
             logit_bias={"1": 5},
             response_format={"type": "json_object"},
             seed=1,
-        )
+        ),
     )
     fields = request.to_generation().prompt_fields
     assert set(fields) == {"model", "messages", "tools", "reasoning_effort", "tool_choice"}
     assert fields["tool_choice"] == "none"
-    assert set(parse_chat_request(body(stop="x")).to_generation().prompt_fields) == {"model", "messages"}
+    assert set(parse(ChatRequest, body(stop="x")).to_generation().prompt_fields) == {"model", "messages"}
 
 
 def test_recursive_schemas_are_allowed() -> None:
     """A tree refers to itself through its properties, which ends; only references to nothing but references do not."""
     tree = {"type": "object", "properties": {"left": {"$ref": "#"}, "x": {"$ref": "#/$defs/x"}}, "$defs": {"x": {}}}
-    assert parse_chat_request(body(tools=tool(parameters=tree))).tools
+    assert parse(ChatRequest, body(tools=tool(parameters=tree))).tools
 
 
 def test_an_answer_can_be_sent_back() -> None:
@@ -263,7 +264,7 @@ def test_an_answer_can_be_sent_back() -> None:
         "tool_calls": None,
     }
     asked = [{"role": "user", "content": "x"}, answer, {"role": "user", "content": [{"type": "text", "text": "why"}]}]
-    fields = parse_chat_request(body(messages=asked)).engine_fields()
+    fields = parse(ChatRequest, body(messages=asked)).engine_fields()
     assert fields["messages"][1] == {"role": "assistant", "content": "I cannot."}
     assert fields["messages"][2]["content"] == [{"type": "text", "text": "why"}]
 
@@ -299,12 +300,12 @@ def test_an_answer_can_be_sent_back() -> None:
 )
 def test_steering_field_and_its_shorthands(value: object, spec: SteeringSpec | None) -> None:
     """An object, a profile's name and false are three ways to ask; absent is none."""
-    assert parse_chat_request(body(steering=value)).spec == spec
+    assert parse(ChatRequest, body(steering=value)).spec == spec
 
 
 def test_escaped_backslash_before_u0000_is_text() -> None:
     r"""The six characters \u0000, written with an escaped backslash, hold no NUL."""
-    request = parse_chat_request(b'{"model":"m","messages":[{"role":"user","content":"\\\\u0000"}]}')
+    request = parse(ChatRequest, b'{"model":"m","messages":[{"role":"user","content":"\\\\u0000"}]}')
     assert request.engine_fields()["messages"][0]["content"] == "\\u0000"
 
 
@@ -321,7 +322,7 @@ def test_a_body_made_of_errors_is_refused_quickly(payload: bytes) -> None:
     """Telling of hundreds of thousands of errors would hold up every other request for many seconds."""
     began = time.perf_counter()
     with pytest.raises(CallerError):
-        parse_chat_request(payload)
+        parse(ChatRequest, payload)
     assert time.perf_counter() - began < 2.0
 
 
@@ -337,7 +338,7 @@ JSON = st.recursive(
 def test_any_json_is_a_request_or_a_caller_error(fields: dict[str, Any]) -> None:
     """No value of any field raises anything but the error the client is answered with."""
     with suppress(CallerError):
-        parse_chat_request(json.dumps(fields).encode()).engine_fields()
+        parse(ChatRequest, json.dumps(fields).encode()).engine_fields()
 
 
 @settings(max_examples=200, deadline=None)
@@ -345,4 +346,4 @@ def test_any_json_is_a_request_or_a_caller_error(fields: dict[str, Any]) -> None
 def test_any_bytes_are_a_request_or_a_caller_error(payload: bytes) -> None:
     """The same for bytes that need not be JSON."""
     with pytest.raises(CallerError):
-        parse_chat_request(payload)
+        parse(ChatRequest, payload)
