@@ -13,11 +13,13 @@ from starlette.types import ASGIApp
 
 from server.answers import error_answer
 from server.body import ClientGone
+from server.bundles import BundleFolder, Bundles, Check, unchecked
 from server.catalog import Catalog, LiveCatalog
 from server.edge import Edge
 from server.engine import Engine
 from server.errors import UnknownRoute, WrongMethod
 from server.gateway import Gateway
+from server.heartbeat import Heartbeat
 from server.observe.metrics import Metrics
 from server.observe.observation import Observation
 from server.rollout import Rollout
@@ -30,23 +32,49 @@ from steering.errors import CallerError, EngineError, InvalidSpec, TrimtabError
 _log = logging.getLogger("trimtab")
 
 
-def create_gateway(engine: Engine, catalog: Catalog, settings: Settings, *, engine_version: str = "") -> Gateway:
-    """What the routes share, not yet armed."""
+def create_gateway(
+    engine: Engine, catalog: Catalog, settings: Settings, *, engine_version: str = "", check: Check = unchecked
+) -> Gateway:
+    """What the routes share, not yet armed.
+
+    Args:
+        engine: generates.
+        catalog: what is loaded.
+        settings: how all of it is run.
+        engine_version: of vLLM.
+        check: of bundles that are to be loaded later.
+    """
     rollout = Rollout(shares=settings.enforced_share)
     rollout.check(catalog)
     live = LiveCatalog(catalog)
     counted = Metrics(live, engine_version=engine_version, rollout=rollout)
     observation = Observation(settings, counted)
+    folder = BundleFolder(settings.bundle_folder)
+    bundles = Bundles(engine=engine, catalog=live, metrics=counted, folder=folder, check=check)
+    heartbeat = Heartbeat(
+        engine,
+        live,
+        interval=settings.heartbeat_interval,
+        timeout=settings.heartbeat_timeout,
+        failures=settings.heartbeat_failures,
+    )
     service = Service(
         engine=engine,
         catalog=live,
         metrics=counted,
         limits=settings.limits,
-        observers=observation.observers,
+        observers=[*observation.observers, heartbeat],
         rollout=rollout,
     )
     return Gateway(
-        engine=engine, catalog=live, service=service, metrics=counted, settings=settings, observation=observation
+        engine=engine,
+        catalog=live,
+        service=service,
+        metrics=counted,
+        settings=settings,
+        observation=observation,
+        bundles=bundles,
+        heartbeat=heartbeat,
     )
 
 

@@ -11,13 +11,15 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from server.access.caller import LOCAL, Caller
+from server.bundles import Bundles
 from server.catalog import LiveCatalog
 from server.engine import Engine
+from server.heartbeat import Heartbeat
 from server.observe.metrics import Metrics
 from server.observe.observation import Observation
 from server.service import Service
 from server.settings import Settings
-from steering.errors import EngineDied, EngineOverloaded
+from steering.errors import EngineDied, EngineOverloaded, TrimtabError
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +36,8 @@ class Gateway:
     metrics: Metrics
     settings: Settings
     observation: Observation
+    bundles: Bundles
+    heartbeat: Heartbeat
     is_armed: bool = False
 
     def admit(self, request: Request) -> Caller:
@@ -41,6 +45,48 @@ class Gateway:
         caller = LOCAL
         request.scope["trimtab"].key_id = caller.key_id
         return caller
+
+    def admit_operator(self, request: Request) -> Caller:
+        """Who sent a request for administration, where whoever it was may administrate."""
+        caller = LOCAL
+        request.scope["trimtab"].key_id = caller.key_id
+        return caller
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `check_healthy` passes."""
+        try:
+            self.check_healthy()
+        except TrimtabError:
+            return False
+        return True
+
+    def check_healthy(self) -> None:
+        """Raise what keeps balancers from sending requests here: as `check_ready`, or the engine gives no tokens.
+
+        Requests that come all the same are taken: each finds out for itself.
+
+        Raises:
+            EngineDied: the engine is gone.
+            EngineOverloaded: still checking itself, shutting down, or waiting for a token.
+        """
+        self.check_ready()
+        if self.heartbeat.failure is not None:
+            raise EngineOverloaded(
+                f"the engine does not answer this server's own requests: {self.heartbeat.failure.message}",
+                code="not_ready",
+            )
+
+    def check_live(self) -> None:
+        """Raise what only a restart can heal.
+
+        Raises:
+            EngineDied: the engine is gone, or has given no token for long.
+        """
+        if not self.engine.is_alive:
+            raise EngineDied("the engine is gone; this server must be started again")
+        if self.heartbeat.is_lost:
+            raise EngineDied("the engine has given no token for long; this server must be started again")
 
     def check_ready(self) -> None:
         """Raise what keeps this server from taking requests.

@@ -124,6 +124,15 @@ class Metrics:
         self.disconnects = Counter(
             "steering_client_disconnects", "Clients that left before their answer was complete.", registry=registry
         )
+        self.stalls = Counter(
+            "steering_stream_stalls", "Clients cut off for not reading what they asked for.", registry=registry
+        )
+        self.bundle_loads = Counter(
+            "steering_bundle_loads",
+            "Bundles that operators had loaded, unloaded or verified, by how it ended: done, refused or failed.",
+            ("action", "result"),
+            registry=registry,
+        )
         self.inflight = Gauge("steering_inflight_requests", "Requests being answered.", registry=registry)
         self.rows_in_use = Gauge(
             "steering_rows_in_use", "Answers being generated that are steered or observed.", registry=registry

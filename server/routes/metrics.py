@@ -13,7 +13,7 @@ router = APIRouter()
 @router.get("/metrics")
 async def metrics(gateway: GatewayDep) -> Response:
     """The gateway's metrics, then the engine's."""
-    gateway.metrics.ready.set(int(gateway.is_armed and gateway.engine.is_alive and not gateway.service.is_draining))
+    gateway.metrics.ready.set(int(gateway.is_ready))
     return Response(
         gateway.metrics.exposition() + gateway.engine.exposition(),
         media_type="text/plain; version=1.0.0; charset=utf-8",
