@@ -6,7 +6,10 @@ Knows vLLM only through `server/vllm_engine.py`, imported once the cheap checks 
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +23,23 @@ from prometheus_client import disable_created_metrics
 from starlette.types import ASGIApp
 
 from server.app import create_admin_app, create_app, create_gateway
-from server.catalog import Catalog, catalog_of
+from server.bundles import Check
+from server.catalog import BundleView, Catalog, view_of
+from server.connections import Patience, protocol_of
 from server.gateway import Gateway
 from server.observe.log import configure_log
 from server.readiness import self_check
 from server.settings import Settings, check_host
-from steering.errors import BundleFormatError, TrimtabError
+from steering.errors import BundleFormatError, EngineDied, TrimtabError
 
 TICK = 0.05
 """Seconds between looks at what is still in flight while draining."""
+
+GRACE = 5
+"""Seconds for the last bytes of answers to be sent, when all of them are ready."""
+
+FORCED_END = 5.0
+"""Seconds from the order to end at once until this process ends, whatever it waits for."""
 
 KEEP_ALIVE = 75
 """Seconds; longer than the 60 of common proxies, which otherwise send into a connection that is being closed."""
@@ -70,33 +81,47 @@ def serve(order: Order, settings: Settings, *, on_ready: Callable[[str, str], No
         EngineError: the engine did not start, or the self-check failed.
     """
     check_host(settings.host)
-    catalog = load_catalog(order.model, order.bundles, accept_transfer=settings.accept_transfer)
+    check = bundle_check(order.model, settings)
+    catalog = load_catalog(order.bundles, check)
     configure_log(settings.log_format)
     disable_created_metrics()  # type: ignore[no-untyped-call] # nothing here reads them, vLLM's included
-    signal.signal(signal.SIGTERM, _stop_loading)
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, _stop_loading)
     import uvloop
 
-    uvloop.run(_serve(order, settings, catalog, on_ready))
+    uvloop.run(_serve(order, settings, catalog, check, on_ready))
 
 
-def load_catalog(model: Path, bundles: Sequence[Path], *, accept_transfer: bool) -> Catalog:
-    """Check every bundle, and that it belongs to the model.
+def bundle_check(model: Path, settings: Settings) -> Check:
+    """How a bundle is checked before it is served, at the start and later: all of it, and that it belongs to the model.
 
     Raises:
-        OperatorError: names the bundle, the field, what was found and what is needed.
+        OperatorError: the model's folder cannot be read.
     """
     from steering.bundle import load_bundle
     from steering.fingerprint import fingerprint_of
 
+    found = fingerprint_of(model)
+
+    def check(path: Path) -> BundleView:
+        bundle = load_bundle(path)
+        is_own = bundle.manifest.model.check(
+            found, bundle=bundle.manifest.name, accept_transfer=settings.accept_transfer
+        )
+        return view_of(bundle, is_transferred=not is_own)
+
+    return check
+
+
+def load_catalog(bundles: Sequence[Path], check: Check) -> Catalog:
+    """Check every bundle.
+
+    Raises:
+        OperatorError: names the bundle, the field, what was found and what is needed.
+    """
     if not bundles:
         raise BundleFormatError("no bundle is given; a steering server needs one: --bundle FOLDER")
-    found = fingerprint_of(model)
-    loaded = []
-    for path in bundles:
-        bundle = load_bundle(path)
-        is_own = bundle.manifest.model.check(found, bundle=bundle.manifest.name, accept_transfer=accept_transfer)
-        loaded.append((bundle, not is_own))
-    return catalog_of(loaded)
+    return Catalog(bundles=tuple(check(path) for path in bundles))
 
 
 class AdminServer(uvicorn.Server):
@@ -113,17 +138,25 @@ class DrainingServer(uvicorn.Server):
 
     SIGTERM or SIGINT: `/readyz` and new requests answer 503, load balancers get time to see it, requests in flight get
     time to finish, those left get an error, and the process ends with 0. A second signal ends it at once.
+
+    Args:
+        config: uvicorn's.
+        gateway: that is served.
+        admin: ends with this one.
     """
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, admin: AdminServer) -> None:
         super().__init__(config)
         self._gateway = gateway
+        self._admin = admin
         self._drain: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Begin the end; unlike uvicorn's, does not let the signal kill the process afterwards."""
         if self._gateway.service.is_draining:
-            self.should_exit = self.force_exit = True
+            self._gateway.service.abort_all()
+            self.should_exit = self.force_exit = self._admin.force_exit = True
+            _end_within(FORCED_END)
             return
         self._gateway.service.is_draining = True
         self._drain = asyncio.get_running_loop().create_task(self._let_finish(), name="drain")
@@ -138,28 +171,67 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-async def _serve(order: Order, settings: Settings, catalog: Catalog, on_ready: Callable[[str, str], None]) -> None:
+async def _serve(
+    order: Order, settings: Settings, catalog: Catalog, check: Check, on_ready: Callable[[str, str], None]
+) -> None:
     from server.vllm_engine import parse_options, started, versions
     from steering.engine.compat import set_environment
 
     set_environment()
-    arguments = parse_options(order.model, order.name, order.options, order.defaults)
+    defaults = dict(order.defaults)
+    if settings.otlp_endpoint is not None:  # vLLM's spans go below those of the gateway
+        defaults["otlp_traces_endpoint"] = settings.otlp_endpoint
+    arguments = parse_options(order.model, order.name, order.options, defaults)
     chosen: dict[str, Any] = {"layers": order.layers, "check_finite": order.check_finite}
     async with started(arguments, order.bundles, **chosen) as engine:
-        gateway = create_gateway(engine, catalog, settings, engine_version=versions())
-        server = DrainingServer(_uvicorn_config(create_app(gateway), settings.host, settings.port), gateway)
-        admin = AdminServer(_uvicorn_config(create_admin_app(gateway), settings.admin_host, settings.admin_port))
+        gateway = create_gateway(engine, catalog, settings, engine_version=versions(), check=check)
+        admin = AdminServer(
+            _uvicorn_config(create_admin_app(gateway), settings.admin_host, settings.admin_port, gateway)
+        )
+        server = DrainingServer(
+            _uvicorn_config(create_app(gateway), settings.host, settings.port, gateway), gateway, admin
+        )
         administration = asyncio.create_task(_listen(admin), name="administration")
-        check = asyncio.create_task(_arm(server, admin, gateway, on_ready), name="self-check")
+        armed = asyncio.create_task(_arm(server, admin, gateway, on_ready), name="self-check")
+        watch = asyncio.create_task(_end_with_the_engine(server, gateway), name="engine")
+        heart = asyncio.create_task(gateway.heartbeat.run(), name="heartbeat")
         try:
             await _listen(server)
         finally:
-            check.cancel()
+            for task in (armed, watch, heart):
+                task.cancel()
             await gateway.observation.stop()
             admin.should_exit = True
             await administration
-        if check.done() and not check.cancelled():
-            check.result()
+        for task in (armed, watch):
+            if task.done() and not task.cancelled():
+                task.result()
+
+
+async def _end_with_the_engine(server: uvicorn.Server, gateway: Gateway) -> None:
+    """End this process when only a restart can help, once balancers have seen it and what was in flight is told.
+
+    Raises:
+        EngineDied: then.
+    """
+    while True:
+        try:
+            gateway.check_live()
+        except EngineDied as error:
+            logging.getLogger("trimtab").critical("%s; ending in %g s", error.message, gateway.settings.death_delay)
+            await asyncio.sleep(gateway.settings.death_delay)
+            _end_within(FORCED_END + GRACE)
+            gateway.service.abort_all()
+            server.should_exit = True
+            raise
+        await asyncio.sleep(TICK)
+
+
+def _end_within(seconds: float) -> None:
+    """Whatever still waits for something then, an engine that does not answer above all, is left behind."""
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 async def _listen(server: uvicorn.Server) -> None:
@@ -193,12 +265,20 @@ def _address(server: uvicorn.Server) -> str:
     return f"http://{host}:{address[1]}"
 
 
-def _uvicorn_config(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
+def _uvicorn_config(app: ASGIApp, host: str, port: int, gateway: Gateway) -> uvicorn.Config:
+    settings = gateway.settings
+    patience = Patience(
+        headers=settings.header_timeout,
+        write=settings.write_timeout,
+        header_bytes=settings.max_header_bytes,
+        header_fields=settings.max_header_fields,
+        on_stall=gateway.metrics.stalls.inc,
+    )
     return uvicorn.Config(
         app,
         host=host,
         port=port,
-        http="httptools",
+        http=protocol_of(patience),
         loop="uvloop",
         lifespan="off",
         ws="none",
@@ -207,7 +287,7 @@ def _uvicorn_config(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=GRACE,
     )
 
 

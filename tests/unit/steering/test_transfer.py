@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from server.catalog import catalog_of
+from server.catalog import view_of
 from server.cli import app
 from steering.bundle import Bundle, load_bundle, save_bundle
 from steering.errors import FingerprintMismatch, OperatorError, TrimtabError, UnknownName
@@ -188,7 +188,7 @@ def test_answers_under_a_transferred_bundle_say_so(source: Bundle, target: Path,
     """The fingerprint fits, so that the server starts as usual; the record alone makes the catalogue say it."""
     made = transfer(source, target, tmp_path / "out", is_accepted=True)
     assert made.manifest.model.check(fingerprint_of(target), bundle=made.manifest.name)
-    view, own = catalog_of([(made, False), (source, False)]).bundles
+    view, own = (view_of(bundle, is_transferred=False) for bundle in (made, source))
     assert (view.is_transferred, own.is_transferred) == (True, False)
     gate = view.profiles["low-rank"].gate
     assert gate is not None
