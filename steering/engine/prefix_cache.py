@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from steering.engine.capture import capture_of
 from steering.engine.finite import BROKEN_REQUESTS
+from steering.engine.parent import end_with_parent
 from steering.engine.roster import RELEASED, BundleNames, Roster
 from steering.errors import InvalidSpec, NotSupported, TrimtabError
 from steering.plan import PLAN_KEY, Plan, Scope
@@ -111,6 +112,7 @@ class SteeringScheduler:
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
+        end_with_parent()  # of the engine's own process, which may hold no worker
         self._rejected: list[Request] = []
         self._numbers = itertools.count()
 

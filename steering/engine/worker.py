@@ -17,6 +17,7 @@ from steering import __version__
 from steering.engine.compat import ARCHITECTURES
 from steering.engine.finite import BROKEN_REQUESTS, FiniteCheck
 from steering.engine.options import options_from
+from steering.engine.parent import end_with_parent
 from steering.engine.roster import RELEASED
 from steering.engine.runner_v1 import steer
 from steering.errors import PluginNotArmed, TrimtabError, UnsupportedArchitecture
@@ -40,6 +41,7 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
 
     def init_device(self) -> None:
         """Make the device and the runner; a V1 runner is steered here, a V2 runner through its model state."""
+        end_with_parent()
         super().init_device()
         if not self.use_v2_model_runner:
             steer(self.model_runner)

@@ -1,0 +1,39 @@
+"""Parent: a process of the engine ends with the process that started it, however that one ended.
+
+vLLM ends its processes when it is told to stop, and its workers when their engine dies; a server that is killed cannot
+tell, and its engine would keep the device. Knows nothing of vLLM or torch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+
+LOOK = 1.0
+"""Seconds between looks at who the parent is, for the case that its end is not told."""
+
+_is_watched = False
+
+
+def end_with_parent() -> None:
+    """From now on, kill this process when its parent is gone; does nothing in a process that is nobody's child.
+
+    A thread waits for it. The kernel's own signal (`PR_SET_PDEATHSIG`) comes as well when only the thread ends that
+    started the process, and engines are started from threads.
+    """
+    global _is_watched  # noqa: PLW0603 - one process has one parent
+    parent = multiprocessing.parent_process()
+    if parent is None or _is_watched:
+        return
+    _is_watched = True
+    threading.Thread(target=_wait, args=(os.getppid(),), name="parent", daemon=True).start()
+
+
+def _wait(parent_id: int) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while parent.is_alive() and os.getppid() == parent_id:
+        parent.join(LOOK)
+    os.kill(os.getpid(), signal.SIGKILL)
