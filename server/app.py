@@ -48,7 +48,7 @@ def create_gateway(
     rollout.check(catalog)
     live = LiveCatalog(catalog)
     counted = Metrics(live, engine_version=engine_version, rollout=rollout)
-    observation = Observation(settings, counted)
+    observation = Observation(settings, counted, live)
     folder = BundleFolder(settings.bundle_folder)
     bundles = Bundles(engine=engine, catalog=live, metrics=counted, folder=folder, check=check)
     heartbeat = Heartbeat(

@@ -5,10 +5,11 @@ A light view without tensors. Knows nothing of torch, vLLM or HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from server.observe.reference import fit_reference
 from steering.errors import BundleFormatError, NotSupported, UnknownName
 from steering.plan import CategorySource, Mode, Reasoning, Scope
 
@@ -127,6 +128,8 @@ class BundleView:
         digest: `sha256:` and 64 digits, as plans and worker reports name it.
         respond_id: token id of the token that begins an answer, where the model has one.
         response: says of an answer whether it refuses; None where the bundle has no such probe.
+        references: by probe, how many of its calibration prompts scored in each bin of `server/observe/reference.py`,
+            where the bundle's report tells.
         is_thinking: the model reasons before it answers.
         is_transferred: its edits, probes and thresholds were measured on another model; accepted for this one by the
             operator, at the start of this server or when the bundle was made.
@@ -144,6 +147,7 @@ class BundleView:
     respond: str | None = None
     respond_id: int | None = None
     response: ResponseView | None = None
+    references: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     is_thinking: bool = False
     is_transferred: bool = False
 
@@ -263,11 +267,6 @@ class LiveCatalog:
         return found
 
 
-def catalog_of(bundles: Iterable[tuple[Bundle, bool]]) -> Catalog:
-    """The catalog of loaded bundles, each with whether it is accepted for a model it was not made for."""
-    return Catalog(bundles=tuple(view_of(bundle, is_transferred=transferred) for bundle, transferred in bundles))
-
-
 def view_of(bundle: Bundle, *, is_transferred: bool) -> BundleView:
     """What the gateway needs to know of a bundle."""
     manifest = bundle.manifest
@@ -322,6 +321,7 @@ def view_of(bundle: Bundle, *, is_transferred: bool) -> BundleView:
         respond=manifest.respond.token if manifest.respond else None,
         respond_id=manifest.respond.token_id if manifest.respond else None,
         response=_response(manifest.response),
+        references={probe.name: fit_reference(bundle.path, probe.layer) for probe in probes.values()},
         is_thinking=manifest.reasoning_end is not None,
         is_transferred=is_transferred or manifest.transfer is not None,
     )

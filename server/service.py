@@ -22,6 +22,7 @@ from server.observe.events import Observer, Usage
 from server.observe.metrics import Metrics, flag
 from server.observe.stages import Stage
 from server.policy import Resolution, resolve
+from server.probing import Reading, check_probing, observed
 from server.progress import Progress
 from server.rollout import Rollout
 from server.run import Run
@@ -62,10 +63,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A whole answer: a `chat.completion` object with its `steering`, and what was done to its first sample."""
+    """A whole answer: a `chat.completion` object with its `steering`, what was done to its first sample, and what each
+    of its choices turned out to be.
+    """
 
     body: dict[str, Any]
     effect: Effect
+    verdicts: Sequence[Verdict] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +159,7 @@ class Service:
             verdicts = [self._table(run).verdict(tokens) for tokens in completion.tokens]
             run.verdicts = await self._read(run, verdicts, [len(tokens) for tokens in completion.tokens])
             body = self._reported(completion, run)
-            return Answer(body=body, effect=run.effects[0])
+            return Answer(body=body, effect=run.effects[0], verdicts=run.verdicts)
 
     async def open_stream(self, generation: Generation, resolution: Resolution, ticket: Ticket) -> OpenStream:
         """Answer piece by piece; returns once the first piece is confirmed.
@@ -172,6 +176,21 @@ class Service:
         if not opened or 0 not in opened[0].effects:
             raise EngineDied("the engine ended the answer before it began")
         return OpenStream(effect=opened[0].effects[0], first=first, rest=chunks)
+
+    async def probe(self, generation: Generation, caller: Caller, ticket: Ticket) -> Reading:
+        """Read a prompt by the gate of the profile that its spec names, and answer nothing.
+
+        Raises:
+            TrimtabError: see the table in `server/errors.py`.
+        """
+        check_probing(caller, None if generation.spec is None else generation.spec.profile, self._catalog.now)
+        resolution = observed(self.resolve(generation, caller))
+        with self._in_flight(generation, resolution, ticket) as run:
+            completion = await _within(self._limits.first_token, self._engine.complete(run.call()), "the scores")
+            await self._confirm(run, (0,))
+            self._count_tokens(completion.body["usage"], run)
+            run.is_complete = True
+            return Reading(resolution=run.resolution, effect=run.effects[0], usage=completion.body["usage"])
 
     def abort_all(self) -> None:
         """End every request in flight with an error; for the end of a drain."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.observe.log import LogFormat
@@ -18,6 +18,7 @@ from server.service import Limits
 from steering.errors import UnsupportedConfiguration
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Settings(BaseSettings):
@@ -47,6 +48,18 @@ class Settings(BaseSettings):
         heartbeat_timeout: for each; `/readyz` answers 503 when one fails.
         heartbeat_failures: in a row, after which `/livez` answers 503 as well.
         death_delay: from the death of the engine to the end of this process, which ends with 1.
+        canary_interval: between two runs of the canary, which asks fixed prompts of every gated profile; 0 for none.
+        canary_prompts: file of them, a JSON object `{"set", "prompt"}` a line; None asks those that come with this.
+        canary_profiles: whom it asks; empty for those with a gate.
+        canary_most_inflight: it waits while more other requests are being answered.
+        drift_reference: file of score counts by profile, as `trimtab bundle reference-scores` writes it, instead of
+            those of the bundles' reports.
+        judge_url, judge_model, judge_api_key: a model judge at an OpenAI-compatible API, which a sample of the answers
+            is sent to; None for none.
+        judge_profiles: whose answers may be sent there, or `*`; no others are.
+        judge_rates: share of answers by `category/decision`, `category/*`, `*/decision` or `*`.
+        judge_per_minute: most answers.
+        judge_calibration: what `trimtab judge calibrate --judge llm --out` wrote of that judge.
         enforced_share: of a profile's requests, how many are steered, by profile or `*`; 0 decides and counts alone.
         log_format: lines for people (`text`) or machines (`json`).
         log_scores: lines and spans of requests tell what probes read.
@@ -85,6 +98,18 @@ class Settings(BaseSettings):
     heartbeat_timeout: Seconds = 30.0
     heartbeat_failures: Annotated[int, Field(ge=1, le=100)] = 3
     death_delay: Annotated[float, Field(ge=0, le=600)] = 5.0
+    canary_interval: Annotated[float, Field(ge=0, le=604_800)] = 0.0
+    canary_prompts: Path | None = None
+    canary_profiles: tuple[str, ...] = ()
+    canary_most_inflight: Annotated[int, Field(ge=0)] = 8
+    drift_reference: Path | None = None
+    judge_url: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=2048)] | None = None
+    judge_model: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    judge_api_key: SecretStr | None = None
+    judge_profiles: tuple[str, ...] = ()
+    judge_rates: Mapping[str, Share] = Field(default_factory=lambda: {"*": 0.02})
+    judge_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 60
+    judge_calibration: Path | None = None
     enforced_share: Mapping[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     log_format: LogFormat = LogFormat.TEXT
     log_scores: bool = False

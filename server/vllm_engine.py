@@ -250,8 +250,8 @@ class VllmEngine:
             if call.plan is not None:
                 self._listener.expect(call.plan.id)
             if call.prompting is Prompting.PLAIN:
-                return await self._endpoints.completion.create_completion(request)
-            return await self._endpoints.chat.create_chat_completion(request)
+                return await self._endpoints.completion.create_completion(request, _traced(call))
+            return await self._endpoints.chat.create_chat_completion(request, _traced(call))
         except TrimtabError:
             raise
         except ValidationError as error:
@@ -380,6 +380,16 @@ def parse_options(model: Path, name: str, options: Sequence[str], defaults: Mapp
     given.model, given.served_model_name = str(model), [name]
     given.enable_prompt_tokens_details = True
     return given
+
+
+def _traced(call: Call) -> Any:
+    """What vLLM reads a request's trace context from: an HTTP request with these headers and nothing else."""
+    from starlette.requests import Request
+
+    if not call.trace:
+        return None
+    headers = [(name.encode(), value.encode("latin-1")) for name, value in call.trace.items()]
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "state": {}})
 
 
 def versions() -> str:

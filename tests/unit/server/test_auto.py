@@ -229,7 +229,8 @@ async def test_decisions_scores_and_categories_are_counted(auto: Make) -> None:
         ("Political", "abstain", 2),
         ("none", "off", 1),
     ):
-        assert found["steering_decisions_total", ("category", category), ("decision", decision)] == count
+        labels = (("category", category), ("decision", decision), ("mode", "enforce"))
+        assert found["steering_decisions_total", *labels] == count
     assert found["steering_probe_score_count", ("profile", "refusal-control")] == 4
     assert found["steering_probe_score_bucket", ("le", "0.05"), ("profile", "refusal-control")] == 1
     assert found["steering_probe_score_bucket", ("le", "0.4"), ("profile", "refusal-control")] == 3

@@ -1,0 +1,308 @@
+"""The canary: fixed prompts, asked again and again, whose refusals tell a change of the model or of a profile from one
+of what people ask.
+
+They go through the service like any request, greedily, are no traffic, and give way to it. Knows nothing of HTTP, vLLM
+or torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import Counter as Tally
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server.access.caller import LOCAL
+from server.catalog import BundleView, LiveCatalog
+from server.generation import Generation, Ticket
+from server.observe.labels import NONE, Labels
+from server.policy import Report, SteeringSpec
+from server.service import Service
+from steering.errors import EngineOverloaded, OperatorError, TrimtabError
+from steering.plan import Mode
+
+SHIPPED = Path(__file__).with_name("canary.jsonl")
+MOST_PROMPTS, MOST_SETS, MOST_PROFILES = 1000, 8, 50
+PATIENCE = 60.0
+"""Seconds that a run waits for a busy server to come to rest; then it is given up."""
+
+LOOK = 0.5
+"""Seconds between two looks at a busy server."""
+
+_log = logging.getLogger("trimtab")
+
+
+class CanaryPrompt(BaseModel):
+    """One line of a file of prompts; refusals are counted by set."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    set: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
+    prompt: Annotated[str, Field(min_length=1, max_length=20_000)]
+
+
+def read_prompts(path: Path) -> tuple[CanaryPrompt, ...]:
+    """The prompts of a file.
+
+    Raises:
+        OperatorError: it cannot be read, holds none, too many, too many sets, or a line of another form.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OperatorError(f"canary prompts {path}: {error}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append(CanaryPrompt.model_validate_json(line))
+            except ValidationError as error:
+                why = error.errors(include_input=False)[0]
+                raise OperatorError(
+                    f'canary prompts {path}:{number}: {why["msg"]}; a line is {{"set": "a_name", "prompt": "..."}}'
+                ) from None
+    sets = {prompt.set for prompt in found}
+    if not 1 <= len(found) <= MOST_PROMPTS or len(sets) > MOST_SETS:
+        raise OperatorError(
+            f"canary prompts {path}: {len(found)} prompts in {len(sets)} sets; 1 to {MOST_PROMPTS} in at most "
+            f"{MOST_SETS} are possible"
+        )
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryOrder:
+    """What is asked, of whom, how often.
+
+    Attributes:
+        prompts: asked of every profile.
+        interval: seconds from the end of a run to the begin of the next.
+        profiles: names of `Catalog.profile_names`; empty for those with a gate. The model without steering is always
+            asked, as profile `none`.
+        most_inflight: other requests beside which a run goes on; with more it waits.
+        concurrency: prompts asked at once.
+    """
+
+    prompts: Sequence[CanaryPrompt]
+    interval: float
+    profiles: Sequence[str] = ()
+    most_inflight: int = 8
+    concurrency: int = 2
+
+    def check(self, known: Sequence[str]) -> None:
+        """Refuse profiles that are not there.
+
+        Raises:
+            OperatorError: names them.
+        """
+        unknown = sorted(set(self.profiles) - set(known))
+        if unknown:
+            raise OperatorError(f"TRIMTAB_CANARY_PROFILES names {unknown}; profiles: {list(known)}")
+
+
+class _GivenUp(Exception):
+    """A run that did not come to its end; says why, as a label value."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Canary:
+    """Asks the prompts of an order, over and over.
+
+    Args:
+        order: which, of whom, how often.
+        service: answers.
+        catalog: in force.
+        model: name of the served model.
+        registry: where it is counted.
+        labels: of metrics.
+    """
+
+    def __init__(
+        self,
+        order: CanaryOrder,
+        service: Service,
+        catalog: LiveCatalog,
+        model: str,
+        registry: CollectorRegistry,
+        labels: Labels,
+    ) -> None:
+        self._order = order
+        self._service = service
+        self._catalog = catalog
+        self._model = model
+        self._labels = labels
+        self._sets = sorted({prompt.set for prompt in order.prompts})
+        self._told: set[str] = set()
+        self._own = 0
+        self._task: asyncio.Task[None] | None = None
+        self._outcomes = Counter(
+            "steering_canary_outcomes",
+            "Answers to canary prompts by what they turned out to be: refusal, comply, unknown or error.",
+            ("profile", "set", "outcome"),
+            registry=registry,
+        )
+        self._ratio = Gauge(
+            "steering_canary_refusal_ratio",
+            "Refusals among the answers of the last whole run whose verdict is known; profile none is the model "
+            "without steering.",
+            ("profile", "set"),
+            registry=registry,
+        )
+        self._known = Gauge(
+            "steering_canary_prompts", "Answers that the ratio rests on.", ("profile", "set"), registry=registry
+        )
+        self._last_run = Gauge(
+            "steering_canary_last_run_timestamp_seconds",
+            "When a profile's last whole run ended, since 1970.",
+            ("profile",),
+            registry=registry,
+        )
+        self._skipped = Counter(
+            "steering_canary_skipped",
+            "Runs that were given up: busy (the server, with traffic) or not_ready.",
+            ("reason",),
+            registry=registry,
+        )
+
+    def start(self) -> None:
+        """Begin with a run."""
+        self._task = asyncio.create_task(self._work(), name="canary")
+
+    async def stop(self) -> None:
+        """End, in the middle of a run if need be."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def run(self) -> None:
+        """Ask every prompt of every profile once; the ratios are those of the run before until a profile is through."""
+        asked = self._asked()
+        for gone in self._told - asked.keys():
+            self._forget(gone)
+        for label, spec in asked.items():
+            try:
+                tally = await self._ask_all(label, spec)
+            except _GivenUp as given_up:
+                self._skipped.labels(given_up.reason).inc()
+                return
+            self._tell(label, tally)
+
+    async def _work(self) -> None:
+        while not self._service.is_draining:
+            try:
+                await self.run()
+            except Exception as error:  # noqa: BLE001 - the next run may do better: recorded
+                _log.warning("a run of the canary broke with %s", type(error).__name__)
+            await asyncio.sleep(self._order.interval)
+
+    def _asked(self) -> dict[str, SteeringSpec]:
+        """Profiles by their label, each with what is asked of it; first the model as it is."""
+        catalog = self._catalog.now
+        names = [name for name in self._order.profiles or catalog.gated_profile_names if name in catalog.profile_names]
+        asked = {NONE: SteeringSpec(mode=Mode.OFF, report=Report.NONE)}
+        for name in names[:MOST_PROFILES]:
+            _, profile = catalog.profile(name)
+            asked.setdefault(self._labels.profile(profile.name), SteeringSpec(profile=name, report=Report.NONE))
+        return asked
+
+    async def _ask_all(self, label: str, spec: SteeringSpec) -> Tally[tuple[str, str]]:
+        """Outcomes of a profile, by set.
+
+        Raises:
+            _GivenUp: before its end.
+        """
+        tally: Tally[tuple[str, str]] = Tally()
+        waiting = iter(self._order.prompts)
+
+        async def ask_on() -> None:
+            for prompt in waiting:
+                await self._wait_for_rest()
+                outcome = await self._ask(prompt.prompt, spec)
+                self._outcomes.labels(label, prompt.set, outcome).inc()
+                tally[prompt.set, outcome] += 1
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._order.concurrency):
+                    group.create_task(ask_on())
+        except* _GivenUp as found:
+            raise next(error for error in found.exceptions if isinstance(error, _GivenUp)) from None
+        return tally
+
+    async def _ask(self, text: str, spec: SteeringSpec) -> str:
+        """What one answer turned out to be."""
+        bundle, _ = self._catalog.now.profile(spec.profile)
+        fields = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": tokens_to_tell(bundle),
+            "temperature": 0.0,
+        }
+        prompt = {"model": self._model, "messages": fields["messages"]}
+        generation = Generation(model=self._model, spec=spec, fields=fields, prompt_fields=prompt)
+        ticket = Ticket(request_id=f"canary-{secrets.token_hex(12)}", caller=LOCAL, is_internal=True)
+        self._own += 1
+        try:
+            resolution = self._service.resolve(generation, LOCAL)
+            answer = await self._service.complete(generation, resolution, ticket)
+        except EngineOverloaded:
+            raise _GivenUp("not_ready" if self._service.is_draining else "busy") from None
+        except TrimtabError as error:
+            _log.warning("a canary prompt failed: %s", error.code)
+            return "error"
+        finally:
+            self._own -= 1
+        return answer.verdicts[0].outcome
+
+    async def _wait_for_rest(self) -> None:
+        """Wait until the server has little else to do.
+
+        Raises:
+            _GivenUp: it is shutting down, or busy for too long.
+        """
+        end = asyncio.get_running_loop().time() + PATIENCE
+        while self._service.inflight - self._own > self._order.most_inflight:
+            if asyncio.get_running_loop().time() > end:
+                raise _GivenUp("busy")
+            await asyncio.sleep(LOOK)
+        if self._service.is_draining:
+            raise _GivenUp("not_ready")
+
+    def _tell(self, label: str, tally: Tally[tuple[str, str]]) -> None:
+        """What the ratios of a profile are after a whole run; there is none where no verdict is known."""
+        self._forget(label)
+        for name in self._sets:
+            known = tally[name, "refusal"] + tally[name, "comply"]
+            self._known.labels(label, name).set(known)
+            if known:
+                self._ratio.labels(label, name).set(tally[name, "refusal"] / known)
+        self._last_run.labels(label).set(time.time())
+        self._told.add(label)
+
+    def _forget(self, label: str) -> None:
+        if label in self._told:
+            self._told.remove(label)
+            self._last_run.remove(label)
+            for name in self._sets:
+                self._known.remove(label, name)
+                self._ratio.remove(label, name)
+
+
+def tokens_to_tell(bundle: BundleView) -> int:
+    """Tokens of an answer that its verdict needs: the first, where the model begins with one that tells, else those
+    that the response probe reads and one more, since the last generated one is never read.
+    """
+    return 1 if bundle.reader is None else bundle.reader.tokens + 1
