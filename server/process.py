@@ -23,9 +23,10 @@ from prometheus_client import disable_created_metrics
 from starlette.types import ASGIApp
 
 from server.app import create_admin_app, create_app, create_gateway
-from server.bundles import Check
+from server.bundles import Check, unchecked
 from server.catalog import BundleView, Catalog, view_of
 from server.connections import Patience, protocol_of
+from server.engine import Engine
 from server.gateway import Gateway
 from server.observe.log import configure_log
 from server.readiness import self_check
@@ -184,28 +185,46 @@ async def _serve(
     arguments = parse_options(order.model, order.name, order.options, defaults)
     chosen: dict[str, Any] = {"layers": order.layers, "check_finite": order.check_finite}
     async with started(arguments, order.bundles, **chosen) as engine:
-        gateway = create_gateway(engine, catalog, settings, engine_version=versions(), check=check)
-        admin = AdminServer(
-            _uvicorn_config(create_admin_app(gateway), settings.admin_host, settings.admin_port, gateway)
-        )
-        server = DrainingServer(
-            _uvicorn_config(create_app(gateway), settings.host, settings.port, gateway), gateway, admin
-        )
-        administration = asyncio.create_task(_listen(admin), name="administration")
-        armed = asyncio.create_task(_arm(server, admin, gateway, on_ready), name="self-check")
-        watch = asyncio.create_task(_end_with_the_engine(server, gateway), name="engine")
-        heart = asyncio.create_task(gateway.heartbeat.run(), name="heartbeat")
-        try:
-            await _listen(server)
-        finally:
-            for task in (armed, watch, heart):
-                task.cancel()
-            await gateway.observation.stop()
-            admin.should_exit = True
-            await administration
-        for task in (armed, watch):
-            if task.done() and not task.cancelled():
-                task.result()
+        await serve_engine(engine, catalog, settings, on_ready=on_ready, check=check, engine_version=versions())
+
+
+async def serve_engine(
+    engine: Engine,
+    catalog: Catalog,
+    settings: Settings,
+    *,
+    on_ready: Callable[[str, str], None],
+    check: Check = unchecked,
+    engine_version: str = "",
+) -> None:
+    """Serve over an engine that runs, until told to stop; see `serve`.
+
+    Args:
+        engine: stays the caller's to end.
+        catalog: of the bundles that it was started with.
+        settings: how.
+        on_ready: called with the addresses for clients and for operators once requests are taken.
+        check: of bundles that are to be loaded later.
+        engine_version: for the metrics.
+    """
+    gateway = create_gateway(engine, catalog, settings, engine_version=engine_version, check=check)
+    admin = AdminServer(_uvicorn_config(create_admin_app(gateway), settings.admin_host, settings.admin_port, gateway))
+    server = DrainingServer(_uvicorn_config(create_app(gateway), settings.host, settings.port, gateway), gateway, admin)
+    administration = asyncio.create_task(_listen(admin), name="administration")
+    armed = asyncio.create_task(_arm(server, admin, gateway, on_ready), name="self-check")
+    watch = asyncio.create_task(_end_with_the_engine(server, gateway), name="engine")
+    heart = asyncio.create_task(gateway.heartbeat.run(), name="heartbeat")
+    try:
+        await _listen(server)
+    finally:
+        for task in (armed, watch, heart):
+            task.cancel()
+        await gateway.observation.stop()
+        admin.should_exit = True
+        await administration
+    for task in (armed, watch):
+        if task.done() and not task.cancelled():
+            task.result()
 
 
 async def _end_with_the_engine(server: uvicorn.Server, gateway: Gateway) -> None:
