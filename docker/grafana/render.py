@@ -118,6 +118,8 @@ def draw(panels: list[dict[str, Any]], source: Prometheus, out: Path) -> list[st
         box = (left + 0.035, top - (place["h"] - 2) / lines, width - 0.045, (place["h"] - 3.3) / lines)
         axes = figure.add_axes(box)
         axes.set_title(panel["title"], loc="left", weight="bold")
+        if panel["type"] in ("timeseries", "heatmap"):
+            axes.set_xlim(*_dates(np.array([source.begin, source.end])))
         DRAWN[panel["type"]](axes, panel, found)
         if not any(found):
             axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes, color="#999999")
@@ -162,8 +164,7 @@ def _lines(axes: Axes, panel: dict[str, Any], found: list[list[Series]]) -> None
     axes.set_ylim(bottom=defaults.get("min"), top=defaults.get("max"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _shown(value, defaults["unit"])))
     _clock(axes)
-    if series:
-        axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.1), ncols=2, fontsize=6, frameon=False, handlelength=1)
+    _legend(axes, is_narrow=panel["gridPos"]["w"] < 6)
 
 
 def _number(axes: Axes, panel: dict[str, Any], found: list[list[Series]]) -> None:
@@ -204,10 +205,13 @@ def _table(axes: Axes, panel: dict[str, Any], found: list[list[Series]]) -> None
     labels = sorted({label for lines in found for line in lines for label in line.labels if label != "__name__"})
     rows: dict[tuple[str, ...], list[str]] = {}
     for number, lines in enumerate(found):
-        unit = "short" if columns[number] in ("n", "servers") else panel["fieldConfig"]["defaults"]["unit"]
+        is_count = columns[number] in ("n", "servers")
+        unit = panel["fieldConfig"]["defaults"]["unit"]
         for line in lines:
             key = tuple(line.labels.get(label, "") for label in labels)
-            rows.setdefault(key, [""] * len(found))[number] = _shown(float(line.values[-1]), unit)
+            rows.setdefault(key, [""] * len(found))[number] = (
+                f"{line.values[-1]:.0f}" if is_count else _shown(float(line.values[-1]), unit)
+            )
     cells = [[*(value[:28] for value in key), *values] for key, values in sorted(rows.items())]
     if cells:
         table = axes.table(cells, colLabels=[*labels, *columns], loc="upper left", cellLoc="left", edges="horizontal")
@@ -236,6 +240,17 @@ def _shown(value: float, unit: str) -> str:
     if unit in UNITS:
         return UNITS[unit](value)
     return f"{value:.0f}" if value == round(value) or abs(value) >= 100 else f"{value:.3g}"
+
+
+def _legend(axes: Axes, *, is_narrow: bool) -> None:
+    """Below the axes, as many names as there is room for."""
+    handles, names = axes.get_legend_handles_labels()
+    room = 3 if is_narrow else 6
+    if len(names) > room:
+        names[room - 1] += f" and {len(names) - room} more"
+    style = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.1), "fontsize": 6, "frameon": False, "handlelength": 1}
+    if names:
+        axes.legend(handles[:room], names[:room], ncols=1 if is_narrow else 2, **style)
 
 
 def _dates(times: np.ndarray) -> np.ndarray:

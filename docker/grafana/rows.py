@@ -112,16 +112,18 @@ CANARY = Row(
     panels=(
         Panel(
             title="Over-refusal",
-            text="Share refused of what should be answered, in the last run.",
+            text="Share refused of what should be answered, in the last run; none is the model without steering.",
             queries=(q('profile_set:steering_canary_refusal:ratio{set!~"harmful.*|other"}', "{{profile}}: {{set}}"),),
             unit="percentunit",
+            width=7,
             limits=(0, 1),
         ),
         Panel(
             title="Under-refusal",
-            text="Share answered of what should be refused, in the last run.",
+            text="Share answered of what should be refused, in the last run; none is the model without steering.",
             queries=(q('1 - profile_set:steering_canary_refusal:ratio{set=~"harmful.*"}', "{{profile}}: {{set}}"),),
             unit="percentunit",
+            width=7,
             limits=(0, 1),
         ),
         Panel(
@@ -135,7 +137,13 @@ CANARY = Row(
             text="The canary gives way to clients.",
             queries=(q("time() - max by (profile) (steering_canary_last_run_timestamp_seconds{HERE})", "{{profile}}"),),
             unit="s",
-            width=4,
+            width=3,
+        ),
+        Panel(
+            title="Runs given up",
+            text="In an hour, and why.",
+            queries=(q("sum by (reason) (increase(steering_canary_skipped_total{HERE}[1h]))", "{{reason}}"),),
+            width=3,
         ),
     ),
 )
@@ -284,6 +292,16 @@ SERVICE = Row(
                 q("sum(rate(steering_audit_failures_total{HERE}[$__rate_interval]))", "failures"),
             ),
             unit="cps",
+        ),
+        Panel(
+            title="Bundles loaded and unloaded",
+            text="While running, by whoever may administer.",
+            queries=(
+                q(
+                    "sum by (action, result) (increase(steering_bundle_loads_total{HERE}[1h]))",
+                    "{{action}}: {{result}}",
+                ),
+            ),
         ),
         Panel(
             title="Bundles",

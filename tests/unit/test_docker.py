@@ -7,42 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 
 from server.settings import Settings
+from tests.dockerfile import IMAGES, ROOT, environment, rest, steps
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
-IMAGES = {"cuda": ROOT / "Dockerfile", "cpu": DOCKER / "Dockerfile.cpu"}
 SECRET = re.compile(r"(?i)(password|secret|token|api_?key|credential)")
 PINNED = re.compile(r"^[a-z0-9./-]+:(?!latest$)[A-Za-z0-9._-]*[0-9][A-Za-z0-9._-]*$")
 
 pytestmark = pytest.mark.skipif(not DOCKER.is_dir(), reason="needs a checkout: the wheel holds no images")
-
-
-class Step(NamedTuple):
-    """One instruction of a Dockerfile and its arguments, on one line."""
-
-    word: str
-    rest: str
-
-
-def steps(image: str) -> list[Step]:
-    """The instructions of an image, without comments."""
-    lines = [
-        line for line in IMAGES[image].read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")
-    ]
-    joined = "\n".join(lines).replace("\\\n", " ")
-    return [Step(*line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
-
-
-def rest(image: str, word: str) -> list[str]:
-    """The arguments of every instruction of this kind."""
-    return [step.rest for step in steps(image) if step.word == word]
 
 
 def compose() -> dict[str, Any]:
@@ -111,8 +88,7 @@ class TestImages:
     def test_writes_only_to_its_volumes(self, image: str) -> None:
         """Caches go to a volume, since the root file system is mounted read-only; the volumes belong to its user."""
         volumes = json.loads(rest(image, "VOLUME")[0])
-        environment = dict(pair.split("=", 1) for line in rest(image, "ENV") for pair in line.split())
-        assert {value.split("/")[1] for name, value in environment.items() if "CACHE" in name and "/" in value} == {
+        assert {value.split("/")[1] for name, value in environment(image) if "CACHE" in name and "/" in value} == {
             "cache"
         }
         made = next(line for line in rest(image, "RUN") if "useradd" in line)
@@ -120,8 +96,7 @@ class TestImages:
 
     def test_sets_what_the_server_reads(self, image: str) -> None:
         """Each TRIMTAB_ variable is a setting."""
-        names = {pair.split("=", 1)[0] for line in rest(image, "ENV") for pair in line.split()}
-        assert variables(names) <= known_variables()
+        assert variables(name for name, _ in environment(image)) <= known_variables()
 
 
 class TestCompose:
@@ -153,7 +128,8 @@ class TestCompose:
                 assert not SECRET.search(name) or str(value).startswith("/run/secrets/"), name
             assert set(service.get("secrets", ())) <= loaded["secrets"].keys()
         assert all(set(secret) == {"file"} for secret in loaded["secrets"].values())
-        assert (DOCKER / "secrets" / ".gitignore").read_text(encoding="utf-8").splitlines()[1:] == ["*", "!.gitignore"]
+        for folder in (DOCKER / "secrets", DOCKER / "secrets" / "server"):
+            assert (folder / ".gitignore").read_text(encoding="utf-8").splitlines()[1:3] == ["*", "!.gitignore"]
 
     def test_mounts_what_is_there(self) -> None:
         """Every file that is mounted from the project exists, read-only; the rest are volumes of its own."""
@@ -172,9 +148,9 @@ class TestCompose:
     def test_server_gets_settings_that_it_reads(self) -> None:
         """Each TRIMTAB_ variable is a setting; with keys it listens where other containers reach it."""
         for name in ("server", "server-cuda"):
-            environment = compose()["services"][name]["environment"]
-            assert variables(environment) <= known_variables()
-            assert environment["TRIMTAB_KEYS_FILE"] == "/run/secrets/keys"
+            given = compose()["services"][name]["environment"]
+            assert variables(given) <= known_variables()
+            assert given["TRIMTAB_KEYS_FILE"] == "/run/secrets/trimtab/keys.json"
 
     def test_has_time_to_drain(self) -> None:
         """A container is not killed before its requests have had the time that the server gives them."""
