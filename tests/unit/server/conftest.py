@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
 from server.app import create_admin_app, create_app, create_gateway
@@ -50,6 +51,25 @@ def read_events(text: str) -> list[dict[str, Any]]:
         assert "error" in json.loads(lines[-1])
         return [json.loads(line) for line in lines]
     return [json.loads(line) for line in lines[:-1]]
+
+
+Samples = dict[str, list[tuple[dict[str, str], float]]]
+
+
+async def scrape(spoken: Spoken) -> Samples:
+    """All samples of a scrape, by name."""
+    response = await spoken.admin.get("/metrics")
+    assert response.status_code == 200
+    found: Samples = {}
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
+
+
+def value(found: Samples, name: str, **labels: str) -> float:
+    """Sum of the samples whose labels include these; 0 when there are none."""
+    return sum(amount for given, amount in found.get(name, []) if labels.items() <= given.items())
 
 
 def content_of(events: list[dict[str, Any]], index: int = 0) -> str:

@@ -5,29 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from steering.errors import EngineError
 from tests.fakes import FakeEngine, failing, make_bundle
-from tests.unit.server.conftest import Make, Spoken
-
-Samples = dict[str, list[tuple[dict[str, str], float]]]
-
-
-async def scrape(spoken: Spoken) -> Samples:
-    """All samples by name."""
-    response = await spoken.admin.get("/metrics")
-    assert response.status_code == 200
-    found: Samples = {}
-    for family in text_string_to_metric_families(response.text):
-        for sample in family.samples:
-            found.setdefault(sample.name, []).append((sample.labels, sample.value))
-    return found
-
-
-def value(found: Samples, name: str, **labels: str) -> float:
-    """Sum of the samples whose labels include these; 0 when there are none."""
-    return sum(amount for given, amount in found.get(name, []) if labels.items() <= given.items())
+from tests.unit.server.conftest import Make, scrape, value
 
 
 async def test_decisions_outcomes_and_tokens_are_counted(make: Make) -> None:
