@@ -3,24 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.access.caller import Caller
 from server.answers import JsonAnswer
+from server.body import read_json_body, unless_disconnected
 from server.catalog import BundleView, GateView
-from server.gateway import GatewayDep
+from server.gateway import Gateway, GatewayDep, gateway_of
+from server.generation import Ticket
 from server.policy import Report
+from server.wire.parsing import parse
+from server.wire.probe import NAMES, ProbeRequest
 from steering import __version__
+from steering.errors import CallerError
 from steering.plan import CategorySource, Mode, Scope
 
 router = APIRouter()
 
 
+@router.post(
+    "/v1/steering/probe",
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": ProbeRequest.model_json_schema()}}}
+    },
+)
+async def probe(request: Request) -> Response:
+    """What a gate reads of a prompt, and what it would decide; no answer is generated."""
+    gateway, facts = gateway_of(request), request.scope["trimtab"]
+    caller = gateway.admit(request)
+    body = await read_json_body(
+        request.headers,
+        request.receive,
+        limit=gateway.settings.max_body_bytes,
+        wait=gateway.settings.body_timeout,
+    )
+    generation = parse(ProbeRequest, body).to_generation()
+    gateway.check_ready()
+    ticket = Ticket(request_id=facts.request_id, caller=caller, endpoint=request.scope["path"], trace=facts.trace)
+    try:
+        reading = await unless_disconnected(request.receive, gateway.service.probe(generation, caller, ticket))
+    except CallerError as error:
+        error.parameter = NAMES.get(error.parameter or "", error.parameter)
+        raise
+    facts.profile, facts.decision = reading.resolution.profile.name, reading.effect.decision
+    return JsonAnswer(reading.to_json(gateway.engine.model.name))
+
+
 @router.get("/v1/steering")
-async def describe_steering(gateway: GatewayDep) -> Response:
-    """What may be asked for in the `steering` field."""
+async def describe_steering(request: Request, gateway: GatewayDep) -> Response:
+    """What may be asked for in the `steering` field, and what of it this caller's key may ask for."""
+    caller = gateway.admit(request)
     catalog = gateway.catalog.now
     _, profile = catalog.default
     has_gate = bool(catalog.gated_profile_names)
@@ -38,8 +74,34 @@ async def describe_steering(gateway: GatewayDep) -> Response:
             "has_gate": has_gate,
             "profiles": list(catalog.profile_names),
             "bundles": [_bundle(bundle) for bundle in catalog.bundles],
+            "key": _key(caller, catalog.profile_names),
+            "limits": _limits(gateway),
         }
     )
+
+
+def _key(caller: Caller, profiles: Sequence[str]) -> dict[str, Any]:
+    return {
+        "id": caller.key_id,
+        "permissions": sorted(permission.value for permission in caller.permissions),
+        "profiles": [name for name in profiles if caller.profiles is None or name in caller.profiles],
+        "categories": None if caller.categories is None else sorted(caller.categories),
+        "strength": None if caller.strength is None else {"minimum": caller.strength[0], "maximum": caller.strength[1]},
+        "limits": dataclasses.asdict(caller.allowance),
+    }
+
+
+def _limits(gateway: Gateway) -> dict[str, Any]:
+    settings = gateway.settings
+    return {
+        "context": gateway.engine.model.context,
+        "body_bytes": settings.max_body_bytes,
+        "seconds": {
+            "first_token": settings.first_token_timeout,
+            "between": settings.between_timeout,
+            "total": settings.total_timeout,
+        },
+    }
 
 
 def _bundle(bundle: BundleView) -> dict[str, Any]:
