@@ -1,0 +1,1 @@
+"""Fuzzing: bodies that nobody thought of."""
