@@ -152,13 +152,20 @@ class TestCompose:
             assert variables(given) <= known_variables()
             assert given["TRIMTAB_KEYS_FILE"] == "/run/secrets/trimtab/keys.json"
 
-    def test_has_time_to_drain(self) -> None:
-        """A container is not killed before its requests have had the time that the server gives them."""
-        fields = Settings.model_fields
-        needed = fields["drain_delay"].default + fields["drain_grace"].default + 30
+    def test_settings_file_is_read_and_leaves_time_to_drain(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the variables of compose the server takes the file, and is not killed before its requests have had the
+        time that it gives them.
+        """
         for name in ("server", "server-cuda"):
-            grace = compose()["services"][name]["stop_grace_period"]
-            assert float(grace.removesuffix("s")) > needed
+            service = compose()["services"][name]
+            for variable, value in service["environment"].items():
+                monkeypatch.setenv(variable, str(DOCKER / "trimtab.toml") if variable == "TRIMTAB_CONFIG" else value)
+            settings = Settings()
+            assert f"./trimtab.toml:{service['environment']['TRIMTAB_CONFIG']}:ro" in service["volumes"]
+            assert [str(path) for path in settings.bundles] == ["/bundles/bundle"]
+            assert settings.host == "0.0.0.0"  # noqa: S104 - a container of its own
+            grace = float(service["stop_grace_period"].removesuffix("s"))
+            assert grace > settings.drain_delay + settings.drain_grace + 30
 
     def test_prometheus_finds_the_server(self) -> None:
         """The target is an alias on a network that both are on, and the admin port."""
@@ -173,4 +180,4 @@ class TestCompose:
 
 def known_variables() -> set[str]:
     """The variables that settings are read from."""
-    return {f"TRIMTAB_{name.upper()}" for name in Settings.model_fields} | {"TRIMTAB_CONFIG"}
+    return {f"TRIMTAB_{name.upper()}" for name in Settings.model_fields}
