@@ -251,6 +251,8 @@ class Service:
                         for ready in held:
                             yield ready
                         held.clear()
+            if progress.begun and not progress.is_finished:
+                raise EngineError("the engine ended the answer before it was complete")
 
     async def _in_time(self, source: AsyncGenerator[Chunk, None], began: float) -> AsyncGenerator[Chunk, None]:
         """`source`, given up when it is silent for too long or goes on for too long."""
@@ -345,6 +347,11 @@ class Service:
             raise run.error from None
         except TrimtabError as error:
             run.error = error
+            if not ticket.is_internal:
+                self._metrics.broke(run.resolution)
+            raise
+        except Exception:  # no error of ours: whoever finishes the answer tells it; it counts as the engine's
+            run.error = EngineError("internal error")
             if not ticket.is_internal:
                 self._metrics.broke(run.resolution)
             raise
