@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from server.access.admission import Admission
 from server.answers import error_answer
 from server.body import ClientGone
 from server.bundles import BundleFolder, Bundles, Check, unchecked
 from server.catalog import Catalog, LiveCatalog
 from server.edge import Edge
 from server.engine import Engine
-from server.errors import UnknownRoute, WrongMethod
+from server.errors import Rejection, UnknownRoute, WrongMethod
 from server.gateway import Gateway
 from server.heartbeat import Heartbeat
 from server.observe.metrics import Metrics
 from server.observe.observation import Observation
+from server.observe.stages import Stage
 from server.rollout import Rollout
-from server.routes import chat, completions, health, metrics, models, responses, steering, tokenize
+from server.routes import admin, chat, completions, health, metrics, models, responses, steering, tokenize
 from server.service import Service
 from server.settings import Settings
 from steering import __version__
@@ -48,6 +50,7 @@ def create_gateway(
     rollout.check(catalog)
     live = LiveCatalog(catalog)
     counted = Metrics(live, engine_version=engine_version, rollout=rollout)
+    admission = Admission(settings.access, counted)
     observation = Observation(settings, counted, live)
     folder = BundleFolder(settings.bundle_folder)
     bundles = Bundles(engine=engine, catalog=live, metrics=counted, folder=folder, check=check)
@@ -63,8 +66,9 @@ def create_gateway(
         catalog=live,
         metrics=counted,
         limits=settings.limits,
-        observers=[*observation.observers, heartbeat],
+        observers=[*observation.observers, *admission.observers, heartbeat],
         rollout=rollout,
+        audit=admission.audit,
     )
     return Gateway(
         engine=engine,
@@ -72,6 +76,7 @@ def create_gateway(
         service=service,
         metrics=counted,
         settings=settings,
+        admission=admission,
         observation=observation,
         bundles=bundles,
         heartbeat=heartbeat,
@@ -80,30 +85,27 @@ def create_gateway(
 
 def create_app(gateway: Gateway) -> ASGIApp:
     """What clients reach."""
-    return _application(
-        gateway,
-        chat.router,
-        completions.router,
-        responses.router,
-        tokenize.router,
-        models.router,
-        steering.router,
-        health.router,
-    )
+    keyed = (chat.router, completions.router, responses.router, tokenize.router, models.router, steering.router)
+    return _application(gateway, health.router, keyed=keyed)
 
 
 def create_admin_app(gateway: Gateway) -> ASGIApp:
     """What operators and their monitoring reach."""
-    return _application(gateway, health.router, metrics.router)
+    return _application(gateway, health.router, metrics.router, admin.router)
 
 
-def _application(gateway: Gateway, *routers: APIRouter) -> ASGIApp:
-    """An ASGI application of these routes; serves no documentation pages, and no path but its own."""
+def _application(gateway: Gateway, *routers: APIRouter, keyed: Sequence[APIRouter] = ()) -> ASGIApp:
+    """An ASGI application of these routes; serves no documentation pages, and no path but its own.
+
+    Those of `keyed` are reached with an API key alone, where there are keys: it is looked at before the route is.
+    """
     app = FastAPI(title="Trimtab", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.gateway = gateway
     app.router.redirect_slashes = False
     for router in routers:
         app.include_router(router)
+    for router in keyed:
+        app.include_router(router, dependencies=[Depends(_admitted)])
     app.add_exception_handler(TrimtabError, _on_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -119,10 +121,19 @@ def _application(gateway: Gateway, *routers: APIRouter) -> ASGIApp:
     )
 
 
+async def _admitted(request: Request) -> None:
+    gateway: Gateway = request.app.state.gateway
+    with request.scope["trimtab"].stages.timed(Stage.AUTH):
+        gateway.admit(request)
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TrimtabError)
     facts = request.scope["trimtab"]
     facts.error = error.code
+    if isinstance(error, Rejection):
+        gateway: Gateway = request.app.state.gateway
+        gateway.metrics.rejections.labels(error.reason).inc()
     if not isinstance(error, CallerError):
         # What vLLM says of a fault of its own may quote a prompt; what the project's other errors say does not.
         said = "the engine's own log says why" if type(error) is EngineError else error.message

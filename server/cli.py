@@ -25,6 +25,7 @@ MOUNTED = {
     "demo": ("steering.demo.cli", "Make the demo model."),
     "eval": ("steering.evaluate.cli", "Measure refusal through a served API."),
     "fit": ("steering.fit.cli", "Make a bundle for a model."),
+    "key": ("server.cli_keys", "Make and revoke API keys."),
     "judge": ("steering.evaluate.cli_judge", "Measure judges of refusal against human labels."),
 }
 """Commands of other packages: module that holds a Typer `app`, and what the overview says of it."""
@@ -92,7 +93,12 @@ def serve(
     bundle: Annotated[
         list[Path] | None, typer.Option(help="Bundle folder; repeatable, the first is the default.")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Loopback address to listen on; 127.0.0.1 by default.")] = None,
+    bundle_folder: Annotated[
+        Path | None, typer.Option(help="Folder whose bundles can be loaded while the server runs.")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default, others need --keys.")
+    ] = None,
     port: Annotated[int | None, typer.Option(help="Port; 8000 by default, 0 takes a free one.")] = None,
     admin_port: Annotated[
         int | None, typer.Option(help="Port of metrics and administration; 8001 by default, 0 takes a free one.")
@@ -109,8 +115,18 @@ def serve(
         bool | None,
         typer.Option("--check-finite", help="End a steered request whose residuals are not finite; costs a little."),
     ] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys; see `trimtab key`.")] = None,
+    require_signature: Annotated[
+        bool | None, typer.Option("--require-signature", help="Serve no bundle that --signature-key has not signed.")
+    ] = None,
+    signature_key: Annotated[
+        Path | None, typer.Option(help="Public key (PEM) of whoever signs bundles; see `trimtab bundle sign`.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; the command line and TRIMTAB_* variables go before.")
+    ] = None,
 ) -> None:
-    """See the help text above; settings not given here come from TRIMTAB_* variables."""
+    """See the help text above; settings not given here come from TRIMTAB_* variables, then from --config."""
     from server.process import Order
     from server.process import serve as run
     from server.settings import Settings
@@ -118,6 +134,7 @@ def serve(
     given: dict[str, Any] = {
         "model": model,
         "bundles": tuple(bundle) if bundle else None,
+        "bundle_folder": bundle_folder,
         "host": host,
         "port": port,
         "admin_port": admin_port,
@@ -125,6 +142,10 @@ def serve(
         "accept_transfer": accept_transfer,
         "steer_layers": steer_layers,
         "check_finite": check_finite,
+        "keys_file": keys,
+        "require_signature": require_signature,
+        "signature_key": signature_key,
+        "config": config,
     }
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
@@ -138,8 +159,11 @@ def serve(
 def verify(
     path: Annotated[Path, typer.Argument(help="Bundle folder.")],
     model: Annotated[Path | None, typer.Option(help="Local model folder it must belong to.")] = None,
+    signature_key: Annotated[Path | None, typer.Option(help="Public key (PEM) of whoever must have signed it.")] = None,
 ) -> None:
-    """Check every digest, shape and number of a bundle, and, with --model, that it was made for that model."""
+    """Check every digest, shape and number of a bundle; with --model, that it was made for that model, and with
+    --signature-key, who signed it.
+    """
     from steering.bundle import load_bundle
     from steering.fingerprint import fingerprint_of
 
@@ -164,6 +188,24 @@ def verify(
     if model is not None:
         manifest.model.check(fingerprint_of(model), bundle=manifest.name)
         print(f"made for the model in {model}")
+    if signature_key is not None:
+        from steering.signature import check_signature
+
+        check_signature(bundle, signature_key)
+        print(f"signed by the owner of {signature_key}")
+
+
+@bundle_app.command()
+def sign(
+    path: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    key: Annotated[Path, typer.Option(help="Private key (PEM) on the curve P-256, P-384 or P-521.")],
+) -> None:
+    """Check a bundle and sign it as it is; the signature lies in its folder and leaves its digest alone."""
+    from steering.bundle import load_bundle
+    from steering.signature import sign_bundle
+
+    bundle = load_bundle(path)
+    print(f"{bundle.label}: signature in {sign_bundle(bundle, key)}")
 
 
 @bundle_app.command()

@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access.caller import Caller
 from server.observe.events import Ended
 from server.observe.ledger import Ledger
 from server.observe.log import FACTS, as_text, facts_of
@@ -53,6 +54,7 @@ class Facts:
     """What is known of a request in the end; `scope["trimtab"]`, filled in by the routes.
 
     Attributes:
+        caller: who sent it, once that is known.
         key_id: of the API key it came with.
         decision: as the client is told it.
         error: code of the error it was answered with; None where there was none.
@@ -63,6 +65,7 @@ class Facts:
     """
 
     request_id: str
+    caller: Caller | None = None
     key_id: str = NONE
     profile: str = NONE
     decision: str = NONE

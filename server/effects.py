@@ -112,7 +112,7 @@ def attach(
         "decision": first.decision,
         "category": first.category,
         "edit": first.edit,
-        "strength": first.strength,
+        "strength": None if _tells_score(resolution) else first.strength,
         "scope": None if first.scope is None else first.scope.value,
         "verdict": verdicts[0].to_json(in_full=is_full),
     }
@@ -131,6 +131,12 @@ def attach(
     if resolution.bundle.is_transferred:
         steering["transferred"] = True
     body["steering"] = steering
+
+
+def _tells_score(resolution: Resolution) -> bool:
+    """Whether the strength tells a caller what the probe read who may not know it: of a graded gate it is a share."""
+    gate = resolution.plan.gate if resolution.plan is not None else None
+    return resolution.is_discreet and gate is not None and gate.is_graded
 
 
 def _details(resolution: Resolution, effect: Effect) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from steering.errors import (
+    AuditUnavailable,
     CallerError,
     CapacityExceeded,
     EditNotApplied,
@@ -62,6 +63,38 @@ class WrongMethod(CallerError):
     code = "method_not_allowed"
 
 
+class Rejection(CallerError):
+    """Whoever sent the request may not have what it asks for, or not now.
+
+    Args:
+        reason: label value of `steering_rejections`.
+    """
+
+    def __init__(
+        self, message: str, *, parameter: str | None = None, code: str | None = None, reason: str = "other"
+    ) -> None:
+        super().__init__(message, parameter=parameter, code=code)
+        self.reason = reason
+
+
+class InvalidKey(Rejection):
+    """No API key came with the request, or none that is known here."""
+
+    code = "invalid_api_key"
+
+
+class PermissionDenied(Rejection):
+    """The key's permissions do not include what the request asks for."""
+
+    code = "permission_denied"
+
+
+class RateLimited(Rejection):
+    """The key's limits are used up for now."""
+
+    code = "rate_limit_exceeded"
+
+
 class UnknownBundle(CallerError):
     """No such bundle is loaded, or lies in the folder that bundles may be loaded from."""
 
@@ -110,8 +143,14 @@ TABLE: Mapping[type[TrimtabError], Reply] = {
     BundleInTheWay: Reply(status=409, type="invalid_request_error"),
     UnknownRoute: Reply(status=404, type="invalid_request_error"),
     WrongMethod: Reply(status=405, type="invalid_request_error"),
+    Rejection: Reply(status=403, type="permission_error"),
+    InvalidKey: Reply(status=401, type="invalid_request_error", headers={"www-authenticate": "Bearer"}),
+    PermissionDenied: Reply(status=403, type="permission_error"),
+    # `retry-after` says when, which differs from request to request: `server/access/admission.py` sets it.
+    RateLimited: Reply(status=429, type="rate_limit_error"),
     UnknownModel: Reply(status=404, type="invalid_request_error"),
     OperatorError: Reply(status=500, type="server_error", headers=_NO_RETRY),
+    AuditUnavailable: Reply(status=503, type="server_error", headers={"retry-after": "5"}),
     PluginNotArmed: Reply(status=503, type="server_error", headers={"retry-after": "5"}),
     EngineError: Reply(status=500, type="server_error", headers=_NO_RETRY),
     # The same request would be steered the same way and fail the same way.

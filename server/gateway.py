@@ -10,7 +10,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from server.access.caller import LOCAL, Caller
+from server.access.admission import Admission
+from server.access.audit import AuditLog
+from server.access.caller import Caller
 from server.bundles import Bundles
 from server.catalog import LiveCatalog
 from server.engine import Engine
@@ -35,22 +37,30 @@ class Gateway:
     service: Service
     metrics: Metrics
     settings: Settings
+    admission: Admission
     observation: Observation
     bundles: Bundles
     heartbeat: Heartbeat
     is_armed: bool = False
 
     def admit(self, request: Request) -> Caller:
-        """Who sent a request, where whoever it was may send one now; notes it in the request's facts."""
-        caller = LOCAL
-        request.scope["trimtab"].key_id = caller.key_id
-        return caller
+        """Who sent a request, where whoever it was may send one now; notes it in the request's facts.
+
+        Costs the key one request, however often it is called for the same one.
+
+        Raises:
+            Rejection: without a known key, or with one whose limits are used up.
+        """
+        return self.admission.admit(request.headers.getlist("authorization"), request.scope["trimtab"])
 
     def admit_operator(self, request: Request) -> Caller:
         """Who sent a request for administration, where whoever it was may administrate."""
-        caller = LOCAL
-        request.scope["trimtab"].key_id = caller.key_id
-        return caller
+        return self.admission.admit_operator(request.headers.getlist("authorization"), request.scope["trimtab"])
+
+    @property
+    def audit(self) -> AuditLog | None:
+        """Where acts of administration are put on record before they are done; None for nowhere."""
+        return self.admission.audit
 
     @property
     def is_ready(self) -> bool:

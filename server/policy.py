@@ -60,6 +60,8 @@ class Resolution:
         observation: for the engine where there is no plan, and the answer is to be read all the same.
         report: how much of this the answer carries.
         is_shadow: it is decided and counted, and nothing is edited; see `server/rollout.py`.
+        relaxes: it may lower refusals, which is put on record; see `server/access/permissions.py`.
+        is_discreet: the answer tells nothing that a probe's score could be computed from.
     """
 
     bundle: BundleView
@@ -71,6 +73,8 @@ class Resolution:
     observation: Plan | None = None
     report: Report
     is_shadow: bool = False
+    relaxes: bool = False
+    is_discreet: bool = False
 
     @property
     def order(self) -> Plan | None:

@@ -22,6 +22,7 @@ import uvicorn
 from prometheus_client import disable_created_metrics
 from starlette.types import ASGIApp
 
+from server.access.admission import Admission
 from server.app import create_admin_app, create_app, create_gateway
 from server.bundles import Check, unchecked
 from server.catalog import BundleView, Catalog, view_of
@@ -30,8 +31,8 @@ from server.engine import Engine
 from server.gateway import Gateway
 from server.observe.log import configure_log
 from server.readiness import self_check
-from server.settings import Settings, check_host
-from steering.errors import BundleFormatError, EngineDied, TrimtabError
+from server.settings import Settings, check_reach
+from steering.errors import BundleFormatError, EngineDied, TrimtabError, UnsupportedConfiguration
 
 TICK = 0.05
 """Seconds between looks at what is still in flight while draining."""
@@ -81,7 +82,8 @@ def serve(order: Order, settings: Settings, *, on_ready: Callable[[str, str], No
         OperatorError: the set-up is at fault; before vLLM is started wherever that can be known.
         EngineError: the engine did not start, or the self-check failed.
     """
-    check_host(settings.host)
+    check_reach(settings)
+    Admission(settings.access).close()  # files that cannot be used are found before vLLM is started
     check = bundle_check(order.model, settings)
     catalog = load_catalog(order.bundles, check)
     configure_log(settings.log_format)
@@ -101,11 +103,18 @@ def bundle_check(model: Path, settings: Settings) -> Check:
     """
     from steering.bundle import load_bundle
     from steering.fingerprint import fingerprint_of
+    from steering.signature import check_signature
 
+    if settings.require_signature != (settings.signature_key is not None):
+        raise UnsupportedConfiguration(
+            "--require-signature and --signature-key go together: the key says whose signature is required"
+        )
     found = fingerprint_of(model)
 
     def check(path: Path) -> BundleView:
         bundle = load_bundle(path)
+        if settings.signature_key is not None:
+            check_signature(bundle, settings.signature_key)
         is_own = bundle.manifest.model.check(
             found, bundle=bundle.manifest.name, accept_transfer=settings.accept_transfer
         )
@@ -220,6 +229,7 @@ async def serve_engine(
         for task in (armed, watch, heart):
             task.cancel()
         await gateway.observation.stop()
+        await gateway.admission.stop()
         admin.should_exit = True
         await administration
     for task in (armed, watch):

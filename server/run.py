@@ -9,7 +9,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from server.access.caller import prefix_cache_salt
+from server.access.caller import bounded, prefix_cache_salt
 from server.effects import Effect
 from server.engine import Call
 from server.generation import Generation, Ticket
@@ -32,6 +32,7 @@ class Run:
     verdicts: Sequence[Verdict] = ()
     contents: tuple[str, ...] = ()
     usage: Usage | None = None
+    generated: int = 0
     error: TrimtabError | None = None
     is_complete: bool = False
     first_token: float | None = None
@@ -47,7 +48,7 @@ class Run:
         return Call(
             request_id=self.ticket.call_id,
             prompting=self.generation.prompting,
-            fields=dict(self.generation.fields) | self._salt(),
+            fields=bounded(self.generation.fields, self.ticket.caller) | self._salt(),
             samples=self.samples,
             plan=self.resolution.order,
             trace=self.ticket.trace,
@@ -78,6 +79,7 @@ class Run:
             verdicts=tuple(self.verdicts),
             contents=self.contents,
             usage=self.usage,
+            generated=self.generated,
             error=self.error,
             is_complete=self.is_complete,
             seconds=now - self.began,

@@ -12,9 +12,10 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from server.access.audit import AuditLog
 from server.access.caller import Caller
-from server.access.permissions import check_permitted
-from server.catalog import BundleView, LiveCatalog
+from server.access.permissions import check_permitted, check_permitted_to_probe
+from server.catalog import BundleView, Catalog, LiveCatalog
 from server.effects import Effect, attach, effect_of
 from server.engine import Chunk, Completion, Engine
 from server.generation import Generation, Ticket
@@ -97,6 +98,7 @@ class Service:
         limits: how much, how long.
         observers: told of every request that has ended.
         rollout: which requests are steered; all of them unless told.
+        audit: where it is put on record that refusals may be lowered, before the engine is asked; None for nowhere.
 
     Attributes:
         is_draining: no new request is taken.
@@ -111,6 +113,7 @@ class Service:
         limits: Limits,
         observers: Sequence[Observer] = (),
         rollout: Rollout | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
         self.is_draining = False
         self._engine = engine
@@ -119,6 +122,7 @@ class Service:
         self._limits = limits
         self._observers = list(observers)
         self._rollout = rollout or Rollout()
+        self._audit = audit
         self._tables: dict[str, VerdictTable] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_aborting = False
@@ -138,14 +142,17 @@ class Service:
         Raises:
             CallerError: the request asks for what this server does not have, or what this caller may not ask for.
         """
+        catalog = self._catalog.now
+        return check_permitted(caller, generation, self._resolved(generation, catalog), catalog)
+
+    def _resolved(self, generation: Generation, catalog: Catalog) -> Resolution:
+        """What a request asks for, whoever sent it."""
         if generation.model != self._engine.model.name:
             raise UnknownModel(
                 f"model {generation.model!r} is not served here; models: [{self._engine.model.name!r}]",
                 parameter="model",
             )
-        catalog = self._catalog.now
-        resolution = resolve(generation.spec, catalog, plan_id=secrets.token_hex(16))
-        return check_permitted(caller, generation, resolution, catalog)
+        return resolve(generation.spec, catalog, plan_id=secrets.token_hex(16))
 
     async def complete(self, generation: Generation, resolution: Resolution, ticket: Ticket) -> Answer:
         """Answer in one piece.
@@ -154,6 +161,7 @@ class Service:
             TrimtabError: see the table in `server/errors.py`; never an unconfirmed answer.
         """
         with self._in_flight(generation, resolution, ticket) as run:
+            await self._record(run)
             completion = await _within(self._limits.total, self._whole(run), "the answer")
             await self._confirm(run, range(run.samples))
             verdicts = [self._table(run).verdict(tokens) for tokens in completion.tokens]
@@ -183,8 +191,11 @@ class Service:
         Raises:
             TrimtabError: see the table in `server/errors.py`.
         """
-        check_probing(caller, None if generation.spec is None else generation.spec.profile, self._catalog.now)
-        resolution = observed(self.resolve(generation, caller))
+        catalog = self._catalog.now
+        check_probing(caller, None if generation.spec is None else generation.spec.profile, catalog)
+        resolution = self._resolved(generation, catalog)
+        check_permitted_to_probe(caller, generation, resolution, catalog)
+        resolution = observed(resolution)
         with self._in_flight(generation, resolution, ticket) as run:
             completion = await _within(self._limits.first_token, self._engine.complete(run.call()), "the scores")
             await self._confirm(run, (0,))
@@ -201,6 +212,15 @@ class Service:
     async def _whole(self, run: Run) -> Completion:
         await self._categorise(run)
         return await self._engine.complete(run.call())
+
+    async def _record(self, run: Run) -> None:
+        """Put on record what may lower refusals.
+
+        Raises:
+            AuditUnavailable: it cannot be written down.
+        """
+        if self._audit is not None and run.resolution.relaxes and not run.ticket.is_internal:
+            await self._audit.let_in(run.ticket, run.generation, run.resolution)
 
     async def _categorise(self, run: Run) -> None:
         """P1.4's first pass, where it is asked for: the most likely refusal token names the category of the gate."""
@@ -223,12 +243,14 @@ class Service:
             opened.append(run)
             progress = Progress(self._table(run), run.samples)
             progress.effects = run.effects
+            await self._record(run)
             wait = min(self._limits.first_token, self._limits.total)
             await _within(wait, self._categorise(run), "the category")
             source = self._engine.stream(run.call())
             async with aclosing(source), aclosing(self._in_time(source, run.began)) as timely:
                 async for chunk in timely:
                     body = chunk.body
+                    run.generated += len(chunk.tokens)
                     if not body["choices"]:
                         if progress.begun:
                             self._count_tokens(body.get("usage"), run)

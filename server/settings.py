@@ -1,4 +1,4 @@
-"""Settings: read once, from the command line first and from `TRIMTAB_*` variables second.
+"""Settings: read once, from the command line first, from `TRIMTAB_*` variables second, from one TOML file last.
 
 Knows nothing of vLLM, torch or HTTP.
 """
@@ -6,13 +6,22 @@ Knows nothing of vLLM, torch or HTTP.
 from __future__ import annotations
 
 import ipaddress
+import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
+from server.access.admission import AccessOrder
 from server.observe.log import LogFormat
 from server.service import Limits
 from steering.errors import UnsupportedConfiguration
@@ -25,6 +34,12 @@ class Settings(BaseSettings):
     """How this server is run; durations in seconds.
 
     Attributes:
+        config: TOML file of settings, by the names they have here; those given elsewhere go before.
+        keys_file: API keys, see `trimtab key`; None lets whoever reaches the server do everything.
+        audit_log: where it is put on record who may lower refusals and who administers; needed for keys that may.
+        audit_secret_file: by which prompts are hashed there; None makes one beside the log.
+        audit_max_bytes, audit_files: the log is rotated at this size, and so many old ones are kept.
+        require_signature, signature_key: bundles must be signed by the owner of this public key (PEM).
         host, port: where clients are answered. Without API keys only loopback addresses are allowed.
         admin_host, admin_port: where operators and their monitoring are answered: metrics, health, administration.
         model: local model folder; None serves the demo.
@@ -71,6 +86,14 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TRIMTAB_", extra="forbid", frozen=True)
 
+    config: Path | None = None
+    keys_file: Path | None = None
+    audit_log: Path | None = None
+    audit_secret_file: Path | None = None
+    audit_max_bytes: Annotated[int, Field(ge=4096)] = 64 * 1024 * 1024
+    audit_files: Annotated[int, Field(ge=1, le=10_000)] = 10
+    require_signature: bool = False
+    signature_key: Path | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     admin_host: str = "127.0.0.1"
@@ -117,6 +140,33 @@ class Settings(BaseSettings):
     drain_delay: Annotated[float, Field(ge=0, le=600)] = 0.5
     drain_grace: Annotated[float, Field(ge=0, le=3600)] = 30.0
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - there are none
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - there are none
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given here goes before what is in the environment, and that before what is in the file."""
+        assert isinstance(init_settings, InitSettingsSource)
+        path = init_settings.init_kwargs.get("config") or os.environ.get("TRIMTAB_CONFIG")
+        if not path:
+            return init_settings, env_settings
+        return init_settings, env_settings, _file_of(settings_cls, Path(path))
+
+    @property
+    def access(self) -> AccessOrder:
+        """The share of the settings that says who may do what."""
+        return AccessOrder(
+            keys=self.keys_file,
+            audit_log=self.audit_log,
+            audit_secret=self.audit_secret_file,
+            audit_bytes=self.audit_max_bytes,
+            audit_files=self.audit_files,
+        )
+
     @property
     def armed_layers(self) -> tuple[int, ...] | Literal["all"]:
         """`steer_layers` as numbers."""
@@ -136,18 +186,36 @@ class Settings(BaseSettings):
         )
 
 
-def check_host(host: str) -> None:
-    """Refuse addresses that others can reach: without API keys, whoever reaches the server may lower refusals.
+def check_reach(settings: Settings) -> None:
+    """Refuse addresses that others can reach where there are no keys: whoever reaches the server may lower refusals.
 
     Raises:
-        UnsupportedConfiguration: not a loopback address, and not the name `localhost`.
+        UnsupportedConfiguration: an address of clients or operators is no loopback address.
     """
+    if settings.keys_file is not None:
+        return
+    for option, host, what in (
+        ("--host", settings.host, "whoever reaches this server may lower what the model refuses"),
+        ("admin_host", settings.admin_host, "whoever reaches this address may load and unload bundles"),
+    ):
+        if not _is_loopback(host):
+            raise UnsupportedConfiguration(
+                f"{option} {host} can be reached by others, and no API keys are configured: {what}. Make keys with "
+                "`trimtab key create` and name their file with --keys, or listen on 127.0.0.1"
+            )
+
+
+def _is_loopback(host: str) -> bool:
     try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        is_loopback = host == "localhost"
-    if not is_loopback:
-        raise UnsupportedConfiguration(
-            f"--host {host} can be reached by others, and no API keys are configured: whoever reaches this server "
-            "may lower what the model refuses. Listen on 127.0.0.1 and put a proxy that authenticates in front"
-        )
+        return host == "localhost"
+
+
+def _file_of(settings: type[BaseSettings], path: Path) -> PydanticBaseSettingsSource:
+    try:
+        if not path.is_file():  # the source itself would take it for an empty one
+            raise UnsupportedConfiguration(f"settings: no file {path}")
+        return TomlConfigSettingsSource(settings, toml_file=path)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UnsupportedConfiguration(f"settings: {path} cannot be read: {error}") from error

@@ -10,6 +10,7 @@
     │   ├── BundleError
     │   │   ├── BundleFormatError     a field, tensor, dtype, shape or number is wrong
     │   │   ├── BundleDigestError     bytes differ from what the manifest or the caller names
+    │   │   ├── BundleSignatureError  not signed, or not by the key, or changed since
     │   │   └── FingerprintMismatch   the bundle was made for another model
     │   ├── DatasetError
     │   │   ├── DatasetMissing        a set is not on this machine; the message says how to get it
@@ -23,6 +24,8 @@
     │   ├── CaptureError              captured residuals are missing, not finite, or those of other prompts
     │   ├── UnsupportedArchitecture   the model class is not in the plugin's table
     │   ├── UnsupportedConfiguration  a vLLM option that steering is not proved to work with
+    │   ├── KeyFileError              the file of API keys cannot be read, or must not be trusted
+    │   ├── AuditUnavailable          what must be on record cannot be written down: 503
     │   └── PluginNotArmed            a worker does not report what the server needs
     └── EngineError                   a request failed inside: 5xx
         ├── EditNotApplied            the engine did not confirm the edit of a steered request
@@ -137,6 +140,12 @@ class BundleDigestError(BundleError):
     code = "bundle_digest"
 
 
+class BundleSignatureError(BundleError):
+    """A bundle is not signed by the key that is asked for, or has changed since."""
+
+    code = "bundle_signature"
+
+
 class FingerprintMismatch(BundleError):
     """The bundle was made for another model, tokenizer or chat template."""
 
@@ -213,6 +222,18 @@ class UnsupportedConfiguration(OperatorError):
     """A vLLM option that steering has not been proved to work with."""
 
     code = "unsupported_configuration"
+
+
+class KeyFileError(OperatorError):
+    """The file of API keys cannot be read, or must not be trusted."""
+
+    code = "key_file"
+
+
+class AuditUnavailable(OperatorError):
+    """What must be on record before it is done cannot be written down."""
+
+    code = "audit_unavailable"
 
 
 class PluginNotArmed(OperatorError):

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
+
+MOST_TOKENS = ("max_tokens", "max_completion_tokens")
+"""Fields that say how long an answer may be."""
 
 
 class Permission(StrEnum):
@@ -33,11 +38,13 @@ class Allowance:
         requests: per minute.
         tokens: of prompts and answers, per minute.
         concurrent: being answered at once.
+        max_tokens: of one answer; what asks for no number gets this one.
     """
 
     requests: int | None = None
     tokens: int | None = None
     concurrent: int | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +60,9 @@ class Caller:
         categories: names that may be asked for; None for all.
         strength: least and greatest strength that may be asked for; None leaves it to the certified range.
         allowance: how much may be asked for.
+
+    An allow-list of profiles is a decision about each of them: a profile on it may be used as it is, even where its
+    gate lowers refusals that the server's default would not. None is no such decision: it lets all of them be named.
     """
 
     key_id: str
@@ -66,6 +76,14 @@ class Caller:
 
 LOCAL = Caller(key_id="local", permissions=frozenset(Permission))
 """Whoever reaches a server without keys, which listens on the loopback interface only; and the server itself."""
+
+
+def bounded(fields: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
+    """Fields of a generation, with the most tokens this caller gets where they name no number."""
+    most = caller.allowance.max_tokens
+    if most is None or any(fields.get(name) is not None for name in MOST_TOKENS):
+        return dict(fields)
+    return {**fields, MOST_TOKENS[0]: most}
 
 
 def prefix_cache_salt(caller: Caller, own: str | None) -> str | None:

@@ -36,6 +36,7 @@ class Ended:
         verdicts: by sample; empty unless the answer is complete.
         contents: text of each sample as the client got it; empty unless the answer is complete.
         usage: None where the engine gave none.
+        generated: tokens that were streamed, also where the answer was given up.
         error: what it ended with; None where it is complete, and where the client left.
         is_complete: the whole answer was generated.
         seconds: from admission.
@@ -50,6 +51,7 @@ class Ended:
     verdicts: tuple[Verdict, ...] = ()
     contents: tuple[str, ...] = ()
     usage: Usage | None = None
+    generated: int = 0
     error: TrimtabError | None = None
     is_complete: bool = False
     seconds: float = 0.0

@@ -133,6 +133,24 @@ class Metrics:
             ("action", "result"),
             registry=registry,
         )
+        self.rejections = Counter(
+            "steering_rejections",
+            "Requests that their key, or the lack of one, did not allow, by what stood in the way.",
+            ("reason",),
+            registry=registry,
+        )
+        self.key_loads = Counter(
+            "steering_key_loads",
+            "Times that a changed file of keys was read, by whether it could be.",
+            ("result",),
+            registry=registry,
+        )
+        self.audit_records = Counter(
+            "steering_audit_records", "Records written to the audit log.", ("event",), registry=registry
+        )
+        self.audit_failures = Counter(
+            "steering_audit_failures", "Records that could not be written to the audit log.", registry=registry
+        )
         self.inflight = Gauge("steering_inflight_requests", "Requests being answered.", registry=registry)
         self.rows_in_use = Gauge(
             "steering_rows_in_use", "Answers being generated that are steered or observed.", registry=registry
@@ -152,6 +170,18 @@ class Metrics:
     def failed(self, code: str) -> None:
         """Count a request that ended in an error."""
         self.errors.labels(self._codes(code)).inc()
+
+    def keys_loaded(self, succeeded: bool) -> None:
+        """Count a reading of the file of keys."""
+        self.key_loads.labels("done" if succeeded else "failed").inc()
+
+    def audit_recorded(self, event: str) -> None:
+        """Count a record of the audit."""
+        self.audit_records.labels(event).inc()
+
+    def audit_failed(self) -> None:
+        """Count a record of the audit that could not be written."""
+        self.audit_failures.inc()
 
     def answered(self, resolution: Resolution, effects: Sequence[Effect], verdicts: Iterable[Verdict]) -> None:
         """Count what was decided for a request whose answer is complete, and what each choice of it was."""

@@ -25,7 +25,8 @@ def test_every_error_is_answered_as_its_branch_says(error: type[TrimtabError]) -
     reply = reply_to(error("message"))
     if issubclass(error, CallerError):
         assert 400 <= reply.status < 500
-        assert reply.type == "invalid_request_error"
+        of_status = {403: "permission_error", 429: "rate_limit_error"}
+        assert reply.type == of_status.get(reply.status, "invalid_request_error")
     else:
         assert 500 <= reply.status < 600
         assert reply.type == "server_error"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from server.body import ClientGone, read_json_body
 from server.errors import BodyTimeout, BodyTooLarge
-from server.settings import check_host
+from server.settings import Settings, check_reach
 from steering.errors import UnsupportedConfiguration
 from tests.fakes import MODEL, FakeEngine, make_catalog, make_gated_bundle
 from tests.unit.server.conftest import Make, chat_body
@@ -188,11 +189,13 @@ async def test_states_of_readiness(make: Make) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
 def test_loopback_hosts_are_allowed(host: str) -> None:
     """Only this machine can reach these."""
-    check_host(host)
+    check_reach(Settings(host=host, admin_host=host))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])  # noqa: S104 - refused is the point
 def test_other_hosts_are_refused_without_keys(host: str) -> None:
     """Whoever reaches the server may lower refusals, so nobody else may reach it."""
-    with pytest.raises(UnsupportedConfiguration, match="no API keys"):
-        check_host(host)
+    for settings in (Settings(host=host), Settings(admin_host=host)):
+        with pytest.raises(UnsupportedConfiguration, match="no API keys"):
+            check_reach(settings)
+    check_reach(Settings(host=host, admin_host=host, keys_file=Path("keys.json")))
