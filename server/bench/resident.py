@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import random
 import secrets
 import statistics
@@ -25,6 +26,9 @@ from steering.plan import PLAN_KEY
 PROMPT_TOKENS = 32
 FIRST_TOKEN = 20
 """Below it are special tokens in most vocabularies."""
+
+SPIN_SECONDS = 1.0
+"""How long a worker without work looks for some before it sleeps (vLLM 0.32 `shm_broadcast.SpinCondition`)."""
 
 
 class Resident:
@@ -45,6 +49,7 @@ class Resident:
         self._is_steering = bool(settings["bundles"])
         own = engine_arguments([Path(path) for path in settings["bundles"]]) if self._is_steering else {}
         self._llm = LLM(model=settings["model"], **settings["options"], **own)
+        _keep_apart()
 
     def close(self) -> None:
         """End the engine's processes, which the end of this one alone leaves waiting."""
@@ -67,12 +72,26 @@ class Resident:
         cell: Mapping[str, Any] | None = None,
         is_memory: bool = False,
     ) -> dict[str, Any]:
-        """Do what the bench asks: see `first_tokens`, `cell`, `peak` and `round`."""
+        """Do what the bench asks, see `first_tokens`, `cell`, `peak_bytes`, `round`; answer once the engine rests."""
         if is_memory:
             return {"peak_bytes": peak_bytes()}
         if cell is not None:
-            return self.cell(seed, plans, **cell)
-        return {"answers": self.first_tokens(seed, plans)} if is_first_token else self.round(seed, plans)
+            answer = self.cell(seed, plans, **cell)
+        elif is_first_token:
+            answer = {"answers": self.first_tokens(seed, plans)}
+        else:
+            answer = self.round(seed, plans)
+        self._rest()
+        return answer
+
+    def _rest(self) -> None:
+        """Wait until this engine's worker sleeps. vLLM binds the workers of all engines to the same cores of a CPU, so
+        that one that still looks for work would take half the time of the engine whose turn comes next.
+        """
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            time.sleep(1.25 * SPIN_SECONDS)
 
     def cell(
         self, seed: int, plans: list[str], *, requests: int, length: int, tokens: int, is_one_by_one: bool = False
@@ -252,6 +271,26 @@ class _Run(NamedTuple):
     late_seconds: float
     late_tokens: int
     answers: list[list[int]]
+
+
+def _keep_apart() -> None:
+    """Keep this process and the scheduler's off the cores that vLLM has bound its workers to.
+
+    It leaves a core of a CPU free for them and binds only the workers: whichever of them happens to run where a worker
+    does takes half of that core, for a whole round or for none of it, and rounds come out a fifth apart. Does nothing
+    where workers are bound to no cores or to all.
+    """
+    import psutil
+
+    me = psutil.Process()
+    every = set(me.cpu_affinity())
+    family = [me, *me.children(recursive=True)]
+    bound = [cores for cores in (set(process.cpu_affinity()) for process in family) if cores < every]
+    rest = sorted(every.difference(*bound))
+    for process in family:
+        if bound and rest and set(process.cpu_affinity()) == every:
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, rest)
 
 
 def peak_bytes() -> int:
