@@ -100,7 +100,7 @@ class Edge:
     ) -> None:
         self._app = app
         self._metrics = metrics
-        self._ledger = ledger or Ledger()
+        self._ledger = Ledger() if ledger is None else ledger  # an empty one is false
         self._tracing = tracing or NoTracing()
         self._logs_scores = logs_scores
 
