@@ -55,7 +55,7 @@ class ScriptedEngine(FakeEngine):
     name: str = MODEL
     pace: float = 0.0
     running: int = 0
-    _live: dict[str, tuple[dict[str, float | None], str]] = field(default_factory=dict)
+    _live: dict[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.calls = deque(maxlen=KEPT)  # type: ignore[assignment]
@@ -90,10 +90,10 @@ class ScriptedEngine(FakeEngine):
     def forget(self, plan_id: str) -> None:
         super().forget(plan_id)
         self._outcomes.pop(plan_id, None)
+        self._live.pop(plan_id, None)
 
     async def outcomes(self, plan_id: str, samples: Collection[int], wait: float) -> Mapping[int, Outcome]:
-        script = self._live.get(plan_id, ({}, ""))[0]
-        if "late" in script:
+        if "late" in self._live.get(plan_id, {}):
             await asyncio.sleep(wait)
             raise EditNotApplied(f"no sample confirmed the edit within {wait:g} s")
         return await super().outcomes(plan_id, samples, wait)
@@ -104,17 +104,15 @@ class ScriptedEngine(FakeEngine):
     @contextmanager
     def _running(self, call: Call) -> Iterator[None]:
         self.running += 1
-        plan_id = call.plan.id if call.plan is not None else call.request_id
-        script = script_of(call)
-        self._live[plan_id] = (script, call.request_id)
+        if call.plan is not None:
+            self._live[call.plan.id] = script_of(call)
         try:
             yield
         finally:
             self.running -= 1
-            self._live.pop(plan_id, None)
 
     def _ruled(self, order: Any, strength: float, bundle: Any, scores: Scores) -> dict[str, Any]:
-        if any("nan" in script for script, _ in self._live.values()):
+        if any("nan" in script for script in self._live.values()):
             scores = Scores(refusal=math.nan, categories=dict.fromkeys(scores.categories, math.nan))
         return super()._ruled(order, strength, bundle, scores)
 
@@ -235,6 +233,7 @@ def fake_serving(*arguments: str, **environment: str) -> Iterator[FakeServer]:
     while (found := re.match(r"Ready on (\S+) administered on (\S+)", line := process.stdout.readline())) is None:
         log.append(line.rstrip())
         if not line:
+            process.stdout.close()
             process.wait(timeout=10)
             raise AssertionError("the fake server ended before it was ready:\n" + "\n".join(log[-40:]))
 

@@ -1,0 +1,1 @@
+"""Tests that others wrote, and checks against schemas that others wrote."""

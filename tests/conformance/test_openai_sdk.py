@@ -1,0 +1,34 @@
+"""The OpenAI Python SDK's own API tests, against the gateway over the fake engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.sdk import MODELS, Ran, by_design, differences, fetch, run
+from tests.fake_server import fake_serving
+
+
+@pytest.fixture(scope="session")
+def sources(request: pytest.FixtureRequest) -> Path:
+    """The SDK's source archive, kept with pytest's cache."""
+    assert request.config.cache is not None
+    return fetch(request.config.cache.mkdir("openai"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_fails_of_the_sdks_own_tests_is_what_the_list_says(sources: Path, model: str) -> None:
+    """Each test passes, or is on the list with its reason and fails with the status that is given there."""
+    with fake_serving("--model", model, "--gated") as server:
+        ran = run(sources, server.url, MODELS[model])
+    assert not differences(ran, by_design(MODELS[model]))
+    assert len(ran.passed) >= 12
+
+
+def test_a_wrong_list_is_told_in_every_direction() -> None:
+    """A test missing from the list, one too many on it, one that is gone, and one that fails for another reason."""
+    ran = Ran(passed=frozenset({"a"}), failed={"b": "Error code: 500 - x", "c": "Error code: 404 - x"}, variants=3)
+    told = differences(ran, {"a": 400, "c": 400, "d": 404})
+    assert [line.partition(":")[0] for line in told] == ["a", "b", "c", "d"]
+    assert not differences(ran, {"b": 500, "c": 404})
