@@ -240,6 +240,34 @@ def transfer(
     print(f"{bundle.label} in {out}: profiles {names}, digest {bundle.digest}")
 
 
+@bundle_app.command("reference-scores")
+def reference_scores(
+    out: Annotated[Path, typer.Option(help="File to write, for TRIMTAB_DRIFT_REFERENCE.")],
+    metrics: Annotated[
+        str, typer.Option(help="Metrics of a running server, or a file of them.")
+    ] = "http://127.0.0.1:8001/metrics",
+) -> None:
+    """Keep how a server's probes have scored its traffic so far, as what later traffic is held against."""
+    import json
+
+    import httpx
+
+    from server.observe.reference import references_of
+
+    try:
+        is_address = metrics.startswith(("http://", "https://"))
+        text = (
+            httpx.get(metrics, timeout=10).raise_for_status().text if is_address else Path(metrics).read_text("utf-8")
+        )
+        found = references_of(text)
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise OperatorError(f"cannot read metrics from {metrics}: {error}") from error
+    if not found:
+        raise OperatorError(f"{metrics} counts no scores yet: steering_probe_score is there once a gate has decided")
+    out.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    print(f"wrote {out}: " + ", ".join(f"{profile} {sum(counts)} scores" for profile, counts in found.items()))
+
+
 def main() -> None:
     """The console script; errors of the set-up are one line on stderr and exit code 1."""
     try:
