@@ -35,7 +35,7 @@ async def main() -> None:
     parser.add_argument("prompts", type=Path, nargs="+")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", default="trimtab-demo")
-    parser.add_argument("--key", default="unused", help="API key; one of a few requests comes with a wrong one")
+    parser.add_argument("--key", action="append", help="API key; repeatable. A few requests then come with a wrong one")
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two requests of a client, on average")
@@ -43,7 +43,7 @@ async def main() -> None:
     prompts = [line for path in arguments.prompts for line in path.read_text(encoding="utf-8").splitlines() if line]
     end = time.monotonic() + 60 * arguments.minutes
     counts: Counter[str] = Counter()
-    async with openai.AsyncOpenAI(base_url=arguments.url, api_key=arguments.key, max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=arguments.url, api_key="unused", max_retries=0) as client:
         await asyncio.gather(
             *(_ask(client, arguments, prompts, random.Random(seed), end, counts) for seed in range(arguments.clients))
         )
@@ -70,8 +70,8 @@ async def _ask(
         if chance.random() < 0.06:
             request |= chance.choice(MISTAKES)
         asker = client
-        if arguments.key != "unused" and chance.random() < 0.02:
-            asker = client.with_options(api_key="wrong")
+        if arguments.key:
+            asker = client.with_options(api_key="wrong" if chance.random() < 0.02 else chance.choice(arguments.key))
         try:
             counts[await _answer(asker, request, chance)] += 1
         except openai.APIStatusError as error:
