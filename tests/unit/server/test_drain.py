@@ -1,0 +1,121 @@
+"""The end of the process: told once it lets answers finish, told twice it does not, without an engine it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from server import process
+from server.settings import Settings
+from steering.errors import EngineDied
+from tests.fake_server import RUNNING, FakeServer, fake_serving
+from tests.fakes import MODEL, FakeEngine, make_catalog
+from tests.unit.server.test_connections import metric, say
+
+PATIENCE = 20.0
+
+
+class Reader:
+    """A client that reads a stream to its end in a thread of its own."""
+
+    def __init__(self, server: FakeServer, script: str) -> None:
+        self.lines: list[str] = []
+        body = {"model": MODEL, "stream": True, "messages": say(script), "max_tokens": 4000, "ignore_eos": True}
+        self._body, self._url = body, f"{server.url}/v1/chat/completions"
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
+            self.lines += [line for line in response.iter_lines() if line]
+
+
+@contextmanager
+def reading(server: FakeServer, script: str, count: int = 1) -> Iterator[list[Reader]]:
+    """So many streams, once the engine works for all of them; read to their ends afterwards."""
+    readers = [Reader(server, script) for _ in range(count)]
+    deadline = time.monotonic() + PATIENCE
+    while metric(server, RUNNING) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    yield readers
+    for reader in readers:
+        reader.thread.join(PATIENCE)
+        assert not reader.thread.is_alive()
+
+
+def test_fifty_streams_finish_before_the_end() -> None:
+    """Not ready and no new work from the signal on, all answers complete, exit code 0."""
+    with fake_serving("--quiet", TRIMTAB_DRAIN_DELAY="0.5") as server:
+        with reading(server, "#tokens:60 #pace:0.02", count=50) as readers:
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            assert httpx.get(f"{server.url}/readyz").json()["error"]["code"] == "draining"
+            assert httpx.get(f"{server.url}/livez").status_code == 200
+            refused = httpx.post(f"{server.url}/v1/chat/completions", json={"model": MODEL, "messages": say("x")})
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert server.process.wait(PATIENCE) == 0
+    assert [reader.lines[-1] for reader in readers] == ["data: [DONE]"] * 50
+
+
+def test_what_outlasts_the_grace_is_told() -> None:
+    """The streams that are left get a frame, and the exit code is 0 all the same."""
+    with fake_serving("--quiet", TRIMTAB_DRAIN_DELAY="0", TRIMTAB_DRAIN_GRACE="0.3") as server:
+        with reading(server, "#tokens:4000 #pace:0.05", count=5) as readers:
+            server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0
+    for reader in readers:
+        assert json.loads(reader.lines[-1].removeprefix("data: "))["error"]["code"] == "server_is_overloaded"
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_told_twice_it_ends_at_once(second: signal.Signals) -> None:
+    """Whatever is in flight, and however long the grace would be."""
+    with fake_serving("--quiet", TRIMTAB_DRAIN_DELAY="60", TRIMTAB_DRAIN_GRACE="600") as server:
+        with reading(server, "#tokens:4000 #pace:0.05", count=3) as readers:
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert server.process.poll() is None
+            began = time.monotonic()
+            server.process.send_signal(second)
+            server.process.wait(PATIENCE)
+            assert time.monotonic() - began < 8
+        assert all("[DONE]" not in reader.lines[-1] for reader in readers)
+
+
+@pytest.mark.parametrize("is_hanging", [False, True], ids=["dead", "hanging"])
+async def test_without_its_engine_the_process_fails(monkeypatch: pytest.MonkeyPatch, is_hanging: bool) -> None:
+    """For a moment it tells balancers and those in flight; then it ends with an error, for an orchestrator to see."""
+    forced: list[float] = []
+    monkeypatch.setattr(process, "_end_within", forced.append)
+    engine = FakeEngine()
+    addresses: asyncio.Queue[str] = asyncio.Queue()
+    settings = Settings(
+        port=0, admin_port=0, death_delay=0.5, heartbeat_interval=0.1, heartbeat_timeout=0.05, heartbeat_failures=2
+    )
+    serving = asyncio.create_task(
+        process.serve_engine(
+            engine, make_catalog(), settings, on_ready=lambda clients, _: addresses.put_nowait(clients)
+        )
+    )
+    async with asyncio.timeout(PATIENCE), httpx.AsyncClient(base_url=await addresses.get()) as client:
+        assert (await client.get("/readyz")).status_code == 200
+        engine.gate = asyncio.Event()
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json={"model": MODEL, "messages": say("x")}))
+        await asyncio.sleep(0.05)
+        engine.is_alive = is_hanging
+        while (await client.get("/livez")).status_code == 200:
+            await asyncio.sleep(0.02)
+        assert (await client.get("/readyz")).status_code == 503
+        assert (await asked).status_code == 503
+        with pytest.raises(EngineDied):
+            await serving
+    assert forced
