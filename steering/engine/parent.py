@@ -14,7 +14,8 @@ import threading
 LOOK = 1.0
 """Seconds between looks at who the parent is, for the case that its end is not told."""
 
-_is_watched = False
+_watched = 0
+"""Process in which a thread waits. A fork copies the number, and not the thread."""
 
 
 def end_with_parent() -> None:
@@ -23,11 +24,10 @@ def end_with_parent() -> None:
     A thread waits for it. The kernel's own signal (`PR_SET_PDEATHSIG`) comes as well when only the thread ends that
     started the process, and engines are started from threads.
     """
-    global _is_watched  # noqa: PLW0603 - one process has one parent
-    parent = multiprocessing.parent_process()
-    if parent is None or _is_watched:
+    global _watched  # noqa: PLW0603 - one process has one parent
+    if multiprocessing.parent_process() is None or _watched == os.getpid():
         return
-    _is_watched = True
+    _watched = os.getpid()
     threading.Thread(target=_wait, args=(os.getppid(),), name="parent", daemon=True).start()
 
 
