@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing.connection import wait
 
 LOOK = 1.0
 """Seconds between looks at who the parent is, for the case that its end is not told."""
@@ -34,6 +35,6 @@ def end_with_parent() -> None:
 def _wait(parent_id: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    while parent.is_alive() and os.getppid() == parent_id:
-        parent.join(LOOK)
+    while not wait([parent.sentinel], LOOK) and os.getppid() == parent_id:
+        pass
     os.kill(os.getpid(), signal.SIGKILL)
