@@ -296,12 +296,10 @@ def open_judge(order: JudgeOrder) -> Verdicts:
 
 def text_of(generation: Generation) -> str:
     """What was asked, in words: a lone user message as it is, else each message under its role; empty for token ids."""
-    prompt = generation.prompt
-    if isinstance(prompt, str):
-        return prompt
     if generation.prompting is not Prompting.CHAT:
-        return ""
-    said = [(str(message.get("role")), _content(message.get("content"))) for message in prompt]
+        return generation.prompt if isinstance(generation.prompt, str) else ""
+    messages: Sequence[Mapping[str, Any]] = generation.fields["messages"]
+    said = [(str(message.get("role")), _content(message.get("content"))) for message in messages]
     if [role for role, _ in said] == ["user"]:
         return said[0][1]
     return "\n\n".join(f"{role}:\n{text}" for role, text in said if text)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from server.catalog import LiveCatalog
+from server.cli import reference_scores
 from server.observe.drift import FEWEST, WINDOW, ProbeDrift, stability_index
 from server.observe.labels import Labels
 from server.observe.reference import BINS, fit_reference, read_references, references_of
@@ -109,6 +110,19 @@ async def test_what_a_server_counted_becomes_a_reference(make: Make) -> None:
     (counts,) = references_of(spoken.gateway.metrics.exposition().decode()).values()
     assert sum(counts) == 6
     assert (counts[0], counts[8], counts[19]) == (3, 1, 2)
+
+
+async def test_the_command_writes_what_the_server_reads(make: Make, tmp_path: Path) -> None:
+    """From a scrape to a reference that a server starts with; nothing is written of a server that has read nothing."""
+    spoken = make(FakeEngine(scores=[read(0.97)]), make_catalog(make_gated_bundle()))
+    scraped, out = tmp_path / "metrics", tmp_path / "reference.json"
+    scraped.write_text((await spoken.admin.get("/metrics")).text)
+    with pytest.raises(OperatorError, match="counts no scores yet"):
+        reference_scores(out, str(scraped))
+    await spoken.chat(max_tokens=1)
+    scraped.write_text((await spoken.admin.get("/metrics")).text)
+    reference_scores(out, str(scraped))
+    assert read_references(out) == {"refusal-control": (*([0] * 19), 1)}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"p": [1]}', '{"p": [' + ",".join(["-1"] * 20) + "]}"])
