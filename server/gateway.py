@@ -63,6 +63,11 @@ class Gateway:
         return self.admission.audit
 
     @property
+    def signature_state(self) -> str:
+        """Of every bundle that passed the checks: `verified`, or `unchecked` where no signature is asked for."""
+        return "verified" if self.settings.require_signature else "unchecked"
+
+    @property
     def is_ready(self) -> bool:
         """Whether `check_healthy` passes."""
         try:

@@ -31,7 +31,7 @@ async def list_bundles(request: Request, gateway: GatewayDep) -> Response:
         {
             "object": "list",
             "data": [
-                {**_told(bundle), "is_default": number == 0}
+                {**_told(gateway, bundle), "is_default": number == 0}
                 for number, bundle in enumerate(gateway.catalog.now.bundles)
             ],
             "loadable": list(gateway.bundles.folder.names),
@@ -42,34 +42,37 @@ async def list_bundles(request: Request, gateway: GatewayDep) -> Response:
 @router.post("/admin/bundles/load")
 async def load_bundle(request: Request) -> Response:
     """Offer a bundle of the operator's folder, once it is checked and steers."""
-    gateway, asked = await _asked(request, NamedFolder)
+    gateway, asked = await _asked(request, "bundle_load", NamedFolder)
     gateway.check_ready()
-    return JsonAnswer({**_told(await gateway.bundles.load(asked.name)), "status": "loaded"})
+    return JsonAnswer({**_told(gateway, await gateway.bundles.load(asked.name)), "status": "loaded"})
 
 
 @router.post("/admin/bundles/unload")
 async def unload_bundle(request: Request) -> Response:
     """Offer a bundle no more; requests taken before are steered to their end."""
-    gateway, asked = await _asked(request, LoadedBundle)
-    return JsonAnswer({**_told(await gateway.bundles.unload(asked.bundle)), "status": "unloaded"})
+    gateway, asked = await _asked(request, "bundle_unload", LoadedBundle)
+    return JsonAnswer({**_told(gateway, await gateway.bundles.unload(asked.bundle)), "status": "unloaded"})
 
 
 @router.post("/admin/bundles/verify")
 async def verify_bundle(request: Request) -> Response:
     """Check a bundle of the operator's folder as loading it would, and load nothing."""
-    gateway, asked = await _asked(request, NamedFolder)
-    return JsonAnswer({**_told(await gateway.bundles.verify(asked.name)), "status": "valid"})
+    gateway, asked = await _asked(request, "bundle_verify", NamedFolder)
+    return JsonAnswer({**_told(gateway, await gateway.bundles.verify(asked.name)), "status": "valid"})
 
 
-async def _asked(request: Request, kind: type[AnyBody]) -> tuple[Gateway, AnyBody]:
+async def _asked(request: Request, act: str, kind: type[AnyBody]) -> tuple[Gateway, AnyBody]:
     """What is asked, by whom may ask it, and on record."""
     gateway = gateway_of(request)
-    gateway.admit_operator(request)
+    caller = gateway.admit_operator(request)
     body = await read_json_body(request.headers, request.receive, limit=MOST_BYTES, wait=gateway.settings.body_timeout)
-    return gateway, parse(kind, body)
+    asked = parse(kind, body)
+    if gateway.audit is not None:
+        await gateway.audit.admin(caller, request.scope["trimtab"].request_id, act, **asked.model_dump())
+    return gateway, asked
 
 
-def _told(bundle: BundleView) -> dict[str, Any]:
+def _told(gateway: Gateway, bundle: BundleView) -> dict[str, Any]:
     return {
         "object": "bundle",
         "name": bundle.name,
@@ -77,5 +80,6 @@ def _told(bundle: BundleView) -> dict[str, Any]:
         "label": bundle.label,
         "digest": bundle.digest,
         "transferred": bundle.is_transferred,
+        "signature": gateway.signature_state,
         "profiles": list(bundle.profiles),
     }

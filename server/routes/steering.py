@@ -73,7 +73,7 @@ async def describe_steering(request: Request, gateway: GatewayDep) -> Response:
             "category_sources": [source.value for source in CategorySource] if has_gate else [],
             "has_gate": has_gate,
             "profiles": list(catalog.profile_names),
-            "bundles": [_bundle(bundle) for bundle in catalog.bundles],
+            "bundles": [{**_bundle(bundle), "signature": gateway.signature_state} for bundle in catalog.bundles],
             "key": _key(caller, catalog.profile_names),
             "limits": _limits(gateway),
         }

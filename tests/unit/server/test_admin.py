@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,20 @@ def folder(tmp_path: Path) -> Path:
 class Administered:
     """A gateway over a fake engine, with a folder of bundles."""
 
-    def __init__(self, folder: Path | None, engine: FakeEngine | None = None, fails: Exception | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        engine: FakeEngine | None = None,
+        fails: Exception | None = None,
+        **settings: Any,
+    ) -> None:
         self.engine = engine or FakeEngine(bundles=[make_bundle()])
         self.engine.loadable = {} if folder is None else {(folder / name): view for name, view in BUNDLES.items()}
         self.fails = fails
         self.checked: list[Path] = []
-        self.gateway = create_gateway(self.engine, make_catalog(), Settings(bundle_folder=folder), check=self._check)
+        self.gateway = create_gateway(
+            self.engine, make_catalog(), Settings(bundle_folder=folder, **settings), check=self._check
+        )
         self.gateway.is_armed = True
         app = create_app(self.gateway)
         self.spoken = Spoken(
@@ -208,19 +217,31 @@ async def test_a_request_in_flight_outlives_its_bundle(folder: Path) -> None:
     """Resolved before the bundle went, it is steered to its end by it."""
     server = Administered(folder)
     await server.ask("load", name="second")
-    server.engine.gate = asyncio.Event()
+    server.engine.gate, before = asyncio.Event(), len(server.engine.calls)
     steering = {"profile": "second/refusal-control", "mode": "comply"}
     asked = asyncio.create_task(server.spoken.chat(steering=steering))
-    while not any(
-        call.plan and call.plan.bundle == SECOND.digest and "tokens" not in call.fields
-        for call in server.engine.calls[-1:]
-    ):
+    while len(server.engine.calls) == before:
         await asyncio.sleep(0.001)
     held = server.engine.bundles
     assert (await server.ask("unload", bundle="second"))[0] == 200
     server.engine.bundles = held  # as the real one, which keeps it for those that name it
     server.engine.gate.set()
     assert (await asked).json()["steering"]["bundle"] == SECOND.label
+
+
+async def test_every_act_is_on_record_before_it_is_done(folder: Path, tmp_path: Path) -> None:
+    """Who asked for what, also where it is refused; looking at the list is no act."""
+    server = Administered(folder, audit_log=tmp_path / "audit.jsonl")
+    await server.ask("load", name="second")
+    await server.ask("verify", name="gated")
+    await server.ask("unload", bundle="nothing")
+    await server.spoken.admin.get("/admin/bundles")
+    records = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [(record["act"], record.get("name", record.get("bundle"))) for record in records] == [
+        ("bundle_load", "second"),
+        ("bundle_verify", "gated"),
+        ("bundle_unload", "nothing"),
+    ]
 
 
 async def test_clients_cannot_administrate(make: Make) -> None:
