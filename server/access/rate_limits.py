@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from server.access.caller import MOST_TOKENS, Allowance, Caller
 from server.observe.events import Ended
-from steering.errors import EngineError, EngineTimeout
+from steering.errors import EngineTimeout
 
 MINUTE = 60.0
 BYTES_PER_TOKEN = 4
@@ -140,8 +140,8 @@ class RateLimits:
         """Tokens of a request: those the engine counted, or else an estimate of what it had worked on by the end."""
         if event.usage is not None:
             return event.usage.prompt + event.usage.completion
-        if isinstance(event.error, EngineError) and not isinstance(event.error, EngineTimeout):
-            return 0  # it failed by no fault of the client's
+        if event.error is not None and not isinstance(event.error, EngineTimeout):
+            return 0  # it was not worked on, or failed by no fault of the client's
         generation = event.generation
         written = event.generated or math.ceil(self._pace * event.seconds * generation.samples)
         asked = [value for name in MOST_TOKENS if isinstance(value := generation.fields.get(name), int)]
