@@ -184,7 +184,8 @@ class DrainingServer(uvicorn.Server):
 async def _serve(
     order: Order, settings: Settings, catalog: Catalog, check: Check, on_ready: Callable[[str, str], None]
 ) -> None:
-    from server.vllm_engine import parse_options, started, versions
+    from server.vllm_engine import started
+    from server.vllm_options import parse_options, versions
     from steering.engine.compat import set_environment
 
     set_environment()

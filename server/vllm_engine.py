@@ -1,6 +1,7 @@
-"""The engine seam over vLLM: its `AsyncLLM` and its own chat completions, in this process.
+"""The engine seam over vLLM: its `AsyncLLM` and its own endpoints, in this process.
 
-Chat templates, tools, structured output, logprobs and streaming are vLLM's. Only this module of `server` names vLLM.
+Chat templates, tools, structured output, logprobs and streaming are vLLM's. Of `server` only this module and
+`server/vllm_options.py` name vLLM.
 """
 
 from __future__ import annotations
@@ -48,36 +49,6 @@ if TYPE_CHECKING:
 
 RPC_PATIENCE = 30.0
 """Seconds for a worker to say something of itself."""
-
-STEERING_OPTIONS = ("worker_cls", "worker_extension_cls", "scheduler_cls", "additional_config")
-"""vLLM options that steering sets or that could undo it."""
-
-GATEWAY_OPTIONS = (
-    "model",
-    "served_model_name",
-    "host",
-    "port",
-    "uds",
-    "grpc",
-    "grpc_port",
-    "headless",
-    "api_server_count",
-    "api_key",
-    "ssl_keyfile",
-    "ssl_certfile",
-    "ssl_ca_certs",
-    "root_path",
-    "middleware",
-    "allowed_origins",
-    "allow_credentials",
-    "tokens_only",
-    "enable_scale_out",
-    "trust_request_chat_template",
-    "trust_request_mm_kwargs",
-    "return_tokens_as_token_ids",
-    "sse_keep_alive_interval",
-)
-"""vLLM options of its own HTTP server, which does not run here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,51 +325,6 @@ async def started(arguments: Namespace, bundles: Sequence[Path], **steering: Any
         yield VllmEngine(client, endpoints, listener, model)
 
 
-def parse_options(model: Path, name: str, options: Sequence[str], defaults: Mapping[str, Any]) -> Namespace:
-    """VLLM's options by its own parser.
-
-    Args:
-        model: local folder.
-        name: to serve it under.
-        options: what the operator gave after `--`.
-        defaults: by the name of vLLM's argument, used where the operator gave none.
-
-    Raises:
-        UnsupportedConfiguration: an option that steering or the gateway owns.
-    """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = make_arg_parser(FlexibleArgumentParser(prog="trimtab serve --"))  # type: ignore[no-untyped-call]
-    plain = parser.parse_args([])
-    parser.set_defaults(**defaults)
-    given: Namespace = parser.parse_args(list(options))
-    for option in (*STEERING_OPTIONS, *GATEWAY_OPTIONS):
-        if getattr(given, option, None) != getattr(plain, option, None):
-            why = "steering sets it" if option in STEERING_OPTIONS else "the gateway has its own, or does without"
-            raise UnsupportedConfiguration(f"vLLM's option --{option.replace('_', '-')} cannot be used here: {why}")
-    given.model, given.served_model_name = str(model), [name]
-    given.enable_prompt_tokens_details = True
-    return given
-
-
-def _traced(call: Call) -> Any:
-    """What vLLM reads a request's trace context from: an HTTP request with these headers and nothing else."""
-    from starlette.requests import Request
-
-    if not call.trace:
-        return None
-    headers = [(name.encode(), value.encode("latin-1")) for name, value in call.trace.items()]
-    return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "state": {}})
-
-
-def versions() -> str:
-    """VLLM's version."""
-    import vllm
-
-    return str(vllm.__version__)
-
-
 def _report(facts: Mapping[str, Any]) -> WorkerReport:
     return WorkerReport(
         version=facts["version"],
@@ -422,6 +348,8 @@ def _from_response(error: Mapping[str, Any]) -> TrimtabError:
     if status == HTTPStatus.NOT_IMPLEMENTED:
         return NotSupported(message, parameter=parameter, code="not_supported")
     if status < HTTPStatus.INTERNAL_SERVER_ERROR:
+        if parameter is None and "out of vocabulary" in message:
+            return InvalidSpec(message, parameter="messages", code="invalid_value")
         is_too_long = "context length" in message or "model length" in message
         if is_too_long:  # vLLM names an internal parameter
             return InvalidSpec(message, parameter="messages", code="context_length_exceeded")
