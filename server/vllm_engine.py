@@ -325,6 +325,16 @@ async def started(arguments: Namespace, bundles: Sequence[Path], **steering: Any
         yield VllmEngine(client, endpoints, listener, model)
 
 
+def _traced(call: Call) -> Any:
+    """What vLLM reads a request's trace context from: an HTTP request with these headers and nothing else."""
+    from starlette.requests import Request
+
+    if not call.trace:
+        return None
+    headers = [(name.encode(), value.encode("latin-1")) for name, value in call.trace.items()]
+    return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "state": {}})
+
+
 def _report(facts: Mapping[str, Any]) -> WorkerReport:
     return WorkerReport(
         version=facts["version"],

@@ -73,16 +73,6 @@ def parse_options(model: Path, name: str, options: Sequence[str], defaults: Mapp
     return given
 
 
-def _traced(call: Call) -> Any:
-    """What vLLM reads a request's trace context from: an HTTP request with these headers and nothing else."""
-    from starlette.requests import Request
-
-    if not call.trace:
-        return None
-    headers = [(name.encode(), value.encode("latin-1")) for name, value in call.trace.items()]
-    return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "state": {}})
-
-
 def versions() -> str:
     """VLLM's version."""
     import vllm
