@@ -169,7 +169,8 @@ async def _on_validation_error(request: Request, _error: Exception) -> Response:
 async def _on_bug(request: Request, _error: Exception) -> Response:
     """A bug of ours: logged with its traceback by the server, told without it."""
     message = f"internal error; quote request id req_{request.scope['trimtab'].request_id}"
-    return _noted(request, EngineError(message, code="internal_error"))
+    # Uvicorn closes the connection after a bug; a client that is not told would send its next request into that.
+    return _noted(request, EngineError(message, code="internal_error"), {"connection": "close"})
 
 
 def _noted(request: Request, error: TrimtabError, headers: Mapping[str, str] | None = None) -> Response:
