@@ -1,12 +1,13 @@
-"""Servers that a whole module of tests shares."""
+"""Servers that whole modules of tests share."""
 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from openai import AsyncOpenAI, OpenAI
 
 from tests.integration.serving import CONTEXT, MODEL, Server, make_tiny_served_model, serving
 
@@ -34,13 +35,28 @@ def tiny_arguments(tiny_served_model: tuple[Path, Path]) -> tuple[str, ...]:
     """Arguments of `trimtab serve` for the tiny model; eager, since compiling is proved elsewhere and takes long."""
     model, bundle = tiny_served_model
     own = ("--model", str(model), "--bundle", str(bundle), "--served-model-name", MODEL)
+    own += ("--bundle-folder", str(bundle.parent))
     engine = f"--enforce-eager --max-model-len {CONTEXT} --max-num-seqs 64 --dtype float32"
     tools = "--enable-auto-tool-choice --tool-call-parser hermes"
     return (*own, "--", *engine.split(), *tools.split())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gateway(tiny_arguments: tuple[str, ...]) -> Iterator[Server]:
-    """The tiny model, served."""
+    """The tiny model, served; one server for all modules of a process that ask for it, since a start takes long."""
     with serving(*tiny_arguments) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def client(gateway: Server) -> Iterator[OpenAI]:
+    """The SDK, without its retries."""
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key="unused", max_retries=0) as sdk:
+        yield sdk
+
+
+@pytest.fixture
+async def parallel(gateway: Server) -> AsyncIterator[AsyncOpenAI]:
+    """The asynchronous SDK, without its retries."""
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="unused", max_retries=0) as sdk:
+        yield sdk
