@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
+import hashlib
 import itertools
 import math
 import os
@@ -23,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from server.catalog import BundleView
 from server.engine import Call, Chunk, Completion, Prompting, ServedModel
 from steering.errors import CapacityExceeded, EditNotApplied, EngineDied, EngineError, EngineOverloaded
 from steering.outcome import Outcome, Scores
@@ -121,10 +124,12 @@ class ScriptedEngine(FakeEngine):
         limit = int(script.get("tokens") or call.fields.get("max_tokens") or len(self.words) + 1)
         pace = script["pace"] if script.get("pace") is not None else self.pace
         _raise_at_start(script)
-        produced = 0
+        produced, clock = 0, asyncio.get_running_loop().time
+        began = clock()
         for step in range(limit):
             for index in range(call.samples):
-                await _follow(script, produced, pace or 0.0)
+                # An engine does not wait for the gateway: what is late makes nothing after it later.
+                await _follow(script, produced, began + (step + 1) * (pace or 0.0) - clock())
                 produced += 1
                 if step:
                     text = "\ud800" if "poison" in script else self.words[(step - 1) % len(self.words)]
@@ -151,14 +156,14 @@ def _raise_at_start(script: Mapping[str, float | None]) -> None:
         raise EngineDied("the engine is gone")
 
 
-async def _follow(script: Mapping[str, float | None], produced: int, pace: float) -> None:
+async def _follow(script: Mapping[str, float | None], produced: int, wait: float) -> None:
     if "hang" in script and produced >= (script["hang"] or 0):
         await asyncio.sleep(3600)
     if "fail" in script and produced >= (script["fail"] or 0):
         raise EngineError("the engine failed")
     if "raise" in script and produced >= (script["raise"] or 0):
         raise Dead("secret internals")
-    await asyncio.sleep(pace)
+    await asyncio.sleep(max(0.0, wait))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -189,8 +194,26 @@ def main() -> None:
     if not chosen.quiet:
         configure_log(settings.log_format)
     bundle = make_gated_bundle() if chosen.gated else make_bundle()
-    engine = ScriptedEngine(name=chosen.model, pace=chosen.pace, scores=(read(chosen.score),), bundles=[bundle])
-    uvloop.run(serve_engine(engine, make_catalog(bundle), settings, on_ready=say, engine_version="fake"))
+    folder = settings.bundle_folder
+    loadable = {} if folder is None else {path.resolve(): _named(bundle, path.name) for path in folder.iterdir()}
+    engine = ScriptedEngine(
+        name=chosen.model, pace=chosen.pace, scores=(read(chosen.score),), bundles=[bundle], loadable=loadable
+    )
+    serving = serve_engine(
+        engine,
+        make_catalog(bundle),
+        settings,
+        on_ready=say,
+        check=lambda path: loadable[path],
+        engine_version="fake",
+    )
+    uvloop.run(serving)
+
+
+def _named(bundle: BundleView, name: str) -> BundleView:
+    """The bundle under another name, and so with another digest."""
+    digest = f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
+    return dataclasses.replace(bundle, name=name, label=f"{name}@{digest[:19]}", digest=digest)
 
 
 @dataclass
@@ -218,10 +241,10 @@ def resident_bytes(process: int) -> int:
 
 
 @contextmanager
-def fake_serving(*arguments: str, **environment: str) -> Iterator[FakeServer]:
-    """A fake server from the moment it is ready until the block ends."""
+def fake_serving(*arguments: str, module: str = "tests.fake_server", **environment: str) -> Iterator[FakeServer]:
+    """A fake server, or another module that says alike where it serves, from when it is ready until the block ends."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.fake_server", *arguments],
+        [sys.executable, "-m", module, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

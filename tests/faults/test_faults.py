@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.fake_server import FakeServer, fake_serving
-from tests.faults.wire import CHAT, PATIENCE, TLS, ask, chat, dial, eventually, frames, gauges, post
+from tests.faults.wire import CHAT, PATIENCE, TLS, ask, ask_raw, chat, dial, eventually, frames, gauges, post
 
 INSIDE = "secret internals"
 """What the scripted engine says where it raises what is no error of ours."""
@@ -47,6 +47,12 @@ def test_engine_that_fails_before_the_first_byte(
     assert INSIDE not in response.text
     assert response.headers.get("x-should-retry") == "false" or retries is None
     assert gauges(patient.admin) == (0, 0)
+
+
+def test_bug_ends_its_connection_with_notice(patient: FakeServer) -> None:
+    """The server closes the connection after a bug and says so, else the client's next request would be lost."""
+    reply = ask_raw(patient.port, post(json.dumps(chat("#raise")).encode()))
+    assert (reply.status, reply.headers["connection"]) == (500, "close")
 
 
 @pytest.mark.parametrize(("script", "code"), [("#full", "steering_capacity"), ("#busy", "server_is_overloaded")])
