@@ -13,12 +13,7 @@ from server.wire.shape import ChatShape
 router = APIRouter()
 
 
-@router.post(
-    "/v1/chat/completions",
-    openapi_extra={
-        "requestBody": {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
-    },
-)
+@router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, steered as its `steering` field says."""
     return await answer(request, _asked)

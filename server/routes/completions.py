@@ -13,15 +13,7 @@ from server.wire.shape import CompletionShape
 router = APIRouter()
 
 
-@router.post(
-    "/v1/completions",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": CompletionRequest.model_json_schema()}},
-        }
-    },
-)
+@router.post("/v1/completions")
 async def create_completion(request: Request) -> Response:
     """Go on from prompts, steered as the `steering` field says."""
     return await answer(request, _asked)

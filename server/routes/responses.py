@@ -21,15 +21,7 @@ _NAMES = {
 }
 
 
-@router.post(
-    "/v1/responses",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": ResponsesRequest.model_json_schema()}},
-        }
-    },
-)
+@router.post("/v1/responses")
 async def create_response(request: Request) -> Response:
     """Answer input items, steered as the `steering` field says."""
     return await answer(request, _asked)

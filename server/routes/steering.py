@@ -25,12 +25,7 @@ from steering.plan import CategorySource, Mode, Scope
 router = APIRouter()
 
 
-@router.post(
-    "/v1/steering/probe",
-    openapi_extra={
-        "requestBody": {"required": True, "content": {"application/json": {"schema": ProbeRequest.model_json_schema()}}}
-    },
-)
+@router.post("/v1/steering/probe")
 async def probe(request: Request) -> Response:
     """What a gate reads of a prompt, and what it would decide; no answer is generated."""
     gateway, facts = gateway_of(request), request.scope["trimtab"]

@@ -15,15 +15,7 @@ from steering.errors import UnknownModel
 router = APIRouter()
 
 
-@router.post(
-    "/tokenize",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": TokenizeRequest.model_json_schema()}},
-        }
-    },
-)
+@router.post("/tokenize")
 async def tokenize(request: Request) -> Response:
     """The token ids of a prompt, as vLLM's own endpoint of this name tells them."""
     gateway = gateway_of(request)
