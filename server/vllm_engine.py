@@ -98,7 +98,7 @@ class VllmEngine:
             task = asyncio.current_task()
             if task is not None and task.cancelling():  # vLLM answers a cancellation with an error response
                 raise asyncio.CancelledError
-            raise _from_response(result.error.model_dump())
+            raise self._rejection(call) or _from_response(result.error.model_dump())
         if call.prompting is Prompting.CHAT:
             body = plain_chat(result)
         else:
@@ -109,7 +109,7 @@ class VllmEngine:
         """Generate an answer piece by piece; see `server.engine.Engine`."""
         events = await self._answer(call, stream=True)
         if isinstance(events, self._error_class):
-            raise _from_response(events.error.model_dump())
+            raise self._rejection(call) or _from_response(events.error.model_dump())
         echoed, told = None, set[int]()
         async with aclosing(events):
             async for event in events:
@@ -118,7 +118,7 @@ class VllmEngine:
                     return
                 body = from_json(payload)
                 if "error" in body:
-                    raise _from_response(body["error"])
+                    raise self._rejection(call) or _from_response(body["error"])
                 if call.prompting is Prompting.CHAT:
                     yield chunk_of(body)
                     continue
@@ -230,7 +230,11 @@ class VllmEngine:
             path = ".".join(str(item) for item in found["loc"])[:300]
             raise InvalidSpec(f"{path}: {found['msg'][:300]}", parameter=path, code="invalid_value") from None
         except Exception as error:
-            raise self._explained(error) from error
+            raise self._rejection(call) or self._explained(error) from error
+
+    def _rejection(self, call: Call) -> TrimtabError | None:
+        """Why the scheduler did not run a call, such as a bundle unloaded meanwhile; vLLM says only that it failed."""
+        return None if call.plan is None else self._listener.rejection(call.plan.id)
 
     def _request(self, call: Call, *, stream: bool) -> Any:
         fields = call.fields

@@ -193,8 +193,8 @@ _COUNTS = numba.types.Array(numba.int64, 1, "C")
 _TOKENS = numba.types.Array(numba.int32, 1, "C")
 
 
-@_compiled(numba.int64(_TOKENS, _COUNTS, _COUNTS, _COUNTS, _COUNTS))
-def fill(target: Any, of_request: Any, first_edited: Any, tokens: Any, computed: Any) -> Any:
+@_compiled(numba.types.UniTuple(numba.int64, 2)(_TOKENS, _COUNTS, _COUNTS, _COUNTS, _COUNTS, numba.int64))
+def fill(target: Any, of_request: Any, first_edited: Any, tokens: Any, computed: Any, written: Any) -> Any:
     """Write the row of every token of a step: that of its request from the first edited position on, else 0.
 
     Args:
@@ -203,9 +203,10 @@ def fill(target: Any, of_request: Any, first_edited: Any, tokens: Any, computed:
         first_edited: [S] position of the first edited token, by row.
         tokens: [B] tokens of each request in this step.
         computed: [B] tokens of each request computed before it.
+        written: leading entries of `target` that are not 0 after the last step; those beyond this one's become so.
 
     Returns:
-        How many tokens have a row.
+        How many tokens have a row, and how many there are.
     """
     place, touched = 0, 0
     for n in range(len(of_request)):
@@ -215,7 +216,9 @@ def fill(target: Any, of_request: Any, first_edited: Any, tokens: Any, computed:
             target[place + k] = row if k >= untouched else 0
         touched += count - untouched
         place += count
-    return touched
+    for k in range(place, written):
+        target[k] = 0
+    return touched, place
 
 
 _FLOATS, _BITS = numba.types.Array(numba.float32, 2, "A"), numba.types.Array(numba.uint16, 2, "A")

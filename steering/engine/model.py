@@ -20,9 +20,10 @@ from steering.engine.compat import ARCHITECTURES, check_configuration, class_loc
 from steering.engine.finite import FiniteCheck, mark
 from steering.engine.loads import Loads
 from steering.engine.options import SteeringOptions, enter_compile_key, options_from
-from steering.engine.outcomes import OutcomeSender
+from steering.engine.outcome_sender import OutcomeSender
 from steering.engine.prefix_cache import plan_of
-from steering.engine.rows import Due, Rows
+from steering.engine.rows import Rows
+from steering.engine.steered import Due
 from steering.engine.uploads import RowDownload
 from steering.errors import UnsupportedConfiguration
 

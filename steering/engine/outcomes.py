@@ -1,11 +1,6 @@
-"""Outcomes: the way back from the worker to whoever started the engine, one message per step, no RPC.
+"""Outcomes: what the engine tells whoever started it, received over the socket that `outcome_sender` sends to.
 
-The receiver binds a local socket and names it in the environment, which engine processes inherit; the first rank of the
-worker sends what a step made known as soon as the forward pass that edited the last prompt token has been launched,
-which is before that token's successor is sampled. Knows nothing of models.
-
-The socket keeps messages apart and in order by itself (`SOCK_SEQPACKET`), so that sending one is one system call of the
-engine's thread: a message library's thread would cost each first token half a millisecond of a small machine.
+Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -13,111 +8,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import logging
 import os
 import re
-import select
 import socket
 import tempfile
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
-from steering.errors import EditNotApplied, UnsupportedConfiguration
-from steering.outcome import Outcome, Response, from_message, message_of
+from steering.engine.outcome_sender import ADDRESS_VARIABLE, LONGEST_MESSAGE, REJECTION
+from steering.errors import EditNotApplied, TrimtabError, UnsupportedConfiguration
+from steering.outcome import Outcome, Response, from_message
 
 _log = logging.getLogger("trimtab")
-
-ADDRESS_VARIABLE = "TRIMTAB_OUTCOME_ADDRESS"
-"""An environment variable, as an engine option would change vLLM's compile-cache key at every start."""
-
-MOST_IN_A_MESSAGE = 32
-"""Outcomes, and responses; with every score of 100 categories they stay well under what Linux sends in one piece."""
-
-LONGEST_MESSAGE = 1 << 19
-
-MOST_LATE = 100_000
-"""Messages a worker keeps for a receiver that is slow; with one per step this is never reached."""
-
-
-class OutcomeSender:
-    """Worker's end. Sends nothing where nobody listens, as under plain `vllm serve`.
-
-    Args:
-        address: of the receiver's socket; the environment's by default, none for none.
-
-    Raises:
-        UnsupportedConfiguration: nobody listens there.
-    """
-
-    def __init__(self, address: str | None = None) -> None:
-        address = address if address is not None else os.environ.get(ADDRESS_VARIABLE)
-        self._socket: socket.socket | None = None
-        self._late: deque[bytes] = deque(maxlen=MOST_LATE)
-        self._lock = threading.Lock()
-        self._is_late = False
-        if address:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            try:
-                self._socket.connect(address)
-            except OSError as error:
-                self.close()
-                raise UnsupportedConfiguration(
-                    f"{ADDRESS_VARIABLE} names {address!r}, where nobody waits for outcomes: {error}"
-                ) from error
-            self._socket.settimeout(0)
-
-    def send(self, outcomes: Sequence[Outcome], responses: Sequence[Response] = ()) -> None:
-        """Send what a step made known; never blocks the engine. What is lost fails its request at the gateway."""
-        if self._socket is None:
-            return
-        for start in range(0, max(len(outcomes), len(responses)), MOST_IN_A_MESSAGE):
-            end = start + MOST_IN_A_MESSAGE
-            self._put(message_of(outcomes[start:end], responses[start:end]))
-
-    def close(self) -> None:
-        """Send nothing any more, not even what waits."""
-        with self._lock:
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
-
-    def _put(self, message: bytes) -> None:
-        with self._lock:
-            if not self._is_late and self._is_sent(message):
-                return
-            self._late.append(message)
-            begins, self._is_late = not self._is_late, True
-        if begins:
-            threading.Thread(target=self._send_late, daemon=True, name="trimtab-late-outcomes").start()
-
-    def _is_sent(self, message: bytes) -> bool:
-        """Whether a message is off, if only because it never can be."""
-        if self._socket is None:
-            return True
-        try:
-            self._socket.send(message)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            _log.error("an outcome of %d bytes cannot be sent: %s", len(message), error)
-        return True
-
-    def _send_late(self) -> None:
-        """Send what waits for a receiver that is slow, in order."""
-        assert self._socket is not None
-        ready = select.poll()
-        ready.register(self._socket, select.POLLOUT)
-        while True:
-            ready.poll()  # returns for a closed socket, too
-            with self._lock:
-                while self._late and self._is_sent(self._late[0]):
-                    self._late.popleft()
-                if not self._late:
-                    self._is_late = False
-                    return
 
 
 class _Receiver:
@@ -125,13 +30,19 @@ class _Receiver:
 
     Args:
         on_gone: is told of a worker whose connection is about to be closed.
+        on_rejected: is told of a plan whose request was never run, and why.
 
     Raises:
         UnsupportedConfiguration: no socket can be made in the folder for temporary files.
     """
 
-    def __init__(self, on_gone: Callable[[socket.socket], None] = lambda _worker: None) -> None:
+    def __init__(
+        self,
+        on_gone: Callable[[socket.socket], None] = lambda _worker: None,
+        on_rejected: Callable[[str, TrimtabError], None] = lambda _plan, _error: None,
+    ) -> None:
         self._on_gone = on_gone
+        self._on_rejected = on_rejected
         self._directory = tempfile.TemporaryDirectory(prefix="trimtab-")
         self.address = str(Path(self._directory.name) / "outcomes")
         self._buffer = memoryview(bytearray(LONGEST_MESSAGE))
@@ -151,6 +62,11 @@ class _Receiver:
     def listening(self) -> socket.socket:
         """Readable when a worker connects."""
         return self._listening
+
+    @property
+    def workers(self) -> list[socket.socket]:
+        """Connections that are open."""
+        return list(self._workers)
 
     def accept(self) -> list[socket.socket]:
         """Workers that have connected since the last call."""
@@ -177,8 +93,13 @@ class _Receiver:
                 self._workers.remove(worker)
                 worker.close()
                 return
+            message = bytes(self._buffer[:length])
             try:
-                yield from_message(bytes(self._buffer[:length]))
+                if message.startswith(REJECTION):
+                    plan_id, fields = json.loads(message)["rejected"]
+                    self._on_rejected(plan_id, TrimtabError.from_fields(fields))
+                else:
+                    yield from_message(message)
             except (ValueError, TypeError, KeyError, AttributeError):
                 # One broken message fails the requests that wait for it, by their time limit, and no other.
                 _log.exception("outcomes of %d bytes cannot be read", length)
@@ -186,7 +107,7 @@ class _Receiver:
     def receive_all(self) -> Iterator[tuple[list[Outcome], list[Response]]]:
         """Every message there is, without waiting."""
         self.accept()
-        for worker in list(self._workers):
+        for worker in self.workers:
             yield from self.receive(worker)
 
     def close(self) -> None:
@@ -204,13 +125,14 @@ class OutcomeListener:
     """
 
     def __init__(self) -> None:
-        self._receiver = _Receiver(self._unwatch)
+        self._receiver = _Receiver(self._unwatch, self._reject)
         self.address = self._receiver.address
         os.environ[ADDRESS_VARIABLE] = self.address
         self._expected: dict[str, dict[str, Outcome]] = {}
         """By plan and sample: a sample that was preempted may be reported again and still counts once."""
         self._responses: dict[str, dict[str, Response]] = {}
         """Likewise; the one that has read most of a sample."""
+        self._rejected: dict[str, TrimtabError] = {}
         self._arrived: dict[str, asyncio.Event] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watched: set[int] = set()
@@ -232,12 +154,15 @@ class OutcomeListener:
         Raises:
             EditNotApplied: fewer came within `timeout` seconds, or the engine says that an edit was not applied or a
                 gate could not decide. A gate that decided to edit nothing is no error.
+            TrimtabError: the request was never run; see `rejection`.
         """
         self.expect(plan_id)
         outcomes, arrived = self._expected[plan_id], self._arrived[plan_id]
         try:
             async with asyncio.timeout(timeout):
                 while len(outcomes) < samples:
+                    if plan_id in self._rejected:
+                        raise self._rejected[plan_id]
                     arrived.clear()
                     await arrived.wait()
         except TimeoutError:
@@ -268,8 +193,19 @@ class OutcomeListener:
                     await arrived.wait()
         return {sample_of(response.request_id): response for response in kept.values()}
 
+    def rejection(self, plan_id: str) -> TrimtabError | None:
+        """Why the request of a plan was never run, once vLLM has said that it failed; None where it was run.
+
+        The scheduler tells before vLLM answers, so what it told is here, read or not.
+        """
+        self._accept()
+        for worker in self._receiver.workers:
+            self._receive(worker)
+        return self._rejected.get(plan_id)
+
     def forget(self, plan_id: str) -> None:
         """Drop what is kept of a plan; call when its request ends, however it ends."""
+        self._rejected.pop(plan_id, None)
         self._expected.pop(plan_id, None)
         self._responses.pop(plan_id, None)
         self._arrived.pop(plan_id, None)
@@ -293,6 +229,11 @@ class OutcomeListener:
         assert self._loop is not None
         self._loop.remove_reader(connection.fileno())
         self._watched.discard(connection.fileno())
+
+    def _reject(self, plan_id: str, error: TrimtabError) -> None:
+        if plan_id in self._expected:
+            self._rejected[plan_id] = error
+            self._arrived[plan_id].set()
 
     def _accept(self) -> None:
         for worker in self._receiver.accept():

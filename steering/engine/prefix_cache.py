@@ -11,15 +11,18 @@ too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from steering.engine.capture import capture_of
 from steering.engine.finite import BROKEN_REQUESTS
+from steering.engine.outcome_sender import OutcomeSender
 from steering.engine.parent import end_with_parent
 from steering.engine.roster import RELEASED, BundleNames, Roster
 from steering.errors import InvalidSpec, NotSupported, TrimtabError
@@ -28,6 +31,8 @@ from steering.plan import PLAN_KEY, Plan, Scope
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
+
+_SOME_ID = "0"
 
 BlockHasher = Callable[[Any], list[Any]]
 
@@ -51,8 +56,24 @@ def plan_of(request: Any) -> Plan | None:
 
 @functools.lru_cache(maxsize=4096)
 def _read(text: str) -> Plan:
-    """A plan, which never changes: every sample has the same, and scheduler and worker often share a process."""
+    """A plan, which never changes: every sample has the same, and scheduler and worker often share a process.
+
+    Plans of one profile differ in their ids alone: what surrounds the id is read once.
+    """
+    before, key, rest = text.partition('"id":"')
+    # Inside a JSON string a quote has a backslash before it, so that these characters are the key and nothing else.
+    name, quote, after = rest.partition('"')
+    if key and quote and name.isascii() and name.isalnum():
+        plan = _around(before, after)
+        if plan.id == _SOME_ID:  # else there are two, of which JSON takes the last
+            return replace(plan, id=name)
     return Plan.from_json(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _around(before: str, after: str) -> Plan:
+    """The plan that this text is around an id."""
+    return Plan.from_json(f'{before}"id":"{_SOME_ID}"{after}')
 
 
 def _may_edit(plan: Plan) -> bool:
@@ -144,6 +165,7 @@ class SteeringScheduler:
             from vllm.logger import init_logger
 
             init_logger(__name__).error("request %s rejected: %s", request.request_id, error)
+            _tell(request, error)
             self._rejected.append(request)
             return
         if plan is not None and plan.prompt_length is not None:
@@ -232,6 +254,16 @@ class SteeringScheduler:
                 )
             # As for a plan: all tokens from the real end on have to be computed here.
             request.skip_reading_prefix_cache = True
+
+
+def _tell(request: Request, error: TrimtabError) -> None:
+    """Say why a request is not run, where its plan can be read and somebody listens; vLLM says only that it failed."""
+    with contextlib.suppress(TrimtabError):
+        plan = plan_of(request)
+        if plan is not None:
+            sender = OutcomeSender()  # for this once: it is rare, and the scheduler is told of no end
+            sender.reject(plan.id, error)
+            sender.close()
 
 
 def make_scheduler(*, vllm_config: VllmConfig, **arguments: Any) -> Any:

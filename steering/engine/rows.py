@@ -9,76 +9,29 @@ Shapes: `B` requests of a step, `T` tokens of a step, `S` rows, `W` columns of a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steering.engine import kernels
-from steering.engine.bank import Bank, BankedGate, BankedResponse
+from steering.engine.bank import Bank
 from steering.engine.compiled import fill
-from steering.engine.kernels import AWAITED, PLACE, RESPONSE, ROW_WIDTH, Latch
+from steering.engine.first_row import first_row
+from steering.engine.kernels import AWAITED, PLACE, RESPONSE, ROW_WIDTH
+from steering.engine.reports import outcome_of, response_of
+from steering.engine.steered import Due, Steered
 from steering.engine.uploads import MapUpload, RowUpload
-from steering.errors import CapacityExceeded, UnknownName
-from steering.gate import log_odds, probabilities
+from steering.errors import CapacityExceeded
 from steering.manifest import MAX_RESPONSE_TOKENS
 from steering.outcome import Outcome, Response
-from steering.plan import Decision, Plan, Reasoning, Scope
+from steering.plan import Plan, Reasoning, Scope
 
 _NEVER = np.iinfo(np.int64).max // 2
 """First edited position of row 0."""
 
 _LAST_OF_PROMPT = 8
 """Tokens at the end of a prompt among which a template that switches thinking off puts the end of reasoning."""
-
-_DECISIONS = {Latch.REFUSE: Decision.REFUSE, Latch.COMPLY: Decision.COMPLY, Latch.ABSTAIN: Decision.ABSTAIN}
-
-
-def _no_scores() -> NDArray[np.float32]:
-    return np.full(MAX_RESPONSE_TOKENS, np.nan, dtype=np.float32)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Steered:
-    """A request with a plan that is known, running or preempted.
-
-    Attributes:
-        gate: the gate that decides; None for a plan that names its edit or only observes.
-        response: the probe that reads its answer; None for none.
-        scores: what that probe has read, by generated token; NaN where the host knows nothing yet.
-        is_over: it was only observed, and the probe has read all it reads.
-        row: 0 while it waits after a preemption.
-        is_due: its last prompt token has been in a step, whose forward pass decides or applies.
-        latched: [W] its row as the gate left it, once the host knows; survives preemption.
-        reading: ends when the host knows it.
-    """
-
-    request_id: str
-    plan: Plan
-    prompt_length: int
-    gate: BankedGate | None = None
-    response: BankedResponse | None = None
-    scores: NDArray[np.float32] = field(default_factory=_no_scores)
-    is_over: bool = False
-    row: int = 0
-    is_due: bool = False
-    latched: NDArray[np.float32] | None = None
-    reading: Future[None] | None = None
-
-
-class Due(NamedTuple):
-    """What a step's forward pass makes known once it has run.
-
-    Attributes:
-        outcomes: requests whose last prompt token is in the step.
-        responses: requests of whose first generated tokens one is in the step.
-    """
-
-    outcomes: list[Steered]
-    responses: list[Steered]
 
 
 class Rows:
@@ -160,12 +113,10 @@ class Rows:
         if steered.reading is not None:
             # Preempted before the host had read what the gate decided: rare, and the only wait.
             steered.reading.result()
-        values = steered.latched if steered.latched is not None else self._initial(plan, gate)
+        values = steered.latched if steered.latched is not None else first_row(plan, gate, self._bank)
         values[AWAITED] = self._awaited(
             plan, tokens[max(prompt_length - _LAST_OF_PROMPT, 0) : max(prompt_length, computed)]
         )
-        values[RESPONSE] = 0 if response is None else response.number
-        values[RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS] = np.nan
         if not self._free:
             raise CapacityExceeded(f"all {self.capacity} rows are in use")
         row = self._free.pop()
@@ -175,6 +126,9 @@ class Rows:
         first_edited = 0 if plan.scope is Scope.ALL else prompt_length - 1
         self._first_edited[row] = first_edited if plan.is_steering else _NEVER
         self._host_rows[row] = values
+        if response is not None:
+            self._host_rows[row, RESPONSE] = response.number
+            self._host_rows[row, RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS] = np.nan
         self._changed.add(row)
         if plan.is_steering and not steered.is_due:
             self._waiting[request_id] = steered
@@ -226,23 +180,20 @@ class Rows:
             return Due([], [])
         # Where every request is past its prompt and none is observed, no span is asked for.
         spans = _spans(request_ids, tokens, computed) if self._waiting or self._observing else []
-        total = int(np.add.reduce(tokens))
         due, deciding = self._due(spans) if self._waiting else ([], [])
         observed = self._observed(spans) if self._observing else {}
         if self._changed:
-            self._rows_upload.send(sorted(self._changed), self._host_rows)
+            self._rows_upload.send(self._changed, self._host_rows)
             self._changed.clear()
-        length = max(total, self._written)
         target = self._tokens_upload.array()
-        touched = fill(
+        touched, total = fill(
             target,
             np.array(of_request, dtype=np.int64),
             self._first_edited,
             np.asarray(tokens, dtype=np.int64),
             np.asarray(computed, dtype=np.int64),
+            self._written,
         )
-        if length > total:
-            target[total:length] = 0
         for place in deciding:
             target[place] = -target[place]
         responses = []
@@ -251,96 +202,17 @@ class Rows:
             touched += count
             responses.append(steered)
         target[-2], target[-1] = touched, len(deciding)
-        self._tokens_upload.send(length)
+        self._tokens_upload.send(max(total, self._written))
         self._written = total
         return Due(due, responses)
 
     def outcome(self, steered: Steered, row: NDArray[np.float32]) -> Outcome:
-        """What came of a due request, once its forward pass has run; its latch is kept for a later preemption.
-
-        Args:
-            steered: as `write_step` gave it.
-            row: [W] the request's row as that pass left it.
-        """
-        plan, gate = steered.plan, steered.gate
-        if row[kernels.BROKEN]:
-            return self._reported(steered, error="the residuals are not finite")
-        if gate is None:
-            return self._reported(steered, is_applied=True, edit=plan.edit, strength=plan.strength)
-        values = row.tolist()  # once: to take a single number out of an array is slow
-        state = Latch(int(values[kernels.STATE]))
-        if state in (Latch.FIXED, Latch.PENDING):
-            return self._reported(steered, error="the gate did not run at its layer")
-        steered.latched = row.copy()
-        if state is Latch.FAILED:
-            return self._reported(steered, error="the probe's scores are not finite")
-        edit = self._bank.name(int(values[kernels.EDIT]))
-        scores = values[kernels.SCORES : kernels.SCORES + len(gate.categories) + 1]
-        return self._reported(
-            steered,
-            is_applied=edit is not None,
-            edit=edit,
-            strength=values[kernels.STRENGTH],
-            decision=_DECISIONS[state],
-            category=gate.categories[int(values[kernels.CATEGORY])],
-            scores=probabilities(scores, gate.categories),
-        )
+        """What came of a due request; see `reports.outcome_of`."""
+        return outcome_of(steered, row, self._bank)
 
     def response(self, steered: Steered, row: NDArray[np.float32]) -> Response | None:
-        """What the response probe has read of an observed request so far; None where it was nothing finite.
-
-        Arguments are those of `outcome`.
-        """
-        fresh = row[RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS]
-        # Not all that was read before a preemption is read again: it may come back from the prefix cache.
-        steered.scores = np.where(np.isfinite(fresh), fresh, steered.scores)
-        known = steered.scores[np.isfinite(steered.scores)]
-        if not len(known):
-            return None
-        return Response(
-            plan_id=steered.plan.id,
-            request_id=steered.request_id,
-            tokens=len(known),
-            score=float(known.mean(dtype=np.float64)),
-        )
-
-    @staticmethod
-    def _reported(
-        steered: Steered, *, is_applied: bool = False, edit: str | None = None, strength: float = 0.0, **facts: object
-    ) -> Outcome:
-        return Outcome(
-            plan_id=steered.plan.id,
-            request_id=steered.request_id,
-            applied=is_applied,
-            edit=edit,
-            strength=strength,
-            scope=steered.plan.scope,
-            reasoning=steered.plan.reasoning,
-            **facts,  # type: ignore[arg-type]
-        )
-
-    def _initial(self, plan: Plan, gate: BankedGate | None) -> NDArray[np.float32]:
-        """[W] the row of a request on which no gate has decided yet."""
-        row = np.zeros(ROW_WIDTH, dtype=np.float32)
-        if not plan.is_steering:
-            return row
-        if gate is None or plan.gate is None:
-            assert plan.edit is not None
-            row[kernels.EDIT] = self._bank.number(bundle=plan.bundle, edit=plan.edit)
-            row[kernels.STRENGTH] = plan.strength
-            return row
-        order = plan.gate
-        allowed = gate.categories if order.categories is None else order.categories
-        strange = sorted(set(allowed) - set(gate.categories))
-        if strange:
-            raise UnknownName(f"gate {order.profile!r} has no categories {strange}; it has {list(gate.categories)}")
-        row[kernels.STATE] = Latch.PENDING
-        row[kernels.GATE] = gate.number
-        row[kernels.LOW], row[kernels.HIGH] = log_odds(order.comply_below), log_odds(order.refuse_above)
-        row[kernels.FACTOR] = 0.0 if order.is_observed else plan.strength
-        row[kernels.ALLOWED] = sum(1 << gate.categories.index(category) for category in set(allowed))
-        row[kernels.GRADED] = order.is_graded
-        return row
+        """What the response probe has read of an observed request; see `reports.response_of`."""
+        return response_of(steered, row)
 
     def _awaited(self, plan: Plan, before: Sequence[int]) -> int:
         """What the row waits for, given the tokens `before` the next one to compute that may have ended reasoning."""

@@ -7,7 +7,7 @@ Shapes: `S` rows, `W` columns of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -66,6 +66,7 @@ class RowUpload:
     def __init__(self, target: Tensor) -> None:
         self._target = target
         self._turns: _Turns | None = None
+        self._array: NDArray[np.float32] | None = target.numpy() if target.device.type == "cpu" else None
         if target.device.type != "cpu":
             self._staged = [
                 torch.zeros_like(target),
@@ -73,12 +74,14 @@ class RowUpload:
             ]
             self._turns = _Turns(self._staged)
 
-    def send(self, numbers: Sequence[int], values: NDArray[np.float32]) -> None:
+    def send(self, numbers: Collection[int], values: NDArray[np.float32]) -> None:
         """Write `values[number]` into each row `number`; ordered on the current stream before the step's kernels."""
-        chosen = np.asarray(numbers, dtype=np.int64)
-        if self._turns is None:
-            self._target.numpy()[chosen] = values[chosen]
+        if self._array is not None:
+            for number in numbers:
+                self._array[number] = values[number]
             return
+        assert self._turns is not None
+        chosen = np.asarray(sorted(numbers), dtype=np.int64)
         count = len(chosen)
         pinned_rows, pinned_numbers = self._turns.next()
         pinned_rows.numpy()[:count] = values[chosen]

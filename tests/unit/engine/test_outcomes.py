@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from steering.engine.outcomes import ADDRESS_VARIABLE, OutcomeInbox, OutcomeListener, OutcomeSender
-from steering.errors import EditNotApplied, UnsupportedConfiguration
+from steering.engine.outcome_sender import ADDRESS_VARIABLE, OutcomeSender
+from steering.engine.outcomes import OutcomeInbox, OutcomeListener
+from steering.errors import EditNotApplied, UnknownName, UnsupportedConfiguration
 from steering.outcome import Outcome, Response
 from steering.plan import Decision, Scope
 
@@ -215,6 +216,27 @@ async def test_a_slow_receiver_loses_nothing_and_stops_no_engine(
     sender.send([outcome(plans[0], "again")])
     await asyncio.sleep(0.05)
     assert (sender._is_late, len(listener._expected[plans[0]])) == (False, 2)
+
+
+async def test_why_a_request_was_never_run_arrives_with_its_class(listener: OutcomeListener) -> None:
+    """Whoever waits is told at once, and so is whoever asks before the event loop has received anything; a plan that
+    nobody waits for, or not any more, has no such reason.
+    """
+    error = UnknownName("bundle sha256:b is not loaded", parameter="steering.profile")
+    scheduler = OutcomeSender()
+    listener.expect("p")
+    waiting = asyncio.create_task(listener.wait("p", 1, 5.0))
+    await asyncio.sleep(0)
+    assert listener.rejection("p") is None
+    for plan in ("p", "other"):
+        scheduler.reject(plan, error)
+    scheduler.close()
+    found = listener.rejection("p")
+    assert (type(found), str(found), found and found.parameter) == (UnknownName, str(error), "steering.profile")
+    with pytest.raises(UnknownName, match="is not loaded"):
+        await waiting
+    listener.forget("p")
+    assert listener.rejection("p") is listener.rejection("other") is None
 
 
 async def test_a_worker_that_ends_leaves_the_others(listener: OutcomeListener, sender: OutcomeSender) -> None:

@@ -5,79 +5,15 @@ Two requests share a block exactly when its key is equal, so every claim here is
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import sys
-import types
-from dataclasses import dataclass, field, replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.engine.finite import BROKEN_REQUESTS
-from steering.engine.prefix_cache import BlockHasher, SteeringScheduler, isolated, plan_of
-from steering.engine.roster import RELEASED, BundleNames, Roster
+from steering.engine.prefix_cache import isolated, plan_of
 from steering.errors import InvalidSpec
-from steering.plan import PLAN_KEY, Plan, Reasoning, Scope
-from tests.samples import DIGEST, gate_plan, plan_for
-
-BLOCK = 4
-
-
-@dataclass(slots=True, kw_only=True)
-class Parameters:
-    """vLLM's `SamplingParams`, as far as it is read."""
-
-    extra_args: dict[str, object] | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class FakeRequest:
-    """vLLM's `Request`, as far as prefix caching reads it: keys are appended as tokens arrive."""
-
-    tokens: list[int]
-    request_id: str = "r"
-    sampling_params: Parameters | None = field(default_factory=Parameters)
-    _block_hasher: BlockHasher | None = None
-    block_hashes: list[bytes] = field(default_factory=list)
-    num_prompt_tokens: int = 0
-    resumable: bool = False
-    client_index: int = 3
-
-    def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.tokens)
-
-    def update_block_hashes(self) -> None:
-        if self._block_hasher is not None:
-            self.block_hashes.extend(self._block_hasher(self))
-
-
-def chained(request: FakeRequest) -> list[bytes]:
-    """VLLM's hasher in short (`v1/core/kv_cache_utils.py`): each full block over its tokens and its parent's key."""
-    parent = request.block_hashes[-1] if request.block_hashes else b"none"
-    hashes = []
-    for start in range(len(request.block_hashes) * BLOCK, len(request.tokens) - BLOCK + 1, BLOCK):
-        parent = hashlib.sha256(parent + repr(request.tokens[start : start + BLOCK]).encode()).digest()
-        hashes.append(parent)
-    return hashes
-
-
-def keys(
-    tokens: list[int], plan: Plan | None, *, prompt: int, number: int = 0, chunks: tuple[int, ...] = ()
-) -> list[bytes]:
-    """Keys of a request whose tokens arrive in `chunks` after the prompt, or one at a time after those."""
-    request = FakeRequest(tokens=tokens[:prompt], _block_hasher=chained)
-    if plan is not None:
-        request._block_hasher = isolated(chained, plan=plan, number=number, prompt_length=prompt, block_size=BLOCK)
-    request.update_block_hashes()
-    for chunk in (*chunks, *[1] * len(tokens)):
-        request.tokens = tokens[: min(len(tokens), len(request.tokens) + chunk)]
-        request.update_block_hashes()
-    return request.block_hashes
-
-
-TOKENS = list(range(100, 130))
+from steering.plan import PLAN_KEY, Scope
+from tests.samples import gate_plan, plan_for
+from tests.unit.engine.hashed import BLOCK, TOKENS, FakeRequest, Parameters, chained, keys
 
 
 @pytest.mark.parametrize("prompt", range(1, 14))
@@ -165,248 +101,6 @@ def test_the_hasher_leaves_the_request_as_it_found_it() -> None:
     assert request.block_hashes == [b"own"]
 
 
-class FakeScheduler:
-    """vLLM's scheduler, as far as it takes requests and tells of them."""
-
-    def __init__(self) -> None:
-        self.accepted: list[FakeRequest] = []
-        self.requests: dict[str, FakeRequest] = {}
-        self.ended: set[str] = set()
-        self.outputs: dict[int, FakeOutputs] = {}
-
-    def add_request(self, request: FakeRequest) -> None:
-        self.accepted.append(request)
-        self.requests[request.request_id] = request
-
-    def has_finished_requests(self) -> bool:
-        return False
-
-    def schedule(self) -> types.SimpleNamespace:
-        return types.SimpleNamespace(finished_req_ids=self.ended)
-
-    def finish_requests(self, request_ids: list[str], status: str) -> None:
-        assert status == "FINISHED_ERROR"
-        for request_id in request_ids:
-            del self.requests[request_id]
-            self.ended.add(request_id)
-
-    def update_from_output(self, scheduler_output: object, model_runner_output: object) -> dict[int, FakeOutputs]:
-        del scheduler_output, model_runner_output
-        outputs, self.outputs = self.outputs, {}
-        return outputs
-
-
-class Scheduler(SteeringScheduler, FakeScheduler):
-    hash_block_size = BLOCK
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.roster = Roster(
-            {DIGEST: BundleNames(edits=frozenset({"e"}), gates={"gate": frozenset({"safety"})}, has_response=True)}
-        )
-
-
-@dataclass(slots=True, kw_only=True)
-class FakeOutput:
-    request_id: str
-    new_token_ids: list[int]
-    finish_reason: str
-
-
-@dataclass(slots=True, kw_only=True)
-class FakeOutputs:
-    outputs: list[FakeOutput] = field(default_factory=list)
-
-
-@pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the scheduler takes of vLLM, by its import paths, so that vLLM need not be imported."""
-    modules = {
-        name: types.ModuleType(name) for name in ("vllm", "vllm.logger", "vllm.v1", "vllm.v1.engine", "vllm.v1.request")
-    }
-    modules["vllm.logger"].init_logger = logging.getLogger  # type: ignore[attr-defined]
-    engine = {
-        "EngineCoreOutput": FakeOutput,
-        "EngineCoreOutputs": FakeOutputs,
-        "FinishReason": types.SimpleNamespace(ERROR="error"),
-    }
-    vars(modules["vllm.v1.engine"]).update(engine)
-    vars(modules["vllm.v1.request"]).update(RequestStatus=types.SimpleNamespace(FINISHED_ERROR="FINISHED_ERROR"))
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-
-
-def submitted(plan_text: object, *, resumable: bool = False, caching: bool = True) -> tuple[Scheduler, FakeRequest]:
-    """A request, with the keys vLLM gave it, and the scheduler it was given to."""
-    extra = None if plan_text is None else {PLAN_KEY: plan_text, "other": 1}
-    request = FakeRequest(tokens=TOKENS[:10], sampling_params=Parameters(extra_args=extra), resumable=resumable)
-    if caching:
-        request._block_hasher = chained
-        request.update_block_hashes()
-    scheduler = Scheduler()
-    scheduler.add_request(request)
-    return scheduler, request
-
-
-def accepted(plan_text: object, *, resumable: bool = False, caching: bool = True) -> FakeRequest:
-    """A request that the scheduler took, as vLLM's own `add_request` sees it."""
-    scheduler, request = submitted(plan_text, resumable=resumable, caching=caching)
-    assert scheduler.accepted == [request]
-    assert not scheduler.has_finished_requests()
-    return request
-
-
-def test_a_steered_request_is_set_apart_before_it_can_be_scheduled() -> None:
-    """Keys vLLM had made at construction are replaced by the isolated ones."""
-    plan = plan_for("e", scope=Scope.ALL)
-    assert accepted(plan.to_json()).block_hashes == keys(TOKENS[:10], plan, prompt=10)
-
-
-def test_an_unsteered_request_is_vllms_own() -> None:
-    """No plan, no difference: the hasher and the keys stay vLLM's; sessions that take more input later, too."""
-    for resumable in (False, True):
-        request = accepted(None, resumable=resumable)
-        assert request._block_hasher is chained
-        assert request.block_hashes == keys(TOKENS[:10], None, prompt=10)
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [gate_plan("gate", is_observed=True), replace(plan_for("e"), edit=None, response=True)],
-    ids=["gate", "response probe"],
-)
-def test_a_request_that_is_only_observed_is_vllms_own(plan: Plan) -> None:
-    """Nothing is edited, so all its blocks are shared with everyone, answers included."""
-    request = accepted(plan.to_json())
-    assert request._block_hasher is chained
-    assert request.block_hashes == keys(TOKENS[:10], None, prompt=10)
-
-
-def test_a_request_whose_gate_may_edit_is_set_apart() -> None:
-    """What the gate will decide is not known when blocks get their keys."""
-    plan = gate_plan("gate")
-    request = accepted(plan.to_json())
-    request.tokens = TOKENS
-    request.update_block_hashes()
-    assert request.block_hashes == keys(TOKENS, plan, prompt=10)
-    assert not set(request.block_hashes[2:]) & set(keys(TOKENS, None, prompt=10))
-
-
-def test_requests_of_one_id_share_no_edited_block() -> None:
-    """Ids come from clients, and vLLM can be told to leave them as they are."""
-    scheduler, hashes = Scheduler(), []
-    for strength in (1.0, -1.0):
-        plan = plan_for("e", strength=strength)
-        parameters = Parameters(extra_args={PLAN_KEY: plan.to_json()})
-        request = FakeRequest(tokens=TOKENS[:9], request_id="same", sampling_params=parameters, _block_hasher=chained)
-        scheduler.add_request(request)
-        request.tokens = TOKENS
-        request.update_block_hashes()
-        hashes.append(request.block_hashes)
-    assert hashes[0][:2] == hashes[1][:2]
-    assert not set(hashes[0][2:]) & set(hashes[1])
-
-
-def test_a_server_without_prefix_caching_needs_no_keys() -> None:
-    """No hasher, no keys; the steered request is accepted."""
-    assert accepted(plan_for("e").to_json(), caching=False).block_hashes == []
-
-
-INVALID = {
-    "no JSON": "not json",
-    "empty": "",
-    "a number": 5,
-    "an object": {"id": "p"},
-    "another edit": plan_for("absent").to_json(),
-    "reasoning spared by a bundle that does not": replace(plan_for("e"), reasoning=Reasoning.SPARED).to_json(),
-    "another bundle": plan_for("e", bundle="sha256:other").to_json(),
-    "a list as scope": plan_for("e").to_json().replace('"scope":"generated"', '"scope":["all"]'),
-    "no float": plan_for("e").to_json().replace('"strength":1.0', '"strength":' + "9" * 400),
-}
-
-
-def assert_rejected(scheduler: Scheduler, request: FakeRequest) -> None:
-    """Never scheduled; the engine is made to take a step, in which the client is told of an error, once."""
-    assert scheduler.accepted == []
-    assert scheduler.has_finished_requests()
-    outputs = scheduler.update_from_output(None, None)
-    assert outputs == {
-        3: FakeOutputs(outputs=[FakeOutput(request_id=request.request_id, new_token_ids=[], finish_reason="error")])
-    }
-    assert not scheduler.has_finished_requests()
-    assert scheduler.update_from_output(None, None) == {}
-
-
-@pytest.mark.usefixtures("vllm")
-@pytest.mark.parametrize("text", INVALID.values(), ids=INVALID)
-def test_a_plan_that_cannot_be_followed_ends_its_request_alone(text: object) -> None:
-    """Invalid plans and names this engine lacks: never run unsteered, and never an error that stops the scheduler."""
-    assert_rejected(*submitted(text))
-
-
-@pytest.mark.usefixtures("vllm")
-def test_a_session_that_takes_more_input_later_cannot_be_steered() -> None:
-    """Its prompt length changes, so positions cannot be decided."""
-    assert_rejected(*submitted(plan_for("e").to_json(), resumable=True))
-
-
-def test_a_step_tells_the_ranks_what_is_released_after_the_last_request() -> None:
-    """Closed while its request runs: nothing is told, and the engine is not kept busy. Once that ended, one step is
-    taken for it, which names the bundle; the next does not.
-    """
-    scheduler, request = submitted(plan_for("e").to_json())
-    assert scheduler("close", DIGEST)
-    assert not scheduler.has_finished_requests()
-    assert not hasattr(scheduler.schedule(), RELEASED)
-    scheduler.ended.add(request.request_id)
-    assert getattr(scheduler.schedule(), RELEASED) == (DIGEST,)
-    assert not hasattr(scheduler.schedule(), RELEASED)
-    assert scheduler("close", DIGEST) is False
-
-
-def test_a_released_bundle_makes_an_idle_engine_take_a_step() -> None:
-    """Nobody names it: the step comes without any request."""
-    scheduler, _ = submitted(None)
-    scheduler("close", DIGEST)
-    assert scheduler.has_finished_requests()
-    assert getattr(scheduler.schedule(), RELEASED) == (DIGEST,)
-    assert not scheduler.has_finished_requests()
-
-
-@pytest.mark.usefixtures("vllm")
-def test_a_plan_that_names_a_bundle_being_unloaded_is_rejected() -> None:
-    """Its request is ended; one accepted before stays."""
-    scheduler, before = submitted(plan_for("e").to_json())
-    scheduler("close", DIGEST)
-    late = FakeRequest(
-        tokens=TOKENS[:10],
-        request_id="late",
-        sampling_params=Parameters(extra_args={PLAN_KEY: plan_for("e").to_json()}),
-    )
-    scheduler.add_request(late)
-    assert scheduler.accepted == [before]
-    outputs = scheduler.update_from_output(None, None)
-    assert [each.request_id for each in outputs[3].outputs] == ["late"]
-
-
-@pytest.mark.usefixtures("vllm")
-@pytest.mark.parametrize("has_ended", [False, True])
-def test_a_broken_request_is_ended_without_its_token_and_alone(has_ended: bool) -> None:
-    """Running still, or at its end in this very step: its client gets an error and no token, the neighbour its own."""
-    scheduler, request = submitted(plan_for("e").to_json())
-    neighbour = FakeRequest(tokens=TOKENS[:5], request_id="neighbour")
-    scheduler.add_request(neighbour)
-    given = FakeOutput(request_id="neighbour", new_token_ids=[7], finish_reason="")
-    broken = FakeOutput(request_id=request.request_id, new_token_ids=[0], finish_reason="length" if has_ended else "")
-    scheduler.outputs = {3: FakeOutputs(outputs=[broken, given])}
-    if has_ended:
-        del scheduler.requests[request.request_id]
-    told = types.SimpleNamespace(**{BROKEN_REQUESTS: (request.request_id, "gone long ago")})
-    error = FakeOutput(request_id=request.request_id, new_token_ids=[], finish_reason="error")
-    assert scheduler.update_from_output(None, told) == {3: FakeOutputs(outputs=[given, error])}
-    assert list(scheduler.requests) == ["neighbour"]
-
-
 def test_plan_of_reads_the_plan_and_nothing_else() -> None:
     """No sampling parameters (pooling), no extra arguments, or others': no plan; a broken plan is an error."""
     plan = plan_for("e")
@@ -418,11 +112,28 @@ def test_plan_of_reads_the_plan_and_nothing_else() -> None:
         plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: 1})))
 
 
-@pytest.mark.usefixtures("vllm")
-@pytest.mark.parametrize("name", ["chatcmpl-1-0f3a-beam-0", "cmpl-1-0f3a-beam-12-9b2e0c1d"])
-def test_beams_of_vllms_own_search_end_with_an_error(name: str) -> None:
-    """VLLM's beam search makes its own parameters, without the plan of the request: it would run unsteered."""
-    request, scheduler = FakeRequest(tokens=TOKENS[:10], request_id=name), Scheduler()
-    scheduler.add_request(request)
-    assert_rejected(scheduler, request)
-    assert accepted(None).request_id == "r"
+@pytest.mark.parametrize("plan_id", ["p", "0", "x" * 128, 'a"b', "a\\", "ü", '","id":"', "a b"])
+def test_plans_that_differ_in_their_ids_alone_are_each_read_as_they_are(plan_id: str) -> None:
+    """What surrounds the id is read once; names that look like the key, and ids of any characters, change nothing."""
+    tricky = 'e","id":"other'
+    for plan in (plan_for("e", plan_id=plan_id), plan_for(tricky, plan_id=plan_id), gate_plan("gate")):
+        request = FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: plan.to_json()}))
+        assert plan_of(request) == plan
+
+
+def test_of_two_ids_the_last_is_the_plans_as_json_has_it() -> None:
+    """However either is spelled."""
+    text = plan_for("e", plan_id="first").to_json()
+    for second in ('"id":"second"', '"\\u0069d":"second"'):
+        parameters = Parameters(extra_args={PLAN_KEY: text[:-1] + f",{second}}}"})
+        found = plan_of(FakeRequest(tokens=[1], sampling_params=parameters))
+        assert found is not None
+        assert found.id == "second"
+
+
+@pytest.mark.parametrize("text", ['{"id":"x"}', '"id":"x"', '{"id":"x', plan_for("e").to_json().replace('"plan"', '""')])
+def test_what_is_no_plan_has_no_id_that_makes_it_one(text: str) -> None:
+    """Neither before nor after a plan of the same surroundings was read."""
+    for _ in range(2):
+        with pytest.raises(InvalidSpec):
+            plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: text})))

@@ -12,7 +12,8 @@ import pytest
 from server.errors import reply_to
 from server.vllm_engine import VllmEngine
 from steering.bundle import load_bundle
-from steering.engine.outcomes import OutcomeListener, OutcomeSender
+from steering.engine.outcome_sender import OutcomeSender
+from steering.engine.outcomes import OutcomeListener
 from steering.engine.roster import Roster
 from steering.errors import (
     BundleFormatError,

@@ -1,0 +1,97 @@
+"""Reports: what is told of a steered request, read from its row once the forward pass that made it known has run.
+
+Knows nothing of steps, sockets or vLLM. Shapes: `W` columns of a row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steering.engine.bank import Bank
+from steering.engine.kernels import BROKEN, CATEGORY, EDIT, RESPONSE, SCORES, STATE, STRENGTH, Latch
+from steering.engine.steered import Steered
+from steering.gate import probabilities
+from steering.manifest import MAX_RESPONSE_TOKENS
+from steering.outcome import Outcome, Response
+from steering.plan import Decision
+
+_DECISIONS = {float(Latch.REFUSE): Decision.REFUSE, float(Latch.COMPLY): Decision.COMPLY}
+_DECISIONS[float(Latch.ABSTAIN)] = Decision.ABSTAIN
+_UNDECIDED = (float(Latch.FIXED), float(Latch.PENDING))
+
+
+def outcome_of(steered: Steered, row: NDArray[np.float32], bank: Bank) -> Outcome:
+    """What came of a due request, once its forward pass has run; its latch is kept for a later preemption.
+
+    Args:
+        steered: as `Rows.write_step` gave it.
+        row: [W] the request's row as that pass left it.
+        bank: knows the edits by number.
+    """
+    plan, gate = steered.plan, steered.gate
+    values = row.tolist()  # once: to take a single number out of an array is slow
+    if values[BROKEN]:
+        return _failed(steered, "the residuals are not finite")
+    if gate is None:
+        return Outcome(
+            plan_id=plan.id,
+            request_id=steered.request_id,
+            applied=True,
+            edit=plan.edit,
+            strength=plan.strength,
+            scope=plan.scope,
+            reasoning=plan.reasoning,
+        )
+    state = values[STATE]
+    if state in _UNDECIDED:
+        return _failed(steered, "the gate did not run at its layer")
+    steered.latched = row.copy()
+    if state == Latch.FAILED:
+        return _failed(steered, "the probe's scores are not finite")
+    edit = bank.name(int(values[EDIT]))
+    return Outcome(
+        plan_id=plan.id,
+        request_id=steered.request_id,
+        applied=edit is not None,
+        edit=edit,
+        strength=values[STRENGTH],
+        scope=plan.scope,
+        reasoning=plan.reasoning,
+        decision=_DECISIONS[state],
+        category=gate.categories[int(values[CATEGORY])],
+        scores=probabilities(values[SCORES : SCORES + len(gate.categories) + 1], gate.categories),
+    )
+
+
+def response_of(steered: Steered, row: NDArray[np.float32]) -> Response | None:
+    """What the response probe has read of an observed request so far; None where it was nothing finite.
+
+    Arguments are those of `outcome_of`.
+    """
+    fresh = row[RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS]
+    # Not all that was read before a preemption is read again: it may come back from the prefix cache.
+    steered.scores = np.where(np.isfinite(fresh), fresh, steered.scores)
+    known = steered.scores[np.isfinite(steered.scores)]
+    if not len(known):
+        return None
+    return Response(
+        plan_id=steered.plan.id,
+        request_id=steered.request_id,
+        tokens=len(known),
+        score=float(known.mean(dtype=np.float64)),
+    )
+
+
+def _failed(steered: Steered, error: str) -> Outcome:
+    plan = steered.plan
+    return Outcome(
+        plan_id=plan.id,
+        request_id=steered.request_id,
+        applied=False,
+        edit=None,
+        strength=0.0,
+        scope=plan.scope,
+        reasoning=plan.reasoning,
+        error=error,
+    )
