@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from tests.integration.engine.driver import Ask, Got
+from tests.integration.engine.scenario import Ask, Got
 from tests.oracle import Oracle
 
 # Both sides compute in float32, but sum in another order (fused norms, blocked attention, one batch against one

@@ -19,7 +19,7 @@ from steering.gate import rule
 from steering.plan import Decision, GateOrder
 from steering.response import response_score
 from tests.integration.engine.checks import check_against_oracle, prompt_of
-from tests.integration.engine.driver import Ask, Result
+from tests.integration.engine.scenario import Ask, Result
 from tests.samples import random_probe, with_gates, with_response
 from tests.tiny_models import WIDTH
 

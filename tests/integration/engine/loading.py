@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.integration.engine import driver
+from tests.integration.engine.scenario import Ask, Got
 
 KIND = "loading"
 
@@ -28,7 +29,7 @@ class Step:
 
     do: str
     name: str = ""
-    ask: driver.Ask | None = None
+    ask: Ask | None = None
     bundle: str = ""
     order: str = ""
     count: int = 0
@@ -43,7 +44,7 @@ class LoadingScenario:
         terms: rows of each layer's table.
         steps: in turn.
         check_finite: the finite check is on.
-        arguments, environment, v2_interpreted: as of `driver.Scenario`.
+        arguments, environment, v2_interpreted: as of `Scenario`.
         kind: tells the process what to play.
     """
 
@@ -63,7 +64,7 @@ class LoadingResult:
     """What each step came to, requests' answers by name, and the outcomes that the worker sent."""
 
     steps: list[Any]
-    answers: dict[str, driver.Got]
+    answers: dict[str, Got]
     outcomes: list[dict[str, Any]]
 
 
@@ -71,7 +72,7 @@ def play_loading(scenario: LoadingScenario, folder: Path) -> LoadingResult:
     """Run a scenario in a process that has the environment it asks for; see `driver.deliver`."""
     environment = driver.environment_of(scenario.environment, v2_interpreted=scenario.v2_interpreted)
     fields = driver.deliver(asdict(scenario), environment, folder)
-    fields["answers"] = {name: driver.Got(**got) for name, got in fields["answers"].items()}
+    fields["answers"] = {name: Got(**got) for name, got in fields["answers"].items()}
     return LoadingResult(**fields)
 
 
@@ -87,7 +88,7 @@ def run_loading(question: Path, inbox: Any) -> LoadingResult:
 
     fields = json.loads(question.read_text())
     steps = [
-        Step(**{**step, "ask": step["ask"] and driver.Ask(**{**step["ask"], "prompt": tuple(step["ask"]["prompt"])})})
+        Step(**{**step, "ask": step["ask"] and Ask(**{**step["ask"], "prompt": tuple(step["ask"]["prompt"])})})
         for step in fields["steps"]
     ]
     options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "seed": 0, **fields["arguments"]}
@@ -101,7 +102,7 @@ def run_loading(question: Path, inbox: Any) -> LoadingResult:
             **options,
         )
     try:
-        answers: dict[str, driver.Got] = {}
+        answers: dict[str, Got] = {}
         results = [_done(engine, step, answers) for step in steps]
         told, _ = inbox.drain()
         return LoadingResult(steps=results, answers=answers, outcomes=[outcome.to_fields() for outcome in told])
@@ -112,7 +113,7 @@ def run_loading(question: Path, inbox: Any) -> LoadingResult:
         cleanup_dist_env_and_memory()
 
 
-def _done(engine: Any, step: Step, answers: dict[str, driver.Got]) -> Any:
+def _done(engine: Any, step: Step, answers: dict[str, Got]) -> Any:
     from steering.bundle import load_bundle
     from steering.engine.roster import BundleNames
 

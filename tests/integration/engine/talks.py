@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.integration.engine import driver
-from tests.integration.engine.driver import Ask
+from tests.integration.engine.scenario import Ask
 
 KIND = "talks"
 

@@ -18,8 +18,9 @@ from steering.fit.captured import CapturedShards
 from steering.plan import Scope
 from tests.integration.engine.checks import FLOAT32_TOLERANCE, prompt_of
 from tests.integration.engine.conftest import Tiny
-from tests.integration.engine.driver import Ask, Scenario, play
+from tests.integration.engine.driver import play
 from tests.integration.engine.offline import OfflineAsk, OfflineResult, OfflineScenario, play_offline
+from tests.integration.engine.scenario import Ask, Scenario
 from tests.integration.engine.test_parity import BFLOAT16_TOLERANCE
 
 LAYERS = [0, 1, 3]

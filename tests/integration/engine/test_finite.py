@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tests.integration.engine.checks import check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
-from tests.integration.engine.driver import Ask
 from tests.integration.engine.loading import LoadingScenario, Step, play_loading
+from tests.integration.engine.scenario import Ask
 
 
 def test_only_the_request_that_overflows_is_ended(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:

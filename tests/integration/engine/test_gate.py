@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from steering.plan import Decision
 from tests.integration.engine.checks import check_against_oracle, prompt_of
-from tests.integration.engine.driver import TWO_RANKS, Ask, Result, Scenario, play
+from tests.integration.engine.driver import TWO_RANKS, play
 from tests.integration.engine.gates import (
     FEW_BLOCKS,
     RESPONSE_TOKENS,
@@ -24,6 +24,7 @@ from tests.integration.engine.gates import (
     gated_crowd,
     thresholds,
 )
+from tests.integration.engine.scenario import Ask, Result, Scenario
 from tests.integration.engine.test_parity import every_edit
 
 STRANGE = 255

@@ -14,8 +14,8 @@ from steering.fingerprint import fingerprint_of
 from steering.terms import Edit
 from tests.integration.engine.checks import check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny, all_kinds_of_edits
-from tests.integration.engine.driver import Ask
 from tests.integration.engine.loading import LoadingResult, LoadingScenario, Step, play_loading
+from tests.integration.engine.scenario import Ask
 from tests.oracle import Oracle
 
 TERMS = 23

@@ -12,7 +12,8 @@ import pytest
 from steering.plan import Plan
 from tests.integration.engine.checks import check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
-from tests.integration.engine.driver import Ask, Result, Scenario, play
+from tests.integration.engine.driver import play
+from tests.integration.engine.scenario import Ask, Result, Scenario
 
 # 16 sequences run at once over chunks of 48 tokens, so that prompts of 100 tokens and more are prefilled in pieces
 # beside others that decode; 17 blocks of 32 tokens hold about five of them, so that some are preempted and recomputed.

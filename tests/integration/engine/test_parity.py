@@ -9,7 +9,8 @@ import pytest
 
 from tests.integration.engine.checks import FLOAT32_TOLERANCE, check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
-from tests.integration.engine.driver import Ask, Scenario, play
+from tests.integration.engine.driver import play
+from tests.integration.engine.scenario import Ask, Scenario
 
 # vLLM's gated delta net runs in bfloat16 only on the CPU. Rounding the tiny model's weights and activations to bfloat16
 # in transformers alone moves the best token's log-probability by up to 0.025, and vLLM rounds at other places.

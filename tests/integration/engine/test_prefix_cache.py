@@ -41,8 +41,8 @@ from steering.fingerprint import fingerprint_of
 from steering.plan import Decision
 from tests.integration.engine.checks import FLOAT32_TOLERANCE, prompt_of
 from tests.integration.engine.conftest import all_kinds_of_edits
-from tests.integration.engine.driver import Ask
 from tests.integration.engine.gates import Gated
+from tests.integration.engine.scenario import Ask
 from tests.integration.engine.talks import Heard, TalkResult, TalkScenario, Turn, play_talks
 from tests.oracle import Oracle
 

@@ -12,7 +12,8 @@ import pytest
 from steering.bundle import save_bundle
 from tests.integration.engine.checks import FLOAT32_TOLERANCE, prompt_of
 from tests.integration.engine.conftest import Tiny
-from tests.integration.engine.driver import Ask, Scenario, play
+from tests.integration.engine.driver import play
+from tests.integration.engine.scenario import Ask, Scenario
 from tests.integration.engine.test_mixed_batch import CROWDED
 from tests.integration.engine.test_runners import CROWDED as FEW
 

@@ -13,7 +13,8 @@ from steering.engine.compat import ARCHITECTURES
 from steering.fingerprint import fingerprint_of
 from tests.integration.engine.configurations import Configurations, Told, tell
 from tests.integration.engine.conftest import Tiny
-from tests.integration.engine.driver import EngineFailed, Scenario, play
+from tests.integration.engine.driver import EngineFailed, play
+from tests.integration.engine.scenario import Scenario
 from tests.tiny_models import FAMILIES, make_tiny_model
 
 ACCEPTED: dict[str, dict[str, Any]] = {

@@ -11,8 +11,9 @@ import pytest
 from steering.bundle import save_bundle
 from tests.integration.engine.checks import check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
-from tests.integration.engine.driver import Ask, Result, Scenario, play
+from tests.integration.engine.driver import play
 from tests.integration.engine.gates import Gated, check_gated, few_gated
+from tests.integration.engine.scenario import Ask, Result, Scenario
 from tests.integration.engine.test_parity import BFLOAT16_TOLERANCE, every_edit
 
 # Five sequences of up to 70 tokens in 3 blocks of 32 each do not fit into 8: some are preempted.

@@ -13,9 +13,10 @@ from steering.bundle import save_bundle
 from steering.plan import Plan
 from tests.integration.engine.checks import FLOAT32_TOLERANCE, check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
-from tests.integration.engine.driver import Ask, Result, Scenario, play
+from tests.integration.engine.driver import play
 from tests.integration.engine.gates import CATEGORIES, SIDES, Gated, check_outcomes, thresholds
 from tests.integration.engine.quantised import make_quantised_model, round_inputs
+from tests.integration.engine.scenario import Ask, Result, Scenario
 from tests.integration.engine.test_parity import every_edit
 from tests.integration.engine.test_runners import CROWDED, crowd
 from tests.oracle import Oracle

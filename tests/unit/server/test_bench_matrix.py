@@ -6,15 +6,14 @@ import json
 import subprocess
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from server.bench import arms, beside, matrix, peers, plot, shapes
-from server.bench.arms import ARMS, CONTROL, DISTINCT, ONE_EDIT, Arm, Metric, Served, Side, Work
+from server.bench import arms, beside, matrix, peers, shapes
+from server.bench.arms import ARMS, CONTROL, DISTINCT, ONE_EDIT, Metric, Served, Work
 from server.bench.cells import Cell, Measured, Order
 from server.bench.cli import app
 from server.bench.drawn import LOW_RANKS, every_layer_bundle, one_layer_bundle
@@ -375,34 +374,3 @@ def test_beside_is_measured_pair_by_pair(
     idle = lambda _cell, _seed: {"tokens": 8, "seconds": 4.0, "edited": []}
     with pytest.raises(EditNotApplied):
         beside._against(given, Peer.HOOKS, idle, lambda _line: None)
-
-
-def test_the_picture_shows_every_arm_and_stands_alone(tmp_path: Path) -> None:
-    """An SVG with text as text, the arms' names on it, no peer in it, and nothing to fetch."""
-    rows = []
-    for cell in Order(shape=None, batches=(1, 8), prompts=(128,), tokens=4, pairs=1).cells:
-        for metric in cell.metrics:
-            for arm in (ARMS[0], Arm(name="beside", side=Side(engine=Served.ONE), against=Peer.HOOKS.value)):
-                row = Measured(arm=arm.name, against=arm.against, metric=metric, cell=cell, bounds={"most": 1.0})
-                row.mine, row.others = [1.01, 1.02, 1.0], [1.0, 1.0, 1.0]
-                rows.append(row)
-    ratios = [ratio for ratio in (row.ratio() for row in rows) if ratio is not None]
-    path = tmp_path / "matrix.svg"
-    plot.draw(path, [row.facts for row in rows], ratios, "tiny, somewhere")
-    text = path.read_text(encoding="utf-8")
-    ET.fromstring(text)  # noqa: S314 - written just now
-    assert ARMS[0].title in text
-    assert Peer.HOOKS.value not in text
-    for shown in ("seconds per token", "8 requests", "prompt 128"):
-        assert shown in text
-    assert "<image" not in text
-    again = tmp_path / "again.svg"
-    plot.draw(again, [row.facts for row in rows], ratios, "tiny, somewhere")
-    assert again.read_bytes() == path.read_bytes()
-
-
-def test_a_plot_that_cannot_be_drawn_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not after hours of measuring."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(OperatorError, match="--no-plot"):
-        plot.require_matplotlib()
