@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from server.engine import Prompting
 from server.generation import Generation
@@ -25,12 +25,25 @@ DEFAULT_TOKENS = 16
 
 Text = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-Prompt = (
-    Text
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    | Tokens
-    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-)
+
+
+def _form(prompt: object) -> str:
+    """Which form a prompt has, by its first item; what has none is told that it is no text."""
+    if not isinstance(prompt, list):
+        return "a text"
+    first = prompt[0] if prompt else ""
+    if isinstance(first, list):
+        return "a list of lists"
+    return "a list of texts" if isinstance(first, str) else "a list of ids"
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("a text")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("a list of texts")]
+    | Annotated[Tokens, Tag("a list of ids")]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("a list of lists")],
+    Discriminator(_form),
+]
 
 
 class CompletionRequest(Sampling):

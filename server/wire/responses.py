@@ -139,7 +139,7 @@ class ResponsesRequest(Sampling):
     forms: ClassVar = {
         **Sampling.forms,
         "tool_choice": "must be 'none', 'auto', 'required' or an object that names a function",
-        "input": "must be a string or a list of items",
+        "input": f"must be a string or a list of 1 to {MAX_ITEMS} items",
         "input[].type": (
             "must be 'message', 'function_call', 'function_call_output' or 'reasoning': this server calls no tools of "
             "its own, and keeps no items to refer to"

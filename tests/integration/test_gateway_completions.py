@@ -215,7 +215,7 @@ def test_many_long_seeded_prompts_leave_the_engine_alive(client: OpenAI, gateway
         ({"prompt": "word " * CONTEXT * 4}, "prompt", "context_length_exceeded"),
         ({"prompt": [[5], [5] * (CONTEXT + 1)]}, "prompt", "context_length_exceeded"),
         ({"prompt": ""}, "prompt", "invalid_value"),
-        ({"prompt": []}, "prompt", "invalid_type"),
+        ({"prompt": []}, "prompt", "invalid_value"),
         ({"suffix": "x"}, "suffix", "unknown_parameter"),
         ({"best_of": 2}, "best_of", "unknown_parameter"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
