@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.fake_server import FakeServer, fake_serving
-from tests.faults.wire import CHAT, PATIENCE, TLS, ask, ask_raw, chat, dial, eventually, frames, gauges, post
+from tests.fake_server import FakeServer
+from tests.faults.wire import PATIENCE, TLS, ask, ask_raw, chat, dial, eventually, frames, gauges, post
 
 INSIDE = "secret internals"
 """What the scripted engine says where it raises what is no error of ours."""
@@ -220,72 +217,3 @@ def test_scrapes_during_load(patient: FakeServer) -> None:
     assert {frames(answer)[-1] for answer in answers} == {"[DONE]"}
     assert set(scrapes) == {200}
     assert len(scrapes) > 10
-
-
-def stream_lines(url: str, script: str, lines: list[str]) -> None:
-    """Read a stream to its end, whatever that is."""
-    with httpx.stream("POST", f"{url}{CHAT}", json=chat(script, stream=True), timeout=PATIENCE, verify=TLS) as response:
-        lines.extend(line.removeprefix("data: ") for line in response.iter_lines() if line)
-
-
-def test_sigterm_with_fifty_streams() -> None:
-    """Those that can finish do, the others get an error frame, new ones 503, and the process ends with 0."""
-    scripts = ["#pace:0.05 #tokens:20"] * 25 + ["#pace:0.05 #tokens:9999"] * 25
-    said: list[list[str]] = [[] for _ in scripts]
-    with fake_serving("--gated", TRIMTAB_DRAIN_DELAY="0.3", TRIMTAB_DRAIN_GRACE="3") as server:
-        readers = [
-            threading.Thread(target=stream_lines, args=(server.url, script, lines))
-            for script, lines in zip(scripts, said, strict=True)
-        ]
-        for reader in readers:
-            reader.start()
-        assert eventually(lambda: gauges(server.admin)[0] == 50, 10.0)
-        server.process.send_signal(signal.SIGTERM)
-        assert eventually(lambda: httpx.get(f"{server.url}/readyz", verify=TLS).status_code == 503, 0.3)
-        refused = ask(server.url, "hi")
-        assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
-        for reader in readers:
-            reader.join(timeout=30)
-        assert server.process.wait(timeout=20) == 0
-    ends = [lines[-1] for lines in said]
-    assert ends[:25] == ["[DONE]"] * 25
-    assert {error_of(end)["type"] for end in ends[25:]} == {"server_error"}
-
-
-def test_second_sigterm() -> None:
-    """Ends at once, whatever is still being answered."""
-    with fake_serving(TRIMTAB_DRAIN_DELAY="0.1", TRIMTAB_DRAIN_GRACE="600") as server:
-        lines: list[str] = []
-        reader = threading.Thread(target=_read_whatever_comes, args=(server.url, lines))
-        reader.start()
-        assert eventually(lambda: gauges(server.admin)[0] == 1, 5.0)
-        server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        assert server.process.poll() is None
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(timeout=10)
-        reader.join(timeout=10)
-        assert not reader.is_alive()
-
-
-def _read_whatever_comes(url: str, lines: list[str]) -> None:
-    try:
-        stream_lines(url, "#pace:0.05 #tokens:9999", lines)
-    except httpx.HTTPError:
-        return
-
-
-def test_sigterm_while_loading() -> None:
-    """A server told to stop before it serves ends by itself, soon, and without a traceback."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--admin-port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    time.sleep(4)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode in (0, -signal.SIGTERM), said
-    assert "Ready" not in said
-    assert "Traceback" not in said

@@ -10,6 +10,8 @@ import pytest
 TESTS = Path(__file__).resolve().parent.parent
 BAD = "faults/test_bad_inputs.py::test_bad_body_is_answered"
 HARMLESS = "faults/test_bad_inputs.py::test_harmless_body_is_answered"
+DRAIN = "unit/server/test_drain.py"
+PROCESS, OPERATIONS = "integration/test_gateway_process.py", "integration/test_gateway_operations.py"
 INPUTS, FAULTS, MACHINE = "faults/test_bad_inputs.py", "faults/test_faults.py", "faults/test_machine.py"
 
 LIMITS = {
@@ -92,8 +94,13 @@ INJECTED = {
         f"{FAULTS}::test_client_that_leaves",
         f"{FAULTS}::test_client_that_is_reset",
         f"{FAULTS}::test_client_that_leaves_while_its_body_is_read",
+        f"{OPERATIONS}::test_clients_that_leave_in_any_phase_free_the_engine",
+        f"{OPERATIONS}::test_a_client_that_leaves_the_queue_is_not_waited_for",
     ],
-    "slow reader": [f"{FAULTS}::test_readers_that_do_not_read"],
+    "slow reader": [
+        f"{FAULTS}::test_readers_that_do_not_read",
+        "unit/server/test_connections.py::test_peers_that_do_not_read_are_cut_off",
+    ],
     "probe raises, returns NaN, takes too long": [
         f"{FAULTS}::test_engine_that_fails_before_the_first_byte",
         f"{FAULTS}::test_probe_that_reads_no_number",
@@ -101,19 +108,30 @@ INJECTED = {
     ],
     "steering slots exhausted": [f"{FAULTS}::test_engine_without_room"],
     "vector file changed, wrong model, wrong hash": [
-        "integration/test_gateway_process.py::test_bundle_of_another_model_is_refused",
-        "integration/test_gateway_process.py::test_damaged_bundle_and_missing_folders_are_refused",
+        f"{PROCESS}::test_bundle_of_another_model_is_refused",
+        f"{PROCESS}::test_damaged_bundle_and_missing_folders_are_refused",
+        f"{OPERATIONS}::test_a_damaged_bundle_changes_nothing",
     ],
-    "engine process killed": ["integration/test_gateway_process.py::test_death_of_the_engine_is_told"],
-    "SIGTERM with 50 streams": [f"{FAULTS}::test_sigterm_with_fifty_streams"],
-    "second SIGTERM": [f"{FAULTS}::test_second_sigterm"],
-    "SIGTERM while loading": [f"{FAULTS}::test_sigterm_while_loading"],
+    "engine process killed": [
+        f"{PROCESS}::test_death_of_the_engine_ends_the_server",
+        "unit/server/test_heartbeat.py::test_a_beat_that_fails_ends_readiness_and_three_end_the_server",
+    ],
+    "SIGTERM with 50 streams": [
+        f"{DRAIN}::test_fifty_streams_finish_before_the_end",
+        f"{DRAIN}::test_what_outlasts_the_grace_is_told",
+        f"{PROCESS}::test_sigterm_lets_streams_finish",
+    ],
+    "second SIGTERM": [f"{DRAIN}::test_told_twice_it_ends_at_once"],
+    "SIGTERM while loading": [f"{PROCESS}::test_told_to_end_while_loading_it_ends"],
     "prefix-cache clash": [
         "integration/engine/test_prefix_cache.py::test_each_answer_is_that_of_an_engine_without_prefix_caching"
     ],
     "batch neighbour": ["integration/engine/test_mixed_batch.py::test_each_request_gets_the_tokens_it_gets_alone"],
     "metrics scrape during load": [f"{FAULTS}::test_scrapes_during_load"],
-    "disk full": [f"{MACHINE}::test_log_cannot_be_written"],
+    "disk full": [
+        f"{MACHINE}::test_log_cannot_be_written",
+        "unit/server/test_audit.py::test_what_cannot_be_put_on_record_is_not_done_and_all_else_is",
+    ],
     "clock step": [f"{MACHINE}::test_clock_step"],
     "DNS gone": [f"{MACHINE}::test_names_cannot_be_resolved"],
 }
