@@ -92,8 +92,8 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [[*self.prompt]]  # type: ignore[list-item] # ids all the way, as the first is one
-        return [*self.prompt]  # type: ignore[list-item] # no ids, as the first is none
+            return [[*self.prompt]]
+        return [*self.prompt]
 
     def to_generations(self) -> list[Generation]:
         """The request as the service takes it: a generation for each prompt."""

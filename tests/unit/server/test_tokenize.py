@@ -59,12 +59,12 @@ async def test_tokens_are_told_as_vllm_tells_them(make: Make) -> None:
 
 async def test_the_usual_checks_come_first(make: Make) -> None:
     """Another model, a body that is no JSON, one that is too large, and a server that is not ready."""
-    spoken = make(max_body_bytes=1000)
+    spoken = make(max_body_bytes=1024)
     answer = await spoken.client.post("/tokenize", json={"model": "gpt-x", "prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
     answer = await spoken.client.post("/tokenize", content=b"x")
     assert answer.status_code == 415
-    answer = await spoken.client.post("/tokenize", json={"prompt": "x" * 1000})
+    answer = await spoken.client.post("/tokenize", json={"prompt": "x" * 1024})
     assert answer.status_code == 413
     answer = await make(is_armed=False).client.post("/tokenize", json={"prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
