@@ -175,6 +175,34 @@ def test_wrong_content_type(patient: FakeServer, media: str) -> None:
     assert (reply.status, reply.code) == (415, "unsupported_media_type")
 
 
+ODD_HEADERS: list[dict[str, str]] = [
+    {"traceparent": "garbage"},
+    {"traceparent": f"00-{'0' * 32}-{'0' * 16}-01"},
+    {"tracestate": "a" * 5000},
+    {"Authorization": "Bearer \u00ff"},
+    {"Accept": "text/plain"},
+    {"Expect": "200-ok"},
+    {"Connection": "Upgrade", "Upgrade": "websocket"},
+    {"Transfer-Encoding": "gzip, chunked"},
+    {"Cookie": "x" * 9000},
+    {"baggage": "\x01"},
+]
+
+
+@pytest.mark.parametrize("extra", ODD_HEADERS, ids=lambda extra: next(iter(extra)))
+def test_odd_headers(patient: FakeServer, extra: dict[str, str]) -> None:
+    """Headers that nobody should send are ignored, or the request is refused; neither is a failure of the server."""
+    reply = ask_raw(patient.port, post(body(), **{name.replace("-", "_"): value for name, value in extra.items()}))
+    assert reply.status in (200, 400)
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "+5", "0x10", "5, 5", "1e3", ""])
+def test_content_length_that_is_no_number(patient: FakeServer, length: str) -> None:
+    """A length that two servers could read differently is no HTTP."""
+    reply = ask_raw(patient.port, head(Content_Type="application/json", Content_Length=length) + b"{}")
+    assert (reply.status, reply.code) == (400, "invalid_http")
+
+
 def test_content_encoding(patient: FakeServer) -> None:
     """A compressed body is not unpacked: it could be a bomb."""
     reply = ask_raw(patient.port, post(body(), Content_Encoding="gzip"))
