@@ -175,6 +175,8 @@ class Canary:
             ("reason",),
             registry=registry,
         )
+        for reason in ("busy", "not_ready"):
+            self._skipped.labels(reason)  # from 0 on, since Prometheus does not see the first step of a new series
 
     def start(self) -> None:
         """Begin with a run."""
