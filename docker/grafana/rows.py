@@ -292,22 +292,20 @@ SERVICE = Row(
                 q("sum(rate(steering_audit_failures_total{HERE}[$__rate_interval]))", "failures"),
             ),
             unit="cps",
+            width=6,
         ),
         Panel(
             title="Bundles loaded and unloaded",
-            text="While running, by whoever may administer.",
-            queries=(
-                q(
-                    "sum by (action, result) (increase(steering_bundle_loads_total{HERE}[1h]))",
-                    "{{action}}: {{result}}",
-                ),
-            ),
+            text="While running, since the start.",
+            queries=(q("sum by (action, result) (steering_bundle_loads_total{HERE})", "{{action}}: {{result}}"),),
+            width=6,
         ),
         Panel(
             title="Bundles",
             text="Loaded now.",
             queries=(q("count by (bundle, version, transferred) (steering_bundle_info{HERE} == 1)"),),
             kind="table",
+            width=7,
             renamed=(("Value", "servers"),),
         ),
         Panel(
@@ -315,6 +313,7 @@ SERVICE = Row(
             text="Running now.",
             queries=(q("count by (version, vllm) (steering_build_info{HERE})"),),
             kind="table",
+            width=5,
             renamed=(("Value", "servers"),),
         ),
     ),
