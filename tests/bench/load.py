@@ -31,7 +31,7 @@ STREAMS = (1, 32, 200)
 TOKENS = 16
 PACE = {1: 0.02, 32: 0.02, 200: 0.05}
 """Seconds a token of the scripted engine: 50 and 20 tokens a second, as engines give them at so many streams."""
-SECONDS, WARM_UP, TURNS = 9, 2.0, 2
+SECONDS, WARM_UP, TURNS = 6, 1.5, 2
 GOAL = {"p50": 3.0, "p99": 15.0}
 """Milliseconds that the gateway may add over the scripted engine."""
 
