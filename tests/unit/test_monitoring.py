@@ -5,23 +5,15 @@ Prometheus' own tool checks the rules and runs their tests, where it is installe
 
 from __future__ import annotations
 
-import functools
-import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from tests.monitored import asked, counted
+from tests.monitored import GRAFANA, ROOT, RULES, asked, counted, dashboard, every_expression, panels, rules
 
-ROOT = Path(__file__).resolve().parents[2]
-RULES = ROOT / "docker" / "prometheus"
-GRAFANA = ROOT / "docker" / "grafana"
 UNITS = {"short", "percentunit", "s", "reqps", "cps"}
 OWN_LABELS = {"instance", "job", "le"}
 """Labels that Prometheus adds."""
@@ -30,35 +22,6 @@ pytestmark = pytest.mark.skipif(not RULES.is_dir(), reason="needs a checkout: th
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus, or unpack its package"
 )
-
-
-def rules(name: str) -> list[dict[str, Any]]:
-    """The rules of one file."""
-    loaded = yaml.safe_load((RULES / name).read_text(encoding="utf-8"))
-    return [rule for group in loaded["groups"] for rule in group["rules"]]
-
-
-@functools.cache
-def dashboard() -> dict[str, Any]:
-    """The dashboard as Grafana is given it."""
-    loaded: dict[str, Any] = json.loads((GRAFANA / "dashboards" / "trimtab.json").read_text(encoding="utf-8"))
-    return loaded
-
-
-def panels() -> list[dict[str, Any]]:
-    """Its panels, without the headings."""
-    return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
-
-
-def expressions() -> Iterator[tuple[str, str]]:
-    """Every query of ours, with where it is."""
-    for rule in rules("recording.yaml"):
-        yield rule["record"], rule["expr"]
-    for rule in rules("alerts.yaml"):
-        yield rule["alert"], rule["expr"]
-    for panel in panels():
-        for target in panel["targets"]:
-            yield panel["title"], target["expr"]
 
 
 def promtool(*arguments: str) -> str:
@@ -100,12 +63,12 @@ def test_every_alert_says_what_to_do() -> None:
 async def test_what_is_asked_for_is_counted() -> None:
     """Every series of every query is one that the gateway exports or a rule records, with the labels it is asked by.
 
-    VLLM's own are held against a real engine in `tests/integration/test_gateway.py`.
+    VLLM's own are held against a real engine in `tests/integration/test_gateway_monitoring.py`.
     """
     # A recorded series begins with the labels that it has.
     recorded = {rule["record"]: set(rule["record"].split(":")[0].split("_")) for rule in rules("recording.yaml")}
     known = {**await counted(), **recorded}
-    for where, expression in expressions():
+    for where, expression in every_expression():
         for series, labels in asked(expression):
             if not series.startswith(("vllm:", "process_")):
                 assert series in known, f"{where}: nobody counts {series}"
