@@ -51,6 +51,11 @@ def check_permitted_to_probe(caller: Caller, generation: Generation, resolution:
         _check_profile(caller, resolution, catalog)
 
 
+def profiles_of(caller: Caller, catalog: Catalog) -> list[str]:
+    """Names of the profiles that a caller may ask for."""
+    return [name for name in catalog.profile_names if _may_name(caller, name, catalog)]
+
+
 def require(caller: Caller, permission: Permission, what: str, *, parameter: str | None = None) -> None:
     """Refuse a caller that lacks a permission.
 
@@ -112,6 +117,14 @@ def _check_names(caller: Caller, spec: SteeringSpec, resolution: Resolution, cat
     if spec.category is not None and spec.category != AUTO_CATEGORY:
         named = (spec.category,) if isinstance(spec.category, str) else spec.category
         _check_categories(caller, named)
+
+
+def _may_name(caller: Caller, name: str, catalog: Catalog) -> bool:
+    bundle, profile = catalog.profile(name)
+    if (bundle, profile) == catalog.default:
+        return True
+    is_listed = caller.profiles is None or any(_is_it(each, bundle, profile, catalog) for each in caller.profiles)
+    return is_listed and Permission.USE in caller.permissions
 
 
 def _check_profile(caller: Caller, resolution: Resolution, catalog: Catalog) -> None:

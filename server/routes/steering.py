@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.access.caller import Caller
+from server.access.permissions import profiles_of
 from server.answers import JsonAnswer
 from server.body import read_json_body, unless_disconnected
 from server.catalog import BundleView, GateView
@@ -69,7 +70,7 @@ async def describe_steering(request: Request, gateway: GatewayDep) -> Response:
             "has_gate": has_gate,
             "profiles": list(catalog.profile_names),
             "bundles": [{**_bundle(bundle), "signature": gateway.signature_state} for bundle in catalog.bundles],
-            "key": _key(caller, catalog.profile_names),
+            "key": _key(caller, profiles_of(caller, catalog)),
             "limits": _limits(gateway),
         }
     )
@@ -79,7 +80,7 @@ def _key(caller: Caller, profiles: Sequence[str]) -> dict[str, Any]:
     return {
         "id": caller.key_id,
         "permissions": sorted(permission.value for permission in caller.permissions),
-        "profiles": [name for name in profiles if caller.profiles is None or name in caller.profiles],
+        "profiles": list(profiles),
         "categories": None if caller.categories is None else sorted(caller.categories),
         "strength": None if caller.strength is None else {"minimum": caller.strength[0], "maximum": caller.strength[1]},
         "limits": dataclasses.asdict(caller.allowance),

@@ -118,6 +118,24 @@ async def test_a_key_opens_what_it_may(keyed: Spoken) -> None:
     assert 'steering_rejections_total{reason="profile"} 1.0' in told
 
 
+async def test_a_key_is_told_which_profiles_it_may_ask_for(keyed: Spoken, keys: Path) -> None:
+    """The default always, others where they are listed, by short name or long, and may be named at all."""
+    write_keys(
+        keys,
+        record("plain", profiles="*"),
+        record("user", permissions=["steer:use"], profiles=["gated-bundle/manual"]),
+        record("relax", permissions=["steer:use"], profiles=["nowhere"]),
+    )
+    ring = keyed.gateway.admission._keys
+    assert ring is not None
+    ring._looked -= 2
+    told = {}
+    for name in ("plain", "user", "relax"):
+        answer = await keyed.client.get("/v1/steering", headers=bearer_of(name))
+        told[name] = answer.json()["key"]["profiles"]
+    assert told == {"plain": ["refusal-control"], "user": ["refusal-control", "manual"], "relax": ["refusal-control"]}
+
+
 async def test_administration_wants_its_own_permission(keyed: Spoken) -> None:
     """A key that may lower refusals may not load bundles."""
     assert (await keyed.admin.get("/admin/bundles", headers=bearer_of("operator"))).status_code == 200
