@@ -39,7 +39,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile docker/Dockerfile.cpu
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
-	$(BIN)/kubernetes-validate --strict --quiet docker/kubernetes/*.yaml
+	$(BIN)/kubernetes-validate --strict --quiet docker/kubernetes/*.yaml docker/kubernetes/*/*.yaml
 	$(BIN)/shellcheck .ci/run
 
 bench: $(STAMP)

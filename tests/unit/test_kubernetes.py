@@ -27,7 +27,7 @@ def manifests() -> dict[str, dict[str, Any]]:
     """Every manifest by its kind."""
     loaded = [
         manifest
-        for path in sorted(FOLDER.glob("*.yaml"))
+        for path in sorted(FOLDER.rglob("*.yaml"))
         for manifest in yaml.safe_load_all(path.read_text(encoding="utf-8"))
     ]
     kinds = {manifest["kind"]: manifest for manifest in loaded}
