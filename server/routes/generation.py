@@ -59,7 +59,7 @@ async def answer(request: Request, parse: Callable[[bytes], Asked]) -> Response:
         )
     with facts.stages.timed(Stage.PARSE):
         asked = parse(body)
-    with facts.stages.timed(Stage.RESOLVE):
+    with facts.stages.timed(Stage.RESOLVE), _in_words_of(asked):
         parts = [Part(each, gateway.service.resolve(each, caller)) for each in asked.generations]
     first = parts[0].resolution
     facts.profile, facts.decision = first.profile.name, first.mode.value
@@ -87,7 +87,7 @@ async def answer(request: Request, parse: Callable[[bytes], Asked]) -> Response:
 
 @contextmanager
 def _in_words_of(asked: Asked) -> Iterator[None]:
-    """The engine speaks of a chat's fields; what it finds at fault is told by the endpoint's own names."""
+    """Service and engine speak of a chat's fields; what they find at fault is told by the endpoint's own names."""
     try:
         yield
     except CallerError as error:
