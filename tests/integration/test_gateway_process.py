@@ -13,7 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.integration.serving import MODEL, serving
+from tests.integration.serving import MODEL, START_PATIENCE, serving
+from tests.unit.engine.test_parent import lives
 
 
 def refused(*arguments: str) -> str:
@@ -44,7 +45,7 @@ FORBIDDEN = {
 }
 PARSE_EACH = """
 import json, pathlib, sys
-from server.vllm_engine import parse_options
+from server.vllm_options import parse_options
 from steering.engine.compat import set_environment
 from steering.errors import UnsupportedConfiguration
 set_environment()
@@ -164,25 +165,78 @@ def test_sigterm_lets_streams_finish(tiny_arguments: tuple[str, ...]) -> None:
     assert sum('"finish_reason":"length"' in line for line in lines) == 8
 
 
-def test_death_of_the_engine_is_told(tiny_arguments: tuple[str, ...]) -> None:
-    """A killed engine process turns every state and request to 503 and cuts streams with a frame."""
+def test_death_of_the_engine_ends_the_server(tiny_arguments: tuple[str, ...]) -> None:
+    """A killed engine process turns every state and request to 503 and cuts streams with a frame; then the server ends
+    with an error, so that whatever started it starts it again.
+    """
     body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 450, "ignore_eos": True}
-    with serving(*tiny_arguments) as server:
-        found = subprocess.run(
-            ["ps", "--ppid", str(server.process.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True
-        )
-        (engine,) = [line.split()[0] for line in found.stdout.splitlines() if "EngineCore" in line]
+    with serving(*tiny_arguments, TRIMTAB_DEATH_DELAY="8") as server:
+        (engine,) = engines_of(server.process.pid)
         with httpx.stream(
             "POST", f"{server.url}/v1/chat/completions", json={**body, "stream": True, "n": 8}, timeout=60
         ) as response:
             lines = response.iter_lines()
             next(lines)
-            os.kill(int(engine), signal.SIGKILL)
+            os.kill(engine, signal.SIGKILL)
             rest = [line for line in lines if line]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["type"] == "server_error"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 5
         while httpx.get(f"{server.url}/readyz").status_code != 503:
             assert time.monotonic() < deadline
-            time.sleep(0.2)
+            time.sleep(0.1)
         assert httpx.get(f"{server.url}/livez").status_code == 503
         assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 503
+        assert server.process.wait(timeout=60) == 1
+
+
+def test_the_engine_does_not_outlive_a_server_that_is_killed(tiny_arguments: tuple[str, ...]) -> None:
+    """SIGKILL tells nobody, in mid-answer least of all; the engine's process, with the device it holds, ends soon."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 450, "ignore_eos": True}
+    with serving(*tiny_arguments) as server:
+        engines = engines_of(server.process.pid)
+        assert engines
+        with httpx.stream(
+            "POST", f"{server.url}/v1/chat/completions", json={**body, "stream": True, "n": 8}, timeout=60
+        ) as response:
+            next(response.iter_lines())
+            server.process.kill()
+            server.process.wait()
+            deadline = time.monotonic() + 10
+            while any(map(lives, engines)):
+                assert time.monotonic() < deadline, "the engine outlives its server"
+                time.sleep(0.1)
+
+
+def test_told_to_end_while_loading_it_ends(tiny_arguments: tuple[str, ...]) -> None:
+    """Cleanly, at once, and with the engine that was just being made."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--admin-port", "0", *tiny_arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + START_PATIENCE
+        while not (engines := engines_of(process.pid)):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, told
+        assert "Ready" not in told
+        deadline = time.monotonic() + 10
+        while any(map(lives, engines)):
+            assert time.monotonic() < deadline, "the engine outlives its server"
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def engines_of(process: int) -> list[int]:
+    """Processes of engines that a server has started."""
+    found = subprocess.run(
+        ["ps", "--ppid", str(process), "-o", "pid=,args="], capture_output=True, text=True, check=False
+    )
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "EngineCore" in line]
