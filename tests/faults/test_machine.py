@@ -6,6 +6,7 @@ In this process, over ASGI, where the machine can be taken away from under it.
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -64,6 +65,12 @@ async def test_log_cannot_be_written(client: httpx.AsyncClient, monkeypatch: pyt
         def flush(self) -> None:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys, "stderr", Full())
-    assert (await client.post(CHAT, json=chat("hi"))).status_code == 200
-    assert (await client.post(CHAT, json=chat("#fail"))).status_code == 500
+    monkeypatch.setattr(sys, "stderr", Full())  # where logging itself complains
+    log, handler = logging.getLogger("trimtab"), logging.StreamHandler(Full())
+    monkeypatch.setattr(log, "level", logging.INFO)
+    log.addHandler(handler)
+    try:
+        assert (await client.post(CHAT, json=chat("hi"))).status_code == 200
+        assert (await client.post(CHAT, json=chat("#fail"))).status_code == 500
+    finally:
+        log.removeHandler(handler)
