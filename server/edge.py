@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.access.caller import Caller
 from server.observe.events import Ended
 from server.observe.ledger import Ledger
-from server.observe.log import FACTS, as_text, facts_of
+from server.observe.log import FACTS, Line, facts_of
 from server.observe.metrics import NONE, Metrics, flag
 from server.observe.stages import Stages
 from server.observe.trace_context import trace_headers, trace_id_of
@@ -156,7 +156,7 @@ class Edge:
         trace.end(facts.request_id, facts.status, facts.error, event)
         if _log.isEnabledFor(logging.INFO):
             told = self._told(scope, facts, endpoint, seconds, event)
-            _log.info("%s", as_text(told), extra={FACTS: told})
+            _log.info("%s", Line(told), extra={FACTS: told})
 
     def _told(self, scope: Scope, facts: Facts, endpoint: str, seconds: float, event: Ended | None) -> dict[str, Any]:
         """What the line of a request tells; never what was asked or answered."""

@@ -190,8 +190,9 @@ async def _serve(
 
     set_environment()
     defaults = dict(order.defaults)
-    if settings.otlp_endpoint is not None:  # vLLM's spans go below those of the gateway
+    if settings.otlp_endpoint is not None:  # vLLM's spans go below those of the gateway, under the same name
         defaults["otlp_traces_endpoint"] = settings.otlp_endpoint
+        os.environ.setdefault("OTEL_SERVICE_NAME", "trimtab")
     arguments = parse_options(order.model, order.name, order.options, defaults)
     chosen: dict[str, Any] = {"layers": order.layers, "check_finite": order.check_finite}
     async with started(arguments, order.bundles, **chosen) as engine:

@@ -255,7 +255,10 @@ class Canary:
         }
         prompt = {"model": self._model, "messages": fields["messages"]}
         generation = Generation(model=self._model, spec=spec, fields=fields, prompt_fields=prompt)
-        ticket = Ticket(request_id=f"canary-{secrets.token_hex(12)}", caller=LOCAL, is_internal=True)
+        # A trace that is marked as not sampled, so that the engine makes no spans of what is no traffic.
+        trace = {"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"}
+        name = f"canary-{secrets.token_hex(12)}"
+        ticket = Ticket(request_id=name, caller=LOCAL, is_internal=True, trace=trace)
         self._own += 1
         try:
             resolution = self._service.resolve(generation, LOCAL)

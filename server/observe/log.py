@@ -71,10 +71,16 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=True, separators=(",", ":"), default=str)
 
 
-def as_text(facts: dict[str, Any]) -> str:
-    """The facts of a line as `name=value`; those that are not known are left out."""
-    said = (f"{name}={_plain(value)}" for name, value in facts.items() if name != "event" and value is not None)
-    return f"{facts['event']} {' '.join(said)}"
+class Line:
+    """The facts of a line, which become text only where text is written; `event` comes first."""
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+    def __str__(self) -> str:
+        """As `name=value`; those that are not known are left out."""
+        known = {name: value for name, value in self.facts.items() if name != "event" and value is not None}
+        return " ".join([str(self.facts["event"]), *(f"{name}={_plain(value)}" for name, value in known.items())])
 
 
 def facts_of(event: Ended, *, has_scores: bool) -> dict[str, Any]:
