@@ -196,17 +196,25 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def loss_statements(report: Mapping[str, Any]) -> list[str]:
-    """For each set of reference answers, whether auto changes their loss beyond noise."""
+    """Whether auto changes the loss of its own answers to plain prompts, and of reference answers, beyond noise."""
     told = []
+    own = ((report.get("ability") or {}).get(AUTO) or {}).get("pooled", {}).get("loss_change")
+    if own:
+        told.append(
+            f"loss of the model's own answers to plain prompts under auto: {_told(own)}, {own['mean']:+.3f} "
+            f"[{own['low']:+.3f}, {own['high']:+.3f}] nats a token, n={own['n']}"
+        )
     for name, found in (report.get("reference_loss") or {}).items():
         change = found["change"]
-        low, high = change["low"], change["high"]
-        what = "within noise" if low <= 0 <= high else "worse" if low > 0 else "better"
         told.append(
-            f"loss of reference answers of {name} under auto: {what}, {found['unsteered']['mean']:.3f} "
-            f"{change['mean']:+.3f} [{low:+.3f}, {high:+.3f}] nats a token, n={change['n']}"
+            f"loss of reference answers of {name} under auto: {_told(change)}, {found['unsteered']['mean']:.3f} "
+            f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}] nats a token, n={change['n']}"
         )
     return told
+
+
+def _told(change: Mapping[str, float]) -> str:
+    return "within noise" if change["low"] <= 0 <= change["high"] else "worse" if change["low"] > 0 else "better"
 
 
 def _points(claim: Mapping[str, Any]) -> str:

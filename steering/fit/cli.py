@@ -72,7 +72,7 @@ def control(
     data: Annotated[Path | None, typer.Option(help="Data directory; else $TRIMTAB_DATA, else a cache.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder of stage results; else <user cache>/trimtab/fit.")] = None,
     name: Annotated[str, typer.Option(help="Name of the bundle.")] = "trimtab-demo",
-    version: Annotated[str, typer.Option(help="Version of the bundle.")] = "2",
+    version: Annotated[str, typer.Option(help="Version of the bundle.")] = "3",
     *,
     layer: Annotated[int | None, typer.Option(help="Layer of probe and edits; else chosen, or the paper's.")] = None,
     fpr: Annotated[
@@ -80,7 +80,11 @@ def control(
     ] = None,
     safety_margin: Annotated[
         float | None,
-        typer.Option(help="Share of prompts to refuse that the gate may refuse less; 0.", min=0.0, max=1.0),
+        typer.Option(help="Share of prompts to refuse that the gate may refuse less; 0.015.", min=0.0, max=1.0),
+    ] = None,
+    plain_missed: Annotated[
+        float | None,
+        typer.Option(help="Share of plain prompts that may be taken for others; 0.01.", min=0.0, max=1.0),
     ] = None,
     covariance: Annotated[CovarianceName | None, typer.Option(help="Of the low-rank basis; paper.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Coordinates a direction keeps; 200 unless told.", min=1)] = None,
@@ -109,6 +113,7 @@ def control(
         layer=layer,
         false_positive_rate=fpr,
         safety_margin=safety_margin,
+        plain_missed=plain_missed,
         covariance=None if covariance is None else Covariance(covariance),
         top_k=top_k,
         batch=batch,

@@ -16,7 +16,7 @@ from steering.fit.ability import ANSWER_TOKENS, fed
 from steering.fit.arms import ANSWERED, Codes
 from steering.fit.control import Fit
 from steering.fit.families import BENIGN_REFUSAL, CATEGORY, NULL_SPACE, POOLED, RANDOM_CATEGORY, REPOSITION, Family
-from steering.fit.gating import Readings, evidence_of, family_codes, gated
+from steering.fit.gating import Readings, edited_plain, evidence_of, family_codes, gated
 from steering.fit.openings import Openings
 from steering.fit.probes import Array
 from steering.fit.prompts import GROUP_KINDS, Kind, Prompts
@@ -59,7 +59,8 @@ def compare_stage(
 
     def make() -> dict[str, Any]:
         codes = {key: np.asarray(value.numpy()) for key, value in fit.tensors("gate").items()}
-        trial = _Trial(fit, openings, calibrating, readings, families, edits, codes)
+        youden = float(gates["youden"])
+        trial = _Trial(fit, openings, calibrating, readings, families, edits, codes, youden)
         best = Setup(CATEGORY, CATEGORY)
         rounds: list[dict[str, Any]] = []
         for source in COMPLY_SOURCES[1:]:
@@ -82,16 +83,16 @@ def compare_stage(
         if unspared is not None:
             members = {key: families[key] for key in {best.comply, best.refuse}}
             other = family_codes(fit, openings, calibrating.ids, unspared, members, edits)
-            rival = _Trial(fit, openings, calibrating, unspared, families, edits, other).judge(
+            rival = _Trial(fit, openings, calibrating, unspared, families, edits, other, youden).judge(
                 best._replace(is_graded=False)
             )
             rounds.append(
                 {
                     "what": "plain prompts",
-                    "kept": "told by the head and not steered to comply",
+                    "kept": "told by the head and left alone",
                     "lost": "steered like all others, as in P1",
                     "rates": {
-                        "told by the head and not steered to comply": _rates(trial.judge(best)),
+                        "told by the head and left alone": _rates(trial.judge(best)),
                         "steered like all others, as in P1": _rates(rival),
                     },
                 }
@@ -126,12 +127,17 @@ def compare_stage(
 
 
 class Plain(NamedTuple):
-    """What a gate costs plain prompts: nats that it adds to the next-token loss of given answers, and the share of
-    tokens of those answers at which the most likely next token stays the same.
+    """What a gate costs plain prompts.
+
+    Attributes:
+        plain_loss_added: nats that it adds to the next-token loss of given answers.
+        plain_tokens_unchanged: share of tokens of those answers at which the most likely next token stays the same.
+        plain_edited: share of prompts that it edits, of the group of which it edits most.
     """
 
     plain_loss_added: float
     plain_tokens_unchanged: float
+    plain_edited: float
 
 
 class _Result(NamedTuple):
@@ -156,9 +162,10 @@ class _Trial:
         families: Mapping[str, Family],
         edits: Mapping[str, Edit],
         codes: Mapping[str, Codes],
+        youden: float,
     ) -> None:
         self.fit, self.openings, self.prompts, self.readings = fit, openings, prompts, readings
-        self.families, self.edits, self.codes = families, edits, codes
+        self.families, self.edits, self.codes, self.youden = families, edits, codes, youden
         able = [
             index
             for index, prompt in enumerate(prompts.items)
@@ -219,6 +226,7 @@ class _Trial:
                 evidence.rates(0.0, 1.0),
                 safety_margin=self.fit.settings.safety_margin,
                 plain_margin=self.fit.settings.plain_margin,
+                refuse_near=self.youden,
             )
         codes = gated(probability, unsteered, comply, refuse, choice.comply_below, choice.refuse_above)
         return choice, codes
@@ -272,7 +280,10 @@ class _Trial:
         strengths = torch.from_numpy(shares[self.plain]).to(torch.float32)
         found = fed(self.fit.loaded, self.answered, each, strengths)
         unchanged = (found.greedy == self.unsteered.greedy).float().mean() if self.answered else torch.ones(())
-        return Plain(found.loss - self.unsteered.loss, float(unchanged))
+        shares_edited = edited_plain(
+            self.fit, self.prompts, self.readings, setup.comply, family, choice.comply_below, choice.refuse_above
+        )
+        return Plain(found.loss - self.unsteered.loss, float(unchanged), max(shares_edited.values(), default=0.0))
 
 
 def graded_shares(probability: Array, comply_below: float, refuse_above: float) -> Array:

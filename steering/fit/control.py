@@ -71,10 +71,14 @@ class Settings:
         held: prompts of a held plain, political or attack set at most, evenly spaced.
         held_contested: the same for sets of prompts that look harmful or are.
         penalty, head_penalty: scikit-learn's C of the probe and of the category head.
-        tells_plain: the category head also tells plain prompts, which the gate then does not steer to comply.
+        head_weights: source of fit prompts to a factor on its weight in the category head: everyday instructions are
+            the plain prompts that look most like others.
+        tells_plain: the category head also tells plain prompts, which the gate then leaves alone.
+        plain_missed: share of a group of plain calibration prompts that the head may tell as a category to refuse.
         weights: group of fit prompts to a factor on its weight; see `steering.fit.prompts`.
         false_positive_rate: of the probe's second operating point.
-        safety_margin: share of prompts to refuse that the gate may refuse less than the model alone.
+        safety_margin: share of prompts to refuse that the gate may refuse less than the model alone; without any the
+            choice of thresholds hangs on single calibration prompts.
         plain_margin: share of plain prompts that the gate may leave unanswered more than the model alone.
         threshold: a hard sign at this probability on both sides instead of chosen thresholds.
         doses: fixed lengths of the refuse and the comply edits instead of chosen ones.
@@ -114,12 +118,16 @@ class Settings:
     held_contested: int = 2000
     penalty: float = 0.02
     head_penalty: float = 0.05
+    head_weights: Mapping[str, float] = field(
+        default_factory=lambda: {"cast_conditions/harmless": 4.0, "templates/everyday instruction": 4.0}
+    )
     tells_plain: bool = True
+    plain_missed: float = 0.01
     weights: Mapping[str, float] = field(
         default_factory=lambda: {"coconot/eval": 6.0, "coconot/pref": 6.0, "or_bench_borderline/all": 3.0, "plain": 0.2}
     )
     false_positive_rate: float = 0.05
-    safety_margin: float = 0.0
+    safety_margin: float = 0.015
     plain_margin: float = 0.0
     threshold: float | None = None
     doses: tuple[float, float] | None = None

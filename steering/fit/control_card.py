@@ -8,6 +8,8 @@ from typing import Any
 
 from steering.bundle import Bundle
 
+PLAIN_GROUPS = ("plain", "everyday")
+
 
 def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
     """CARD.md."""
@@ -52,6 +54,7 @@ def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
                 else ""
             ),
         ),
+        *_plain(head, compared),
         "| operating point | threshold | true positives | false positives |",
         "|---|---|---|---|",
         *(
@@ -110,6 +113,32 @@ def _held(held: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _plain(head: Mapping[str, Any], compared: Mapping[str, Any]) -> list[str]:
+    """What the head makes of plain prompts; nothing where it does not tell them."""
+    told = head.get("plain")
+    if not told:
+        return []
+    groups = told["groups"]
+    plain = ", ".join(
+        f"{name} {100 * groups[name]['told before']:.1f} → {100 * groups[name]['told']:.1f} % of {groups[name]['n']}"
+        for name in PLAIN_GROUPS
+        if name in groups
+    )
+    lost = ", ".join(
+        f"{name} {100 * row['told before']:.1f} → {100 * row['told']:.1f} %"
+        for name, row in groups.items()
+        if name not in PLAIN_GROUPS
+    )
+    return _paragraph(
+        "Prompts that it tells as plain are left alone on either side. Its plain class had its bias raised by",
+        f"{told['bias_raised']:.2f}, so that of a group of plain calibration prompts at most",
+        f"{100 * told['missed_at_most']:g} % is told as another category: {plain}. That also leaves alone, of other",
+        f"prompts: {lost}. The default profile edits at most {100 * compared['plain_edited']:.1f} % of a group of",
+        "plain calibration prompts. Everyday ones are kept from the fit by their text, of a part that may be trained",
+        "on: the demo model has seen them.",
+    )
+
+
 def _response(found: Mapping[str, Any]) -> list[str]:
     if "skipped" in found:
         return ["## The response probe", "", *_paragraph(f"None: {found['skipped']}.")]
@@ -140,6 +169,8 @@ def _compared(entry: Mapping[str, Any]) -> str:
         text = f"{name}: over-refusal {100 * rates['rates']['over']:.1f}, refusal {100 * rates['rates']['refuse']:.1f}"
         if "plain_loss_added" in rates:
             text += f", loss of plain answers {rates['plain_loss_added']:+.2f}"
+        if "plain_edited" in rates:
+            text += f", plain prompts edited {100 * rates['plain_edited']:.1f}"
         return text
 
     return f"| {entry['what']} | {cell(entry['kept'])} | {cell(entry['lost'])} |"

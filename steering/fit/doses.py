@@ -81,7 +81,7 @@ class Trials:
 def trials_of(fit: Fit, openings: Openings, prompts: Prompts) -> Trials:
     """At most `calibration` prompts of each kind."""
     most = fit.settings.calibration
-    plain = [prompts.items[index] for index in prompts.where(Kind.PLAIN)]
+    plain = [prompt for prompt in prompts.items if prompt.group == "plain"]
     borderline = [prompt.ids for prompt in prompts.items if prompt.group == "borderline"][:most]
     harmful = [prompt.ids for prompt in prompts.items if prompt.group == "harmful"][:most]
     own = {

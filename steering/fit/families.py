@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.fit.categories import PLAIN
 from steering.fit.control import Fit, Variant
 from steering.fit.directions import random_direction, unit
 from steering.fit.doses import Recipe, added
@@ -132,21 +131,17 @@ class Family:
 def families_of(fit: Fit, usable: Mapping[str, Edit]) -> dict[str, Family]:
     """The families whose edits were certified.
 
-    Plain prompts, where the head tells them, get the default category's edit to refuse, since an attack may look plain,
-    and none to comply.
+    Plain prompts, where the head tells them, have an edit on neither side: the gate leaves them alone.
     """
     names = fit.categories
     turned = {name: names[(place + 1) % len(names)] for place, name in enumerate(names)}
 
     def by_category(purpose: str, prefix: str = "", of: Callable[[str], str] = str) -> dict[str, str]:
         found = {name: edit_name(purpose, of(name), prefix) for name in names}
-        if purpose == "refuse" and PLAIN in fit.head_categories:
-            found[PLAIN] = edit_name(purpose, of(fit.settings.default_category), prefix)
         return {name: key for name, key in found.items() if key in usable}
 
     def same(key: str) -> dict[str, str]:
-        told = fit.head_categories if "refuse" in key else names
-        return dict.fromkeys(told, key) if key in usable else {}
+        return dict.fromkeys(names, key) if key in usable else {}
 
     found = {
         CATEGORY: Family(refuse=by_category("refuse"), comply=by_category("comply")),

@@ -20,8 +20,17 @@ from steering.fit.control import Fit
 from steering.fit.families import CATEGORY, P1, RANDOM, RANDOM_CATEGORY, Family
 from steering.fit.openings import Openings
 from steering.fit.probes import Array
-from steering.fit.prompts import GROUP_KINDS, Prompts
-from steering.fit.thresholds import Choice, Evidence, choose, frontier, hard_sign, threshold_curve
+from steering.fit.prompts import GROUP_KINDS, Kind, Prompts
+from steering.fit.thresholds import (
+    NEVER_COMPLY,
+    NEVER_REFUSE,
+    Choice,
+    Evidence,
+    choose,
+    frontier,
+    hard_sign,
+    threshold_curve,
+)
 from steering.terms import Edit
 
 Categories = NDArray[np.int64]
@@ -99,6 +108,24 @@ def evidence_of(prompts: Prompts, probability: Array, unsteered: Codes, comply: 
     )
 
 
+def edited_plain(
+    fit: Fit, prompts: Prompts, readings: Readings, name: str, family: Family, low: float, high: float
+) -> dict[str, float]:
+    """By group of plain prompts the share of them that a gate with these thresholds edits, on either side.
+
+    Args:
+        name: of the family, which says where its categories come from.
+    """
+    told = [fit.head_categories[place] for place in readings.categories(name)]
+    has_refuse = np.array([category in family.refuse for category in told], dtype=bool)
+    has_comply = np.array([category in family.comply for category in told], dtype=bool)
+    refuses = (readings.probability >= high) & (high < NEVER_REFUSE)
+    edited = np.where(refuses, has_refuse, (readings.probability <= low) & (low > NEVER_COMPLY) & has_comply)
+    groups = prompts.groups
+    plain = [group for group, kind in GROUP_KINDS.items() if kind == Kind.PLAIN and (groups == group).any()]
+    return {group: float(edited[groups == group].mean()) for group in plain}
+
+
 def gate_stage(
     fit: Fit,
     openings: Openings,
@@ -131,26 +158,34 @@ def gate_stage(
                 chosen, how = hard_sign(youden, evidence), "the probe's Youden point, as in P1: no neutral band"
             else:
                 margins = fit.settings.safety_margin, fit.settings.plain_margin
-                chosen = choose(curve, unsteered, safety_margin=margins[0], plain_margin=margins[1])
-                how = "least over-refusal within the margins of refusals and of plain answers"
+                chosen = choose(curve, unsteered, safety_margin=margins[0], plain_margin=margins[1], refuse_near=youden)
+                how = (
+                    "least over-refusal within the margins of refusals and of plain answers; of thresholds as good, "
+                    "those that refuse most, from about the probe's Youden point on"
+                )
             result[name] = {
                 "chosen": chosen.to_json(),
                 "how": how,
                 "unsteered": {kind: round(rate, 4) for kind, rate in unsteered.items()},
                 "hard_sign": hard_sign(youden, evidence).to_json(),
+                "plain_edited": edited_plain(
+                    fit, calibrating, readings, name, families[name], chosen.comply_below, chosen.refuse_above
+                ),
                 "frontier": [choice.to_json() for choice in frontier(curve)],
             }
             rates = chosen.rates
             fit.say(
                 f"  {name}: comply below {chosen.comply_below:.3f}, refuse above {chosen.refuse_above:.3f}; "
                 f"over-refusal {unsteered['over']:.3f} to {rates['over']:.3f}, refusal {unsteered['refuse']:.3f} to "
-                f"{rates['refuse']:.3f}"
+                f"{rates['refuse']:.3f}; edits of plain prompts "
+                + ", ".join(f"{group} {share:.3f}" for group, share in result[name]["plain_edited"].items())
             )
         agreement = None
         if readings.tokens is not None:
             agreement = float((readings.tokens == readings.head).mean())
         return {
             "families": result,
+            "youden": youden,
             "category_sources_agree": agreement,
             "groups": {group: int((calibrating.groups == group).sum()) for group in GROUP_KINDS},
             "tensors": {key: torch.from_numpy(value) for key, value in codes.items()},

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from steering.errors import OperatorError
 
+EDGE = 0.01
+"""By how much a score must be on the right side of another where no other prompt says: far more than float32 loses."""
+
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
@@ -191,6 +194,24 @@ def scaled_out_of_fold(scores: Array, is_refused: Mask, weights: Array, folds: i
         platt = fit_platt(scores[~held], is_refused[~held], weights[~held])
         result[held] = probability(platt.slope * scores[held] + platt.offset)
     return result
+
+
+def bias_missing(margins: Array, most: float) -> float:
+    """What a class's bias must gain so that at most a share `most` of its own prompts is told as another class.
+
+    Halfway between the last margin that may be missed and the first that may not; negative where fewer are missed.
+
+    Args:
+        margins: [N], the class's score of each prompt less the best of the others.
+    """
+    if not len(margins):
+        return 0.0
+    ordered = np.sort(margins)
+    allowed = int(most * len(ordered) + 1e-9)
+    if allowed >= len(ordered):
+        return -float(ordered[-1])
+    below = ordered[allowed - 1] if allowed else ordered[0] - 2 * EDGE
+    return -float(below + ordered[allowed]) / 2
 
 
 def confusion(found: NDArray[np.int64], wanted: NDArray[np.int64], count: int) -> list[list[int]]:

@@ -23,6 +23,7 @@ from steering.fit.probes import (
     Point,
     at_false_positive_rate,
     balanced,
+    bias_missing,
     calibration,
     confusion,
     fit_categories,
@@ -53,15 +54,16 @@ class Calibrating(NamedTuple):
 
 
 def judged(prompts: Prompts, plain_weight: float) -> Calibrating:
-    """Every group of `GROUP_KINDS`; on a side each group weighs the same, plain prompts by their factor.
+    """Every group of `GROUP_KINDS`; on a side each group weighs the same, those of plain prompts by their factor.
 
     `contested` leaves plain prompts out: telling them from harmful ones is easy and says little of a probe.
     """
     groups = prompts.groups
     rows = np.flatnonzero(np.isin(groups, list(GROUP_KINDS)))
     is_refused = np.array([GROUP_KINDS[group] == Kind.REFUSE for group in groups[rows]], dtype=bool)
-    weights = balanced(groups[rows], is_refused, {"plain": plain_weight})
-    return Calibrating(rows, is_refused, weights, groups[rows] != "plain")
+    plain = [group for group, kind in GROUP_KINDS.items() if kind == Kind.PLAIN]
+    weights = balanced(groups[rows], is_refused, dict.fromkeys(plain, plain_weight))
+    return Calibrating(rows, is_refused, weights, ~np.isin(groups[rows], plain))
 
 
 def probe_stage(
@@ -140,18 +142,24 @@ def head_stage(
     """The multinomial head at the probe's layer: which category's edit a prompt would get.
 
     It sees prompts to refuse, those that look so, and plain ones; rare categories weigh more, by one over the root of
-    their size.
+    their size, and so do sources by their factor in the settings. The plain class then has its bias raised until it
+    misses few plain calibration prompts: what it misses may be edited, and what an edit does to a plain prompt is harm.
     """
 
     def make() -> dict[str, Any]:
         names = fit.head_categories
         rows, labels = _labelled(fitting, names)
         sizes = np.bincount(labels, minlength=len(names))
-        weights = 1.0 / np.sqrt(np.maximum(sizes[labels], 1))
+        factors = np.array([fit.settings.head_weights.get(source, 1.0) for source in fitting.sources[rows]])
+        weights = factors / np.sqrt(np.maximum(sizes[labels], 1))
         weights *= len(weights) / weights.sum()
         head = fit_categories(
             residuals.fitting.layer(layer)[rows], labels, weights, len(names), penalty=fit.settings.head_penalty
         )
+        told: dict[str, Any] | None = None
+        if fit.settings.tells_plain:
+            scores = head.scores(residuals.calibrating.layer(layer))
+            head, told = _telling_plain(head, scores, calibrating.groups, fit.settings.plain_missed)
         scores = head.scores(residuals.calibrating.layer(layer))
         chosen = scores.argmax(axis=1)
         judged_rows, wanted = _labelled(calibrating, names)
@@ -167,6 +175,7 @@ def head_stage(
                 np.mean([row[place] / sum(row) for place, row in enumerate(table) if sum(row)] or [0.0])
             ),
             "n": len(wanted),
+            "plain": told,
             "tensors": {
                 "weight": torch.from_numpy(head.weight),
                 "bias": torch.from_numpy(head.bias),
@@ -174,7 +183,7 @@ def head_stage(
             },
         }
 
-    return fit.stage("head", make, of=("head_penalty", "tells_plain"), after=after)
+    return fit.stage("head", make, of=("head_penalty", "head_weights", "tells_plain", "plain_missed"), after=after)
 
 
 def probe_of(fit: Fit, layer: int) -> Probe:
@@ -206,6 +215,33 @@ def _labelled(prompts: Prompts, names: Sequence[str]) -> tuple[NDArray[np.int64]
     found = [(index, names.index(name)) for index, name in enumerate(told) if name in names]
     rows, labels = zip(*found, strict=True) if found else ((), ())
     return np.array(rows, dtype=np.int64), np.array(labels, dtype=np.int64)
+
+
+def _telling_plain(head: Linear, scores: Array, groups: NDArray[np.str_], most: float) -> tuple[Linear, dict[str, Any]]:
+    """The head with the bias of its last class, the plain one, raised as little as its misses allow; and what it tells.
+
+    Args:
+        scores: [N, C] of calibration prompts.
+        most: share of the plain prompts of a group that may be told as another category.
+    """
+    margins = scores[:, -1] - scores[:, :-1].max(axis=1)
+    plain = [group for group, kind in GROUP_KINDS.items() if kind == Kind.PLAIN and (groups == group).any()]
+    raised = max([0.0, *(bias_missing(margins[groups == group], most) for group in plain)])
+    bias = head.bias.copy()
+    bias[-1] += raised
+    facts = {
+        "missed_at_most": most,
+        "bias_raised": raised,
+        "groups": {
+            str(group): {
+                "n": int((groups == group).sum()),
+                "told before": float((margins[groups == group] > 0.0).mean()),
+                "told": float((margins[groups == group] + raised > 0.0).mean()),
+            }
+            for group in np.unique(groups)
+        },
+    }
+    return Linear(head.weight, bias), facts
 
 
 def _scaled(linear: Linear, scores: Array, judges: Calibrating) -> tuple[Linear, dict[str, Any]]:

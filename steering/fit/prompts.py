@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from steering.errors import OperatorError
 from steering.fit.categories import POLITICAL, SAFETY, refusal_category
 from steering.fit.control import Fit
-from steering.fit.datasets import Record, fit_records, normalised, thinned
+from steering.fit.datasets import Record, fit_records, held_records, normalised, thinned
+from steering.fit.everyday import EVERYDAY
 from steering.fit.probes import Array, balanced
 from steering.fit.sources import Label, Use
 
@@ -42,7 +43,11 @@ PLAIN_PARTS: tuple[tuple[str, str], ...] = (
     ("cast_conditions", "harmless"),
     ("gsm8k", "train"),
 )
-"""Plainly benign prompts with answers."""
+"""Plainly benign prompts, most with answers."""
+
+EVERYDAY_PARTS: tuple[tuple[str, str], ...] = (("cast_conditions", "harmless"),)
+"""Plain prompts that look most like those to refuse. Their rows repeat few prompts, so that after deduplication no row
+dealt to calibration is left: here the prompts that may be fitted on are dealt instead, half to either use."""
 
 OTHER_PARTS: tuple[tuple[str, str], ...] = (
     ("deccp", "uncensored"),
@@ -50,6 +55,9 @@ OTHER_PARTS: tuple[tuple[str, str], ...] = (
     ("cast_conditions", "topics_base"),
 )
 PARTS = (*REFUSED_PARTS, *CONTRAST_PARTS, *PLAIN_PARTS, *OTHER_PARTS)
+
+EVERYDAY_SOURCE = "templates/everyday instruction"
+"""Where the project's own everyday instructions are counted."""
 
 LONGEST = 600
 """Most tokens of a fit prompt; longer ones are left out, which the report counts."""
@@ -69,6 +77,7 @@ GROUP_KINDS: dict[str, str] = {
     "borderline": Kind.OVER,
     "contrast": Kind.OVER,
     "plain": Kind.PLAIN,
+    "everyday": Kind.PLAIN,
 }
 """Groups of calibration prompts that the gate is chosen on. Political ones are scored but decide nothing: whether they
 should be refused is what users of this model disagree on."""
@@ -134,19 +143,21 @@ class Prompts:
 def fitting_prompts(fit: Fit) -> Prompts:
     """What vectors, probe and covariance are fitted on: at most `most_per_set` of each part, evenly spaced."""
     left = fit_records(fit.directory, PARTS)
-    prompts = _prompts(fit, _capped(fit, left.records))
+    prompts = _prompts(fit, _capped(fit, [record for record in left.records if not _calibrates(record)]))
     dropped = dict(left.dropped)
     if fit.settings.has_templates:
         taken = {normalised(record.prompt) for record in left.records}
         prompts += _templates(fit, taken)
+        prompts += _everyday(fit, taken)
     return _short(prompts, dropped)
 
 
 def calibration_prompts(fit: Fit) -> Prompts:
     """What layers, doses and thresholds are chosen on: at most `gated` of each group."""
     left = fit_records(fit.directory, PARTS, Use.CALIBRATE)
+    everyday = [record for record in fit_records(fit.directory, EVERYDAY_PARTS).records if _calibrates(record)]
     by_group: dict[str, list[Record]] = {}
-    for record in left.records:
+    for record in (*left.records, *everyday):
         by_group.setdefault(_group(record), []).append(record)
     chosen = [record for records in by_group.values() for record in sampled(records, fit, fit.settings.gated)]
     return _short(_prompts(fit, chosen), dict(left.dropped))
@@ -234,6 +245,32 @@ def _templates(fit: Fit, taken: set[str]) -> list[Prompt]:
     ]
 
 
+def _everyday(fit: Fit, taken: set[str]) -> list[Prompt]:
+    """The project's own everyday instructions, without those that a data set has, for whatever use."""
+    held = {normalised(record.prompt) for record in held_records(fit.directory)}
+    return [
+        Prompt(
+            key=f"{EVERYDAY_SOURCE}/{number}",
+            source=EVERYDAY_SOURCE,
+            kind=Kind.PLAIN,
+            label=Label.BENIGN,
+            category=None,
+            group="templates",
+            ids=fit.loaded.prompt(text),
+            answer=[],
+        )
+        for number, text in enumerate(EVERYDAY)
+        if normalised(text) not in taken | held
+    ]
+
+
+def _calibrates(record: Record) -> bool:
+    """Whether a prompt of `EVERYDAY_PARTS` is calibrated on instead of fitted on: a hash of its text says."""
+    if (record.dataset, record.part) not in EVERYDAY_PARTS:
+        return False
+    return hashlib.sha256(normalised(record.prompt).encode()).digest()[0] % 2 == 0
+
+
 def _short(prompts: list[Prompt], dropped: dict[str, int]) -> Prompts:
     kept = tuple(prompt for prompt in prompts if len(prompt.ids) <= LONGEST)
     if not kept:
@@ -257,6 +294,8 @@ def _category(fit: Fit, record: Record) -> str | None:
 
 
 def _group(record: Record) -> str:
+    if (record.dataset, record.part) in EVERYDAY_PARTS:
+        return "everyday"
     if refusal_category(record) == POLITICAL:
         return "political"
     if record.label is Label.HARMFUL and record.dataset != "coconot":

@@ -20,6 +20,8 @@ from steering.fit.probes import Array, Mask
 
 NEVER_REFUSE = 1.0
 NEVER_COMPLY = 0.0
+AS_GOOD = 0.005
+"""Difference of over-refusal that some hundred calibration prompts cannot tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -111,20 +113,41 @@ def threshold_curve(evidence: Evidence, steps: int = 60) -> list[Choice]:
     ]
 
 
-def choose(curve: list[Choice], unsteered: Mapping[str, float], *, safety_margin: float, plain_margin: float) -> Choice:
+def choose(
+    curve: list[Choice],
+    unsteered: Mapping[str, float],
+    *,
+    safety_margin: float,
+    plain_margin: float,
+    refuse_near: float | None = None,
+) -> Choice:
     """The pair with the least over-refusal that keeps refusals of prompts to refuse, and plain answers.
 
     Args:
         unsteered: rates without a gate.
         safety_margin: share of prompts to refuse that may be refused less than unsteered.
         plain_margin: share of plain prompts that may be answered less than unsteered.
+        refuse_near: where the refuse side begins as long as nothing speaks against it. Few calibration prompts are
+            both harmful and answered, so that over-refusal alone would switch that side off, and attacks would pass.
 
-    Of pairs that are as good, the one with the widest neutral band is taken. The pair (0, 1) decides nothing and always
-    keeps the margins, so that there is always a choice.
+    Of pairs that are as good, the one with the widest neutral band is taken. With `refuse_near` pairs within `AS_GOOD`
+    are as good: the one that refuses most of the prompts to refuse, and then the nearest to it, is taken. The pair
+    (0, 1) decides nothing and always keeps the margins, so that there is always a choice.
     """
     allowed = [one for one in curve if keeps(one, unsteered, safety_margin=safety_margin, plain_margin=plain_margin)]
     if not allowed:
         raise OperatorError("no pair of thresholds keeps the margins, not even (0, 1); was the curve made in full?")
+    if refuse_near is not None:
+        least = min(choice.rates["over"] for choice in allowed)
+        near = [choice for choice in allowed if choice.rates["over"] <= least + AS_GOOD]
+        return min(
+            near,
+            key=lambda choice: (
+                -round(choice.rates["refuse"], 4),
+                abs(choice.refuse_above - refuse_near),
+                round(choice.rates["over"], 4),
+            ),
+        )
     return min(
         allowed, key=lambda choice: (round(choice.rates["over"], 4), -(choice.refuse_above - choice.comply_below))
     )

@@ -233,6 +233,9 @@ def test_loss_of_reference_answers_is_called_what_its_interval_says() -> None:
     said = loss_statements({"reference_loss": losses})
     assert [line.split(": ")[1].partition(",")[0] for line in said] == ["within noise", "worse", "better"]
     assert loss_statements({}) == []
+    own = {"mean": 0.004, "low": -0.002, "high": 0.010, "n": 600}
+    (said,) = loss_statements({"ability": {"auto": {"pooled": {"loss_change": own}}}})
+    assert "own answers to plain prompts under auto: within noise, +0.004 [-0.002, +0.010]" in said
 
 
 def test_options_that_do_not_go_together_end_with_one_line() -> None:

@@ -148,23 +148,27 @@ def test_a_whole_fit_writes_a_bundle_that_loads_with_probe_gates_and_report(fitt
     probe = loaded.probes["refusal"]
     assert probe.categories == (*CATEGORIES, PLAIN)
     default = profiles[PROFILE]
-    assert PLAIN not in default.comply, "plain prompts are left alone"
-    assert default.refuse.get(PLAIN) == default.refuse.get(SAFETY)
+    assert all(PLAIN not in side for profile in profiles.values() for side in (profile.comply, profile.refuse))
+    assert set(default.refuse) <= set(CATEGORIES)
     record = loaded.manifest.probes[0]
     assert [point.name for point in record.operating_points] == ["youden", "fpr-5"]
     assert "weigh" in record.provenance["imbalance"]["how"]
     assert record.calibration["bins"]
-    told = {category.name: category.token_id for category in loaded.manifest.categories}
-    assert told == {**fit.loaded.categories, PLAIN: None}
+    named = {category.name: category.token_id for category in loaded.manifest.categories}
+    assert named == {**fit.loaded.categories, PLAIN: None}
     report = json.loads((bundle / "report.json").read_text(encoding="utf-8"))
     assert report["probe"]["roc"]
     assert report["probe"]["histograms"]["harmful"]["n"] == 6
     assert report["gate"]["families"]["category"]["frontier"]
     assert report["head"]["confusion"]
+    told = report["head"]["plain"]
+    assert told["groups"]["plain"]["told"] >= 1.0 - told["missed_at_most"], "the plain class may miss few of its own"
+    assert report["gate"]["families"]["category"]["plain_edited"]["plain"] <= told["missed_at_most"]
     assert len(report["cosines"]["cosines"]) == len(report["cosines"]["names"])
     assert "identity" not in json.dumps(report)
     card = (bundle / "CARD.md").read_text(encoding="utf-8")
     assert f"| `{PROFILE}` (default) |" in card
+    assert "Its plain class had its bias raised by" in card
     assert all((fit.work / f"{stage}.png").is_file() for stage in Stage if stage not in ("bundle", "report"))
     assert (bundle / "gate.png").read_bytes().startswith(b"\x89PNG")
 

@@ -15,6 +15,7 @@ from steering.fit.probes import (
     Point,
     at_false_positive_rate,
     balanced,
+    bias_missing,
     calibration,
     confusion,
     fit_categories,
@@ -122,3 +123,13 @@ def test_platt_scaling_repairs_overconfident_scores_and_folds_into_the_probe() -
 def test_confusion_counts_found_by_wanted() -> None:
     """Rows are what prompts belong to."""
     assert confusion(np.array([0, 1, 1]), np.array([0, 0, 1]), 2) == [[1, 1], [0, 1]]
+
+
+def test_a_raised_bias_misses_the_share_it_may_and_no_more() -> None:
+    """Of a hundred prompts as many are told as another class as may be, and none where none may."""
+    margins = np.random.default_rng(1).normal(-1.0, 2.0, 100)
+    for most, missed in ((0.01, 1), (0.0, 0), (0.25, 25)):
+        assert int((margins + bias_missing(margins, most) <= 0.0).sum()) == missed
+    assert bias_missing(np.array([3.0, 4.0]), 0.0) < 0.0, "nothing is missed: the bias could even fall"
+    assert bias_missing(np.array([]), 0.01) == 0.0
+    assert (np.array([-1.0, 2.0]) + bias_missing(np.array([-1.0, 2.0]), 1.0) <= 0.0).all()
