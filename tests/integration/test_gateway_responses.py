@@ -74,6 +74,14 @@ def test_events_come_in_openais_order_and_add_up(client: OpenAI) -> None:
     assert events[-1].response.usage.output_tokens == whole.usage.output_tokens
 
 
+def test_the_sdks_own_stream_helper_reads_it(client: OpenAI) -> None:
+    """`responses.stream` puts the pieces together to what a response without a stream says."""
+    whole = respond(client, max_output_tokens=500)
+    with client.responses.stream(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=500) as stream:
+        texts = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(texts) == whole.output_text
+
+
 def test_a_conversation_with_calls_can_go_on(client: OpenAI) -> None:
     """A forced call comes as an item; sent back with its result, as the SDK sends it, the model goes on."""
     first = respond(

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
+from openai import omit
+from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response as TheirResponse
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
@@ -290,6 +292,22 @@ async def test_reasoning_text_and_calls_are_items_in_turn() -> None:
     assert len({item["id"] for item in output}) == 4
     assert events[-1]["response"]["usage"]["input_tokens_details"]["cached_tokens"] == 4
     TheirResponse.model_validate(events[-1]["response"])
+
+
+async def test_the_sdks_own_accumulator_comes_to_the_same_items() -> None:
+    """What `client.responses.stream` puts together of the events is the response that they end with."""
+    events = await streamed(CHUNKS, tools=[TOOL])
+    state: ResponseStreamState[Any] = ResponseStreamState(input_tools=[], text_format=omit)
+    for event in events[:-1]:
+        state.handle_event(THEIR_EVENT.validate_python(event))
+    (last,) = state.handle_event(THEIR_EVENT.validate_python(events[-1]))
+    assert last.type == "response.completed"
+    told = [item.to_dict() for item in last.response.output]
+    for mine, theirs in zip(events[-1]["response"]["output"], told, strict=True):
+        assert {name: theirs[name] for name in mine if name != "content"} == {
+            name: value for name, value in mine.items() if name != "content"
+        }
+    assert last.response.output_text == "I look."
 
 
 async def test_the_whole_is_what_the_stream_ends_with() -> None:
