@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from server.access.audit import AuditLog
 from server.access.caller import Caller
 from server.access.permissions import check_permitted, check_permitted_to_probe
 from server.catalog import BundleView, Catalog, LiveCatalog
 from server.effects import Effect, attach, effect_of
-from server.engine import Chunk, Completion, Engine
+from server.engine import Completion, Engine
 from server.generation import Generation, Ticket
+from server.limits import Limits, in_time, within
 from server.observe.events import Observer, Usage
 from server.observe.metrics import Metrics, flag
 from server.observe.stages import Stage
@@ -33,33 +34,9 @@ from steering.errors import (
     EngineDied,
     EngineError,
     EngineOverloaded,
-    EngineTimeout,
     TrimtabError,
     UnknownModel,
 )
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How much at once, and how long at most; times in seconds.
-
-    Attributes:
-        inflight: requests being answered at once; more are refused with 503.
-        outcome: from the first token of a sample to the engine's confirmation of its edit.
-        first_token: from admission to the first token of a stream.
-        between: between two chunks of a stream.
-        total: from admission to the end.
-        verdict: from the last token of an answer to what the response probe read of it; then it is unknown.
-    """
-
-    inflight: int = 1024
-    outcome: float = 5.0
-    first_token: float = 120.0
-    between: float = 60.0
-    total: float = 600.0
-    verdict: float = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +139,7 @@ class Service:
         """
         with self._in_flight(generation, resolution, ticket) as run:
             await self._record(run)
-            completion = await _within(self._limits.total, self._whole(run), "the answer")
+            completion = await within(self._limits.total, self._whole(run), "the answer")
             await self._confirm(run, range(run.samples))
             verdicts = [self._table(run).verdict(tokens) for tokens in completion.tokens]
             run.verdicts = await self._read(run, verdicts, [len(tokens) for tokens in completion.tokens])
@@ -197,7 +174,7 @@ class Service:
         check_permitted_to_probe(caller, generation, resolution, catalog)
         resolution = observed(resolution)
         with self._in_flight(generation, resolution, ticket) as run:
-            completion = await _within(self._limits.first_token, self._engine.complete(run.call()), "the scores")
+            completion = await within(self._limits.first_token, self._engine.complete(run.call()), "the scores")
             await self._confirm(run, (0,))
             self._count_tokens(completion.body["usage"], run)
             run.is_complete = True
@@ -245,9 +222,9 @@ class Service:
             progress.effects = run.effects
             await self._record(run)
             wait = min(self._limits.first_token, self._limits.total)
-            await _within(wait, self._categorise(run), "the category")
+            await within(wait, self._categorise(run), "the category")
             source = self._engine.stream(run.call())
-            async with aclosing(source), aclosing(self._in_time(source, run.began)) as timely:
+            async with aclosing(source), aclosing(in_time(source, self._limits, run.began)) as timely:
                 async for chunk in timely:
                     body = chunk.body
                     run.generated += len(chunk.tokens)
@@ -275,24 +252,6 @@ class Service:
                         held.clear()
             if progress.begun and not progress.is_finished:
                 raise EngineError("the engine ended the answer before it was complete")
-
-    async def _in_time(self, source: AsyncGenerator[Chunk, None], began: float) -> AsyncGenerator[Chunk, None]:
-        """`source`, given up when it is silent for too long or goes on for too long."""
-        clock = asyncio.get_running_loop().time
-        end = began + self._limits.total
-        deadline, has_begun = began + self._limits.first_token, False
-        while True:
-            try:
-                async with asyncio.timeout_at(min(deadline, end)):
-                    chunk = await anext(source)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise EngineTimeout("the engine was silent for too long; the request was given up") from None
-            yield chunk
-            has_begun = has_begun or bool(chunk.tokens)
-            if has_begun:
-                deadline = clock() + self._limits.between
 
     async def _confirm_begun(self, run: Run, index: int) -> None:
         """Confirm the sample that begins, and before anything else the first, which the header tells of."""
@@ -426,11 +385,3 @@ class Service:
     def _count(self, run: Run) -> None:
         if not run.ticket.is_internal:
             self._metrics.answered(run.resolution, self._effects(run), run.verdicts)
-
-
-async def _within(limit: float, work: Awaitable[T], what: str) -> T:
-    try:
-        async with asyncio.timeout(limit):
-            return await work
-    except TimeoutError:
-        raise EngineTimeout(f"the engine did not give {what} within {limit:g} s; the request was given up") from None

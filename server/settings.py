@@ -22,8 +22,8 @@ from pydantic_settings import (
 )
 
 from server.access.admission import AccessOrder
+from server.limits import Limits
 from server.observe.log import LogFormat
-from server.service import Limits
 from steering.errors import UnsupportedConfiguration
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -57,7 +57,7 @@ class Settings(BaseSettings):
         keep_alive_interval: after so long without anything to send, a stream gets a comment.
         write_timeout: a client is cut off that so long has left unread what waits to be sent.
         max_inflight: requests answered at once.
-        outcome_timeout, first_token_timeout, between_timeout, total_timeout: see `server.service.Limits`.
+        outcome_timeout, first_token_timeout, between_timeout, total_timeout: see `server.limits.Limits`.
         heartbeat_interval: between requests of one token, steered and not, that the server sends itself while no other
             is answered; 0 for never.
         heartbeat_timeout: for each; `/readyz` answers 503 when one fails.

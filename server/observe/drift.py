@@ -65,9 +65,11 @@ class ProbeDrift(Collector):
         self._windows: dict[tuple[str, str], deque[int]] = {}
 
     def ended(self, event: Ended) -> None:
-        """Take note of what the gate read; the server's own requests and named modes do not count."""
+        """Take note of what the gate read of a prompt that was answered, which the server's own and looks at scores
+        alone are not.
+        """
         first, resolution = event.effects.get(0), event.resolution
-        if event.ticket.is_internal or first is None or first.scores is None or resolution.category_source is None:
+        if event.ticket.is_internal or not event.is_complete or first is None or first.scores is None:
             return
         key = (resolution.bundle.digest, resolution.profile.name)
         window = self._windows.setdefault(key, deque(maxlen=WINDOW))
