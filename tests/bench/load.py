@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from server.bench.gateway import _server
 from server.bench.report import load as busy
@@ -36,13 +36,23 @@ GOAL = {"p50": 3.0, "p99": 15.0}
 """Milliseconds that the gateway may add over the scripted engine."""
 
 
-def measured(url: str, streams: int, body: Mapping[str, Any], prompt: str, spread: float) -> dict[str, Any]:
-    """Load one server with so many users for a while; milliseconds of each answer."""
+class Arm(NamedTuple):
+    """A server, what it is asked, and its process where that is known."""
+
+    url: str
+    body: Mapping[str, Any]
+    process: int | None = None
+
+
+def measured(arm: Arm, streams: int, *, stream: bool, prompt: str, spread: float) -> dict[str, Any]:
+    """Load one server with so many users for a while; milliseconds of each answer, and of the server's own work."""
+    body = {**arm.body, "stream": stream}
+    worked = processor_ms(arm.process)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "samples.json"
         order = {"body": body, "prompt": prompt, "warm_up": WARM_UP, "spread": spread, "out": str(out)}
         options = f"--headless --users {streams} --spawn-rate {streams} --run-time {SECONDS}s --stop-timeout 30"
-        command = [sys.executable, "-m", "locust", "-f", str(HERE / "streams.py"), "--host", url, *options.split()]
+        command = [sys.executable, "-m", "locust", "-f", str(HERE / "streams.py"), "--host", arm.url, *options.split()]
         ended = subprocess.run(
             [*command, "--only-summary", "--loglevel", "ERROR"],
             env={**os.environ, "LOAD": json.dumps(order)},
@@ -55,6 +65,8 @@ def measured(url: str, streams: int, body: Mapping[str, Any], prompt: str, sprea
             raise SystemExit(f"locust did not run:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
         found = json.loads(out.read_text(encoding="utf-8"))
     return {
+        "worked": processor_ms(arm.process) - worked,
+        "asked": found["asked"],
         "failures": found["failures"],
         "first": [1000 * first for first, _, _ in found["samples"]],
         "whole": [1000 * whole for _, whole, _ in found["samples"]],
@@ -62,15 +74,20 @@ def measured(url: str, streams: int, body: Mapping[str, Any], prompt: str, sprea
     }
 
 
-def cell(
-    arms: Mapping[str, tuple[str, Mapping[str, Any]]], streams: int, *, stream: bool, prompt: str, spread: float
-) -> dict[str, Any]:
+def processor_ms(process: int | None) -> float:
+    """What a process has computed so far; other processes of the machine make no answer dearer in this coin."""
+    if process is None:
+        return 0.0
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return 1000 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def cell(arms: Mapping[str, Arm], streams: int, *, stream: bool, prompt: str, spread: float) -> dict[str, Any]:
     """Every arm in turns, forwards and backwards; quantiles of all samples of an arm."""
     kept: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for turn in range(TURNS):
         for name in [*arms][:: -1 if turn % 2 else 1]:
-            url, body = arms[name]
-            kept[name].append(measured(url, streams, {**body, "stream": stream}, prompt, spread))
+            kept[name].append(measured(arms[name], streams, stream=stream, prompt=prompt, spread=spread))
     found: dict[str, Any] = {"streams": streams, "stream": stream, "arms": {}}
     for name, rounds in kept.items():
         failures = {code: count for each in rounds for code, count in each["failures"].items()}
@@ -78,6 +95,9 @@ def cell(
             "answers": sum(len(each["whole"]) for each in rounds),
             "failures": failures,
             "answer_ms": quantiles([value for each in rounds for value in each["whole"]]),
+            "processor_ms_per_answer": round(
+                sum(each["worked"] for each in rounds) / max(1, sum(each["asked"] for each in rounds)), 3
+            ),
             "answer_p50_ms_by_turn": [quantiles(each["whole"])["p50"] for each in rounds],
         }
         if stream:
@@ -110,10 +130,10 @@ def over_the_script() -> dict[str, Any]:
         for streams in STREAMS:
             pace = PACE[streams]
             for stream in (True, False):
-                arms: dict[str, tuple[str, Mapping[str, Any]]] = {
-                    "script alone": (bare.url, fields),
-                    "gateway": (gateway.url, {**fields, "steering": {"mode": "off"}}),
-                    "gateway, gated": (gateway.url, fields),
+                arms = {
+                    "script alone": Arm(bare.url, fields, bare.process.pid),
+                    "gateway": Arm(gateway.url, {**fields, "steering": {"mode": "off"}}, gateway.process.pid),
+                    "gateway, gated": Arm(gateway.url, fields, gateway.process.pid),
                 }
                 prompt = f"#tokens:{TOKENS} #pace:{pace}"
                 cells.append(cell(arms, streams, stream=stream, prompt=prompt, spread=TOKENS * pace))
@@ -145,10 +165,10 @@ def over_vllm() -> dict[str, Any]:
     with servers(stock, ours, WITHOUT_PLUGINS) as (reference, gateway):
         for streams in STREAMS:
             for stream in (True, False):
-                arms: dict[str, tuple[str, Mapping[str, Any]]] = {
-                    "vLLM's server": (reference, fields),
-                    "gateway": (gateway, {**fields, "steering": {"mode": "off"}}),
-                    "gateway, gated": (gateway, fields),
+                arms = {
+                    "vLLM's server": Arm(reference, fields),
+                    "gateway": Arm(gateway, {**fields, "steering": {"mode": "off"}}),
+                    "gateway, gated": Arm(gateway, fields),
                 }
                 prompt = "How do detectives investigate a murder?"
                 cells.append(cell(arms, streams, stream=stream, prompt=prompt, spread=0.5))
@@ -168,7 +188,7 @@ def say(found: Mapping[str, Any]) -> None:
     kind = "streamed" if found["stream"] else "whole"
     told = ", ".join(
         f"{name} {arm['answer_ms']['p50']:.1f}/{arm['answer_ms']['p99']:.1f} ms of {arm['answers']}, "
-        f"{arm['failures'] or 'none'} failed"
+        f"{arm['failures'] or 'none'} failed, {arm['processor_ms_per_answer']} ms computed"
         for name, arm in found["arms"].items()
     )
     print(f"{time.strftime('%H:%M:%S')} {found['streams']} {kind}: {told}; added {found['added_ms']}", flush=True)  # noqa: T201

@@ -22,6 +22,8 @@ PATH = "/v1/chat/completions"
 _samples: list[tuple[float, float, int]] = []
 """Seconds to the first chunk, seconds in all, and chunks, of each answer."""
 _failures: dict[str, int] = {}
+_asked = [0]
+"""Requests sent, those of the warm-up as well."""
 _began = time.perf_counter()
 
 
@@ -40,6 +42,7 @@ class Asker(FastHttpUser):
         began = time.perf_counter()
         body = {**ORDER["body"], "messages": [{"role": "user", "content": ORDER["prompt"]}]}
         first, chunks = 0.0, 0
+        _asked[0] += 1
         with self.client.post(PATH, json=body, stream=bool(body.get("stream")), catch_response=True) as response:
             if response.status_code != 200:
                 _failures[str(response.status_code)] = _failures.get(str(response.status_code), 0) + 1
@@ -66,4 +69,6 @@ class Asker(FastHttpUser):
 @events.quitting.add_listener
 def keep(**_: Any) -> None:
     """Write down what was timed."""
-    Path(ORDER["out"]).write_text(json.dumps({"samples": _samples, "failures": _failures}), encoding="utf-8")
+    Path(ORDER["out"]).write_text(
+        json.dumps({"samples": _samples, "failures": _failures, "asked": _asked[0]}), encoding="utf-8"
+    )
