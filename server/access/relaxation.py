@@ -7,9 +7,9 @@ as more compliant. Pure; knows nothing of HTTP, torch or vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from server.catalog import ProbeView
 from server.policy import Resolution
@@ -21,8 +21,7 @@ ROUNDING = 1e-9
 """Strengths this close are the same, relative to their size."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Act:
+class _Act(NamedTuple):
     """What is done to one answer: a side, by which edit, how strongly; `edit` holds all that makes two comparable."""
 
     side: int
@@ -40,36 +39,29 @@ class _Cell:
         self.inside = sum(ends) / len(ends)
 
 
-@dataclass(frozen=True, slots=True)
 class _Behaviour:
-    """What a resolution would do to any prompt."""
+    """What a resolution would do to any prompt.
 
-    resolution: Resolution
+    Attributes:
+        order: of the gate; None where no gate decides.
+        probe: that the gate reads.
+        source: who tells the category.
+        categories: those the gate chooses among; none where no gate does.
+        thresholds: of the gate.
+    """
 
-    @property
-    def order(self) -> GateOrder | None:
-        plan = self.resolution.plan
-        return None if plan is None else plan.gate
-
-    @property
-    def probe(self) -> ProbeView | None:
-        gate = self.resolution.profile.gate
-        return None if self.order is None or gate is None else gate.probe
-
-    @property
-    def source(self) -> CategorySource | None:
-        return self.resolution.category_source
-
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """Those a gate chooses among; none where no gate does."""
-        if self.order is None or self.probe is None:
-            return ()
-        return self.order.categories or self.probe.categories
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        return () if self.order is None else (self.order.comply_below, self.order.refuse_above)
+    def __init__(self, resolution: Resolution) -> None:
+        plan, gate = resolution.plan, resolution.profile.gate
+        self.resolution = resolution
+        self.order: GateOrder | None = None if plan is None else plan.gate
+        self.probe: ProbeView | None = None
+        self.source: CategorySource | None = resolution.category_source
+        self.categories: tuple[str, ...] = ()
+        self.thresholds: tuple[float, ...] = ()
+        if self.order is not None and gate is not None:
+            self.probe = gate.probe
+            self.categories = self.order.categories or gate.probe.categories
+            self.thresholds = (self.order.comply_below, self.order.refuse_above)
 
     def act(self, cell: _Cell, probability: float, category: str | None) -> _Act:
         """What is done at a refusal probability in a cell, to a prompt that is taken for a category."""
@@ -112,20 +104,22 @@ def lowered(asked: Resolution, otherwise: Resolution) -> frozenset[str]:
     if asked.plan == otherwise.plan and asked.profile.name == otherwise.profile.name:
         return frozenset()
     new, old = _Behaviour(asked), _Behaviour(otherwise)
+    places = [(ours, at, theirs, there) for ours, theirs in _cells(new, old) for at, there in _ends(ours, theirs)]
     # None stands for prompts of which nobody says what they are.
-    worse = {category for category in old.categories or (None,) if _is_lowered(new, old, category)}
+    worse = {category for category in old.categories or (None,) if _is_lowered(new, old, category, places)}
     if None in worse:
         return frozenset(asked.bundle.categories) | frozenset(otherwise.bundle.categories)
     return frozenset(category for category in worse if category is not None)
 
 
-def _is_lowered(new: _Behaviour, old: _Behaviour, category: str | None) -> bool:
-    for taken_for in _taken_for(new, old, category):
-        for ours, theirs in _cells(new, old):
-            for at, there in _ends(ours, theirs):
-                if _is_more_compliant(new.act(ours, at, taken_for), old.act(theirs, there, category)):
-                    return True
-    return False
+def _is_lowered(
+    new: _Behaviour, old: _Behaviour, category: str | None, places: Sequence[tuple[_Cell, float, _Cell, float]]
+) -> bool:
+    return any(
+        _is_more_compliant(new.act(ours, at, taken_for), old.act(theirs, there, category))
+        for taken_for in _taken_for(new, old, category)
+        for ours, at, theirs, there in places
+    )
 
 
 def _taken_for(new: _Behaviour, old: _Behaviour, category: str | None) -> Iterable[str | None]:
