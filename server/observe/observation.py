@@ -5,6 +5,7 @@ Knows nothing of HTTP, vLLM or torch.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,7 @@ class Observation:
             if part is not None:
                 await part.stop()
         if self._provider is not None:
-            self._provider.shutdown()
+            await asyncio.to_thread(self._provider.shutdown)  # which waits for the last spans to be sent
 
 
 def judge_order(settings: Settings) -> JudgeOrder | None:

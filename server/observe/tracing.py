@@ -24,6 +24,10 @@ PROTOCOL_VARIABLE = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
 """OpenTelemetry's own, which vLLM reads as well: `grpc`, its default, or `http/protobuf`."""
 
 
+EXPORT_SECONDS = 3.0
+"""For a batch of spans, its retries included: a collector that is gone must not keep a server from its end."""
+
+
 class Trace(Protocol):
     """One request's part of a trace."""
 
@@ -141,6 +145,7 @@ def exporting_to(endpoint: str) -> TracerProvider:
         UnsupportedConfiguration: OpenTelemetry is not installed, or the protocol is not one of the two.
     """
     protocol = os.environ.get(PROTOCOL_VARIABLE, "grpc")
+    timeout = None if "OTEL_EXPORTER_OTLP_TIMEOUT" in os.environ else EXPORT_SECONDS
     exporter: Any
     try:
         from opentelemetry.sdk.resources import Resource
@@ -150,11 +155,11 @@ def exporting_to(endpoint: str) -> TracerProvider:
         if protocol == "grpc":
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
 
-            exporter = GrpcExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"))
+            exporter = GrpcExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=timeout)
         elif protocol == "http/protobuf":
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 
-            exporter = HttpExporter(endpoint=endpoint)
+            exporter = HttpExporter(endpoint=endpoint, timeout=timeout)
         else:
             raise UnsupportedConfiguration(
                 f"{PROTOCOL_VARIABLE} is {protocol!r}; vLLM and the gateway send spans by 'grpc' or 'http/protobuf'"
