@@ -31,7 +31,7 @@ from tests.conformance import openai_types
 from tests.fake_server import MODEL, FakeServer, fake_serving
 from tests.fakes import FakeEngine, make_catalog
 
-CASES = int(os.environ.get("TRIMTAB_SCHEMA_CASES", "40"))
+CASES = int(os.environ.get("TRIMTAB_SCHEMA_CASES", "25"))
 """Requests of each operation."""
 
 POSTED = [operation.path for operation in schema.OPERATIONS if operation.method == "post"]
