@@ -22,7 +22,7 @@ import httpx
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.dates import ConciseDateFormatter, date2num
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -259,8 +259,9 @@ def _dates(times: np.ndarray) -> np.ndarray:
 
 
 def _clock(axes: Axes) -> None:
-    axes.xaxis_date()
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator(), show_offset=False))
+    locator = AutoDateLocator(maxticks=max(3, int(axes.get_position().width * 28)))
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
 
 
 def _shrink(path: Path) -> None:
