@@ -7,6 +7,7 @@ Chat templates, tools, structured output, logprobs and streaming are vLLM's. Of 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -362,8 +363,9 @@ def _from_response(error: Mapping[str, Any]) -> TrimtabError:
     if status == HTTPStatus.NOT_IMPLEMENTED:
         return NotSupported(message, parameter=parameter, code="not_supported")
     if status < HTTPStatus.INTERNAL_SERVER_ERROR:
-        if parameter is None and "out of vocabulary" in message:
-            return InvalidSpec(message, parameter="messages", code="invalid_value")
+        if parameter is None:  # vLLM's sampling parameters are told without a field
+            named = re.match(r"[a-z]+(_[a-z]+)+ ", message)
+            parameter = "messages" if "out of vocabulary" in message else named and named.group().strip()
         is_too_long = "context length" in message or "model length" in message
         if is_too_long:  # vLLM names an internal parameter
             return InvalidSpec(message, parameter="messages", code="context_length_exceeded")

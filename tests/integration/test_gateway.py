@@ -114,6 +114,45 @@ def test_vllms_features_pass_through(client: OpenAI) -> None:
         assert json.loads(answer.choices[0].message.content) in {"yes", "no"}
 
 
+def test_vllms_own_fields_that_leave_steering_alone(client: OpenAI) -> None:
+    """Least lengths, kept stop strings and template arguments reach the engine, steered or not."""
+    ends = ask(client, max_tokens=24).choices[0].message.content[2:6]
+    for steering in (False, {"mode": "refuse"}):
+        body: dict[str, Any] = {"steering": steering, "min_tokens": 5, "include_stop_str_in_output": True}
+        body |= {"chat_template_kwargs": {"enable_thinking": False}, "include_reasoning": False}
+        answer = ask(client, max_tokens=12, seed=5, extra_body=body | {"ignore_eos": True})
+        assert answer.usage.completion_tokens == 12
+        assert answer.steering["applied"] is bool(steering)
+    kept = ask(client, max_tokens=24, stop=ends, extra_body={"include_stop_str_in_output": True})
+    assert kept.choices[0].message.content.endswith(ends)
+
+
+def test_cached_tokens_are_told(client: OpenAI) -> None:
+    """The second request of a long prompt, and a steered one of it, tell what of the prompt was not computed again."""
+    long = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog " * 20}]
+    ask(client, messages=long)
+    for steering in (False, {"mode": "comply"}):
+        usage = ask(client, messages=long, extra_body={"steering": steering}).usage
+        assert 0 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
+
+
+def test_a_streamed_tool_call_and_structured_output_are_steered_too(client: OpenAI) -> None:
+    """The pieces of a forced call are JSON; a schema holds against an edit that forces another token."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    steered = {"steering": {"mode": "refuse"}}
+    chunks = list(ask(client, tools=tools, tool_choice="required", stream=True, max_tokens=200, extra_body=steered))
+    assert chunks[-1].steering["applied"] is True
+    calls = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or ()]
+    assert calls
+    assert calls[0].function.name == "f"
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema | {"additionalProperties": False}}}
+    answer = ask(client, response_format=form, max_tokens=64, extra_body=steered)
+    assert answer.steering["applied"] is True
+    if answer.choices[0].finish_reason == "stop":
+        assert set(json.loads(answer.choices[0].message.content)) == {"a"}
+
+
 def test_a_tool_that_must_be_called_is_called(client: OpenAI) -> None:
     """Tool calls come from vLLM, in OpenAI's shape, and the steering object stands beside them."""
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -163,6 +202,9 @@ def test_markers_do_not_show_where_a_tool_parser_asks_for_special_tokens(client:
         ({"extra_body": {"cache_salt": "x"}}, "cache_salt", "steering_not_supported"),
         ({"messages": [{"role": "user", "content": "word " * CONTEXT * 4}]}, "messages", "context_length_exceeded"),
         ({"logit_bias": {"999999": 1}}, "logit_bias", "invalid_value"),
+        ({"extra_body": {"thinking_token_budget": 5}}, "thinking_token_budget", "invalid_value"),
+        ({"extra_body": {"min_tokens": 9}}, "min_tokens", "invalid_value"),
+        ({"extra_body": {"chat_template_kwargs": {"tools": []}}}, "chat_template_kwargs.tools", "unknown_parameter"),
     ],
 )
 def test_callers_faults_are_the_sdks_bad_request(

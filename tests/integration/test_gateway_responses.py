@@ -26,7 +26,7 @@ def respond(client: OpenAI, **fields: Any) -> Any:
 
 def test_a_response_says_what_the_chat_says(client: OpenAI) -> None:
     """One string is a user message: the same text, the same usage, under the names that responses have."""
-    long = QUESTION * 12  # more than a block of the prefix cache
+    long = QUESTION * 24  # more than a block of the prefix cache
     chat, response = ask(client, messages=[{"role": "user", "content": long}]), respond(client, input=long)
     assert response.output_text == chat.choices[0].message.content
     assert response.status == ("incomplete" if chat.choices[0].finish_reason == "length" else "completed")
