@@ -81,7 +81,7 @@ class _Behaviour:
         """By the gate; a side without an edit for the category is the neutral band."""
         order = self.order
         assert order is not None
-        if category not in edits:
+        if category is None or category not in edits:
             return _Act(_NEITHER)
         if not order.is_graded:
             return self._edited(side, edits[category], 1.0)

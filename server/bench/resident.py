@@ -280,7 +280,7 @@ def _keep_apart() -> None:
     does takes half of that core, for a whole round or for none of it, and rounds come out a fifth apart. Does nothing
     where workers are bound to no cores or to all.
     """
-    import psutil
+    import psutil  # type: ignore[import-untyped]  # vLLM requires it
 
     me = psutil.Process()
     every = set(me.cpu_affinity())
@@ -295,7 +295,7 @@ def _keep_apart() -> None:
 
 def peak_bytes() -> int:
     """Most memory that this process and its children have had resident, each counted for itself."""
-    import psutil  # type: ignore[import-untyped]  # vLLM requires it
+    import psutil
 
     me = psutil.Process()
     total = 0
