@@ -15,6 +15,8 @@ from typing import Any
 import numba  # type: ignore[import-untyped]
 import numpy as np
 import torch
+from numba.extending import intrinsic  # type: ignore[import-untyped]
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
 from steering.engine.kernels import (
@@ -38,6 +40,7 @@ from steering.engine.kernels import (
     PLACE,
     REFUSE_EDIT,
     RESPONSE,
+    ROW_WIDTH,
     SCALARS,
     SCORES,
     STATE,
@@ -47,7 +50,7 @@ from steering.engine.kernels import (
 
 _REFUSE, _COMPLY, _ABSTAIN, _FAILED = (int(each) for each in (Latch.REFUSE, Latch.COMPLY, Latch.ABSTAIN, Latch.FAILED))
 _ROW, _PLACES, _MUTE = (1 << PLACE) - 1, (1 << (MUTED - PLACE)) - 1, 1 << MUTED
-_NO_FLOATS, _NO_BITS = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint16)
+_NO_BITS = np.empty((0, 0), np.uint16)
 
 
 def run(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:
@@ -55,13 +58,24 @@ def run(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, tabl
 
     float32 and bfloat16 are read where they are; of any other dtype a float32 copy is made.
     """
-    of_token = token_rows.numpy()[: hidden.shape[0]]
-    if hidden.dtype == torch.bfloat16:
-        bits = (hidden.view(torch.uint16).numpy(), residual.view(torch.uint16).numpy())
-        _steer(_NO_FLOATS, _NO_FLOATS, *bits, of_token, rows.numpy(), table.numpy())
+    if hidden.dtype == torch.bfloat16 and hidden.stride(1) == residual.stride(1) == 1:
+        # Addresses: to have torch and NumPy make views of five tensors takes longer than to edit a few tokens.
+        _steer_at(
+            hidden.data_ptr(),
+            hidden.stride(0),
+            residual.data_ptr(),
+            residual.stride(0),
+            len(hidden),
+            token_rows.data_ptr(),
+            rows.data_ptr(),
+            len(rows),
+            table.data_ptr(),
+            table.shape[0],
+            table.shape[1],
+        )
         return
-    wide = hidden.to(torch.float32)
-    _steer(wide.numpy(), residual.to(torch.float32).numpy(), _NO_BITS, _NO_BITS, of_token, rows.numpy(), table.numpy())
+    wide, other, of_token = hidden.to(torch.float32), residual.to(torch.float32), token_rows.numpy()[: len(hidden)]
+    _steer(wide.numpy(), other.numpy(), _NO_BITS, _NO_BITS, of_token, rows.numpy(), table.numpy())
     if wide is not hidden:
         hidden.copy_(wide)
 
@@ -273,3 +287,47 @@ def _steer(
             _add(x, row, table, old)
             _store(hidden, hidden_bits, token, old)
             table[0, 2 * width + FIRST] = 1
+
+
+_COUNT = numba.int64
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(_typing: Any, address: Any, kind: Any) -> Any:
+    """An address as a pointer to numbers of a kind; Numba has no such cast."""
+    pointer = numba.types.CPointer(kind.dtype)
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+    return pointer(address, kind), generate
+
+
+@_compiled(numba.void(*[_COUNT] * 11))
+def _steer_at(  # noqa: PLR0917 - plain numbers are what is fast to hand over
+    hidden: Any,
+    hidden_stride: Any,
+    residual: Any,
+    residual_stride: Any,
+    tokens: Any,
+    of_token: Any,
+    rows: Any,
+    row_count: Any,
+    table: Any,
+    terms: Any,
+    columns: Any,
+) -> None:
+    """`_steer` on the bits of bfloat16, given addresses, sizes, and strides of rows in elements."""
+    width = (columns - SCALARS) // 2
+    none = np.empty((0, 0), np.float32)
+    hidden_bits = numba.carray(_pointer(hidden, numba.uint16), (tokens * hidden_stride,))
+    residual_bits = numba.carray(_pointer(residual, numba.uint16), (tokens * residual_stride,))
+    _steer(
+        none,
+        none,
+        as_strided(hidden_bits, (tokens, width), (2 * hidden_stride, 2)),
+        as_strided(residual_bits, (tokens, width), (2 * residual_stride, 2)),
+        numba.carray(_pointer(of_token, numba.int32), (tokens,)),
+        numba.carray(_pointer(rows, numba.float32), (row_count, ROW_WIDTH)),
+        numba.carray(_pointer(table, numba.float32), (terms, columns)),
+    )

@@ -108,11 +108,15 @@ def table_width(width: int) -> int:
 
 
 def edit_compiled(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:
-    """The CPU's: leaves at once where no token is steered, else one compiled loop over them."""
+    """The CPU's: leaves at once where no token is steered, else one compiled loop over them, or matrix products where
+    they share one edit.
+    """
     if token_rows.numpy()[-2]:
+        from steering.engine.block import SHORTEST, edit_block
         from steering.engine.compiled import run
 
-        run(hidden, residual, token_rows, rows, table)
+        if len(hidden) < SHORTEST or not edit_block(hidden, residual, token_rows, rows, table):
+            run(hidden, residual, token_rows, rows, table)
 
 
 def edit_triton(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:
