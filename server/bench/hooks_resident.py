@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,6 +138,8 @@ class HooksResident:
     @contextmanager
     def _by_repeng(self) -> Iterator[None]:
         """By repeng 0.4: blocks wrapped in modules that add the vector at every position."""
+        if not hasattr(np, "float_"):
+            vars(np)["float_"] = np.float64  # NumPy 2 dropped the name, without which repeng cannot be imported
         from repeng import ControlModel  # type: ignore[import-not-found]
 
         controlled = ControlModel(self._model, [self._terms.layer])
