@@ -50,7 +50,7 @@ SUPPORT = (
     ),
     Row(
         "vLLM's own beam search",
-        "test_prefix_cache::test_beams_of_vllms_own_search_end_with_an_error",
+        "test_scheduler::test_beams_of_vllms_own_search_end_with_an_error",
         refused="each request: vLLM's beam search drops the plan of a request; a steering engine runs none",
     ),
     Row(
