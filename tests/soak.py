@@ -60,7 +60,7 @@ class Tally:
     statuses: Counter[int] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     reloads: Counter[str] = field(default_factory=Counter)
-    resident: list[tuple[float, float]] = field(default_factory=list)
+    resident: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 async def soak(target: Target, *, seconds: float, streams: int, seed: int = 0) -> dict[str, Any]:
@@ -166,10 +166,18 @@ def _is_whole(body: dict[str, Any]) -> bool:
 
 
 async def _watch(target: Target, tally: Tally, began: float) -> None:
-    """Resident memory of the server and its children, every two seconds."""
+    """Resident memory of the server and of each of its children, every two seconds."""
     while True:
-        tally.resident.append((time.monotonic() - began, sum(map(resident_bytes, family(target.process))) / 1e6))
+        at = time.monotonic() - began
+        for process in family(target.process):
+            with contextlib.suppress(OSError):
+                name = "gateway" if process == target.process else _name_of(process)
+                tally.resident.setdefault(name, []).append((at, resident_bytes(process) / 1e6))
         await asyncio.sleep(2)
+
+
+def _name_of(process: int) -> str:
+    return Path(f"/proc/{process}/comm").read_text(encoding="utf-8").strip()
 
 
 async def _reload(target: Target, tally: Tally) -> None:
@@ -202,10 +210,7 @@ async def _judged(target: Target, tally: Tally, seconds: float) -> dict[str, Any
                 break
             await asyncio.sleep(0.2)
         states = [(await client.get(f"{target.url}{path}")).status_code for path in ("/livez", "/readyz")]
-    warm = [size for at, size in tally.resident if at >= seconds / 5] or [0.0]
-    # Quarters rather than single looks, since what a moment needs goes up and down with what is being answered.
-    quarter = max(1, len(warm) // 4)
-    first, last = sum(warm[:quarter]) / quarter, sum(warm[-quarter:]) / quarter
+    resident = {name: _growth(looks, seconds) for name, looks in tally.resident.items()}
     return {
         "seconds": round(seconds),
         "requests": sum(tally.ended.values()),
@@ -215,13 +220,21 @@ async def _judged(target: Target, tally: Tally, seconds: float) -> dict[str, Any
         "reloads": dict(tally.reloads),
         "gauges": left,
         "states": states,
-        "resident_mb": {"first_quarter": round(first, 1), "last_quarter": round(last, 1), "most": round(max(warm), 1)},
+        "resident_mb": resident,
         "passed": not tally.lost
         and not any(left.values())
         and states == [200, 200]
-        and last <= first * (1 + MOST_GROWTH)
+        and all(each["last_quarter"] <= each["first_quarter"] * (1 + MOST_GROWTH) for each in resident.values())
         and all(name.endswith(" 200") for name in tally.reloads),
     }
+
+
+def _growth(looks: Sequence[tuple[float, float]], seconds: float) -> dict[str, float]:
+    """Quarters rather than single looks, since what a moment needs goes up and down with what is being answered."""
+    warm = [size for at, size in looks if at >= seconds / 5] or [0.0]
+    quarter = max(1, len(warm) // 4)
+    first, last = sum(warm[:quarter]) / quarter, sum(warm[-quarter:]) / quarter
+    return {"first_quarter": round(first, 1), "last_quarter": round(last, 1), "most": round(max(warm), 1)}
 
 
 def _gauges(text: str) -> dict[str, float]:
