@@ -3,13 +3,13 @@
 Same contract as `kernels.edit_reference`. Imported only where Triton is needed: at import Triton decides, by
 `TRITON_INTERPRET`, whether kernels are compiled or interpreted.
 
-There is no path over matrix products (`tl.dot`) for blocks of tokens that share one edit. A program reads the directions
-of its token's edit, R · 2 · D floats: 1 MB at rank 32 and width 4096, which stays in the L2 cache, so 2 GB of L2 for a
-prompt of 2,048 tokens, some 0.4 ms a layer at 5 TB/s beside about 1.5 ms for the layer itself; at rank 1 the 50 MB of
-residuals from memory are all there is. So products could only help edits of high rank at many layers and of scope `all`
-(`generated` edits one token of a prompt). They would also have to be exact: tensor cores round float32 to 10 bits of
-mantissa unless products are split in three. Whether that is worth it is to be measured on a device; none of these
-numbers has been.
+There is no path over matrix products (`tl.dot`) for blocks of tokens that share one edit. A program reads the
+directions of its token's edit, R · 2 · D floats: 1 MB at rank 32 and width 4096, which stays in the L2 cache, so 2 GB
+of L2 for a prompt of 2,048 tokens, some 0.4 ms a layer at 5 TB/s beside about 1.5 ms for the layer itself; at rank 1
+the 50 MB of residuals from memory are all there is. So products could only help edits of high rank at many layers and
+of scope `all` (`generated` edits one token of a prompt). They would also have to be exact: tensor cores round float32
+to 10 bits of mantissa unless products are split in three. Whether that is worth it is to be measured on a device;
+none of these numbers has been.
 """
 
 from __future__ import annotations
