@@ -92,7 +92,7 @@ async def test_metrics_count_by_detector(reading: Make) -> None:
     await spoken.chat(n=3, steering={"mode": "refuse"})
     exposition = (await spoken.admin.get("/metrics")).text
     for outcome, detector in (("refusal", "response_probe"), ("comply", "response_probe"), ("unknown", "none")):
-        labels = f'category="Safety",decision="refuse",detector="{detector}",outcome="{outcome}"'
+        labels = f'category="Safety",decision="refuse",detector="{detector}",mode="enforce",outcome="{outcome}"'
         assert f"steering_outcomes_total{{{labels}}} 1.0" in exposition
 
 
