@@ -16,7 +16,7 @@ from steering.fit.ability import ANSWER_TOKENS, fed
 from steering.fit.arms import ANSWERED, Codes
 from steering.fit.control import Fit
 from steering.fit.families import BENIGN_REFUSAL, CATEGORY, NULL_SPACE, POOLED, RANDOM_CATEGORY, REPOSITION, Family
-from steering.fit.gating import Readings, edited_plain, evidence_of, family_codes, gated
+from steering.fit.gating import PlainEdits, Readings, evidence_of, family_codes, gated
 from steering.fit.openings import Openings
 from steering.fit.probes import Array
 from steering.fit.prompts import GROUP_KINDS, Kind, Prompts
@@ -59,8 +59,10 @@ def compare_stage(
 
     def make() -> dict[str, Any]:
         codes = {key: np.asarray(value.numpy()) for key, value in fit.tensors("gate").items()}
-        youden = float(gates["youden"])
-        trial = _Trial(fit, openings, calibrating, readings, families, edits, codes, youden)
+        youden, most = float(gates["youden"]), fit.settings.most_plain_edited
+        trial = _Trial(
+            fit, openings, calibrating, readings, families, edits, codes, youden=youden, most_plain_edited=most
+        )
         best = Setup(CATEGORY, CATEGORY)
         rounds: list[dict[str, Any]] = []
         for source in COMPLY_SOURCES[1:]:
@@ -83,16 +85,16 @@ def compare_stage(
         if unspared is not None:
             members = {key: families[key] for key in {best.comply, best.refuse}}
             other = family_codes(fit, openings, calibrating.ids, unspared, members, edits)
-            rival = _Trial(fit, openings, calibrating, unspared, families, edits, other, youden).judge(
-                best._replace(is_graded=False)
-            )
+            rival = _Trial(
+                fit, openings, calibrating, unspared, families, edits, other, youden=youden, most_plain_edited=None
+            ).judge(best._replace(is_graded=False))
             rounds.append(
                 {
                     "what": "plain prompts",
-                    "kept": "told by the head and left alone",
+                    "kept": "told by the head and hardly edited",
                     "lost": "steered like all others, as in P1",
                     "rates": {
-                        "told by the head and left alone": _rates(trial.judge(best)),
+                        "told by the head and hardly edited": _rates(trial.judge(best)),
                         "steered like all others, as in P1": _rates(rival),
                     },
                 }
@@ -123,7 +125,7 @@ def compare_stage(
             "refuse are held by the choice of thresholds",
         }
 
-    return fit.stage("compare", make, of=("safety_margin", "plain_margin", "threshold"), after=after)
+    return fit.stage("compare", make, of=("safety_margin", "plain_margin", "plain_edited", "threshold"), after=after)
 
 
 class Plain(NamedTuple):
@@ -162,10 +164,13 @@ class _Trial:
         families: Mapping[str, Family],
         edits: Mapping[str, Edit],
         codes: Mapping[str, Codes],
+        *,
         youden: float,
+        most_plain_edited: float | None,
     ) -> None:
         self.fit, self.openings, self.prompts, self.readings = fit, openings, prompts, readings
-        self.families, self.edits, self.codes, self.youden = families, edits, codes, youden
+        self.families, self.edits, self.codes = families, edits, codes
+        self.youden, self.most_plain_edited = youden, most_plain_edited
         able = [
             index
             for index, prompt in enumerate(prompts.items)
@@ -210,11 +215,11 @@ class _Trial:
 
     def _full(self, setup: Setup) -> _Result:
         comply, refuse = self.codes[f"{setup.comply}/comply"], self.codes[f"{setup.refuse}/refuse"]
-        choice, codes = self._chosen(self.codes["unsteered"], comply, refuse)
+        choice, codes = self._chosen(setup, self.codes["unsteered"], comply, refuse)
         shares = np.ones(len(self.prompts.items))
         return _Result(choice, codes, self._plain(setup, choice, shares))
 
-    def _chosen(self, unsteered: Codes, comply: Codes, refuse: Codes) -> tuple[Choice, Codes]:
+    def _chosen(self, setup: Setup, unsteered: Codes, comply: Codes, refuse: Codes) -> tuple[Choice, Codes]:
         probability = self.readings.probability
         evidence = evidence_of(self.prompts, probability, unsteered, comply, refuse)
         fixed = self.fit.settings.threshold
@@ -222,7 +227,7 @@ class _Trial:
             choice = Choice(comply_below=fixed, refuse_above=fixed, rates=evidence.rates(fixed, fixed))
         else:
             choice = choose(
-                threshold_curve(evidence),
+                self._edits(setup).kept(threshold_curve(evidence), self.most_plain_edited),
                 evidence.rates(0.0, 1.0),
                 safety_margin=self.fit.settings.safety_margin,
                 plain_margin=self.fit.settings.plain_margin,
@@ -265,6 +270,10 @@ class _Trial:
     def _family(self, setup: Setup) -> Family:
         return Family(refuse=self.families[setup.refuse].refuse, comply=self.families[setup.comply].comply)
 
+    def _edits(self, setup: Setup) -> PlainEdits:
+        family = self._family(setup)
+        return PlainEdits.of(self.fit, self.prompts, self.readings.head, self.readings.probability, family)
+
     def _plain(self, setup: Setup, choice: Choice, shares: Array) -> Plain:
         family = self._family(setup)
         each: list[Edit | None] = []
@@ -280,9 +289,7 @@ class _Trial:
         strengths = torch.from_numpy(shares[self.plain]).to(torch.float32)
         found = fed(self.fit.loaded, self.answered, each, strengths)
         unchanged = (found.greedy == self.unsteered.greedy).float().mean() if self.answered else torch.ones(())
-        shares_edited = edited_plain(
-            self.fit, self.prompts, self.readings, setup.comply, family, choice.comply_below, choice.refuse_above
-        )
+        shares_edited = self._edits(setup).shares(choice.comply_below, choice.refuse_above)
         return Plain(found.loss - self.unsteered.loss, float(unchanged), max(shares_edited.values(), default=0.0))
 
 

@@ -73,8 +73,9 @@ class Settings:
         penalty, head_penalty: scikit-learn's C of the probe and of the category head.
         head_weights: source of fit prompts to a factor on its weight in the category head: everyday instructions are
             the plain prompts that look most like others.
-        tells_plain: the category head also tells plain prompts, which the gate then leaves alone.
+        tells_plain: the category head also tells plain prompts, which the gate then does not steer to comply.
         plain_missed: share of a group of plain calibration prompts that the head may tell as a category to refuse.
+        plain_edited: share of such a group that the gate may edit, on either side.
         weights: group of fit prompts to a factor on its weight; see `steering.fit.prompts`.
         false_positive_rate: of the probe's second operating point.
         safety_margin: share of prompts to refuse that the gate may refuse less than the model alone; without any the
@@ -123,6 +124,7 @@ class Settings:
     )
     tells_plain: bool = True
     plain_missed: float = 0.01
+    plain_edited: float = 0.01
     weights: Mapping[str, float] = field(
         default_factory=lambda: {"coconot/eval": 6.0, "coconot/pref": 6.0, "or_bench_borderline/all": 3.0, "plain": 0.2}
     )
@@ -148,6 +150,11 @@ class Settings:
     ridge: float = 10.0
     batch: int = 64
     seed: int = 20261122
+
+    @property
+    def most_plain_edited(self) -> float | None:
+        """`plain_edited`; None where plain prompts are not told, and so are all steered."""
+        return self.plain_edited if self.tells_plain else None
 
 
 QUICK: Mapping[str, Any] = {

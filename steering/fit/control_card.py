@@ -130,10 +130,10 @@ def _plain(head: Mapping[str, Any], compared: Mapping[str, Any]) -> list[str]:
         if name not in PLAIN_GROUPS
     )
     return _paragraph(
-        "Prompts that it tells as plain are left alone on either side. Its plain class had its bias raised by",
+        "Prompts that it tells as plain are never edited to comply. Its plain class had its bias raised by",
         f"{told['bias_raised']:.2f}, so that of a group of plain calibration prompts at most",
-        f"{100 * told['missed_at_most']:g} % is told as another category: {plain}. That also leaves alone, of other",
-        f"prompts: {lost}. The default profile edits at most {100 * compared['plain_edited']:.1f} % of a group of",
+        f"{100 * told['missed_at_most']:g} % is told as another category: {plain}. Of other prompts it tells as",
+        f"plain: {lost}. The default profile edits at most {100 * compared['plain_edited']:.1f} % of a group of",
         "plain calibration prompts. Everyday ones are kept from the fit by their text, of a part that may be trained",
         "on: the demo model has seen them.",
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steering.fit.categories import PLAIN
 from steering.fit.control import Fit, Variant
 from steering.fit.directions import random_direction, unit
 from steering.fit.doses import Recipe, added
@@ -131,17 +132,21 @@ class Family:
 def families_of(fit: Fit, usable: Mapping[str, Edit]) -> dict[str, Family]:
     """The families whose edits were certified.
 
-    Plain prompts, where the head tells them, have an edit on neither side: the gate leaves them alone.
+    Plain prompts, where the head tells them, get the default category's edit to refuse, since an attack may look plain,
+    and none to comply; how many of them the gate may edit is a limit on its thresholds.
     """
     names = fit.categories
     turned = {name: names[(place + 1) % len(names)] for place, name in enumerate(names)}
 
     def by_category(purpose: str, prefix: str = "", of: Callable[[str], str] = str) -> dict[str, str]:
         found = {name: edit_name(purpose, of(name), prefix) for name in names}
+        if purpose == "refuse" and PLAIN in fit.head_categories:
+            found[PLAIN] = edit_name(purpose, of(fit.settings.default_category), prefix)
         return {name: key for name, key in found.items() if key in usable}
 
     def same(key: str) -> dict[str, str]:
-        return dict.fromkeys(names, key) if key in usable else {}
+        told = fit.head_categories if "refuse" in key else names
+        return dict.fromkeys(told, key) if key in usable else {}
 
     found = {
         CATEGORY: Family(refuse=by_category("refuse"), comply=by_category("comply")),

@@ -19,7 +19,7 @@ from steering.fit.arms import ANSWERED, UNSTEERED, Arm, Codes, arm_codes, over_a
 from steering.fit.control import Fit
 from steering.fit.families import CATEGORY, P1, RANDOM, RANDOM_CATEGORY, Family
 from steering.fit.openings import Openings
-from steering.fit.probes import Array
+from steering.fit.probes import Array, Mask
 from steering.fit.prompts import GROUP_KINDS, Kind, Prompts
 from steering.fit.thresholds import (
     NEVER_COMPLY,
@@ -108,22 +108,47 @@ def evidence_of(prompts: Prompts, probability: Array, unsteered: Codes, comply: 
     )
 
 
-def edited_plain(
-    fit: Fit, prompts: Prompts, readings: Readings, name: str, family: Family, low: float, high: float
-) -> dict[str, float]:
-    """By group of plain prompts the share of them that a gate with these thresholds edits, on either side.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlainEdits:
+    """Which plain prompts a family has edits for: what its thresholds do to them is known from that.
 
-    Args:
-        name: of the family, which says where its categories come from.
+    Attributes:
+        groups: group to its prompts' probabilities [N], and whether each has an edit to refuse and one to comply.
     """
-    told = [fit.head_categories[place] for place in readings.categories(name)]
-    has_refuse = np.array([category in family.refuse for category in told], dtype=bool)
-    has_comply = np.array([category in family.comply for category in told], dtype=bool)
-    refuses = (readings.probability >= high) & (high < NEVER_REFUSE)
-    edited = np.where(refuses, has_refuse, (readings.probability <= low) & (low > NEVER_COMPLY) & has_comply)
-    groups = prompts.groups
-    plain = [group for group, kind in GROUP_KINDS.items() if kind == Kind.PLAIN and (groups == group).any()]
-    return {group: float(edited[groups == group].mean()) for group in plain}
+
+    groups: Mapping[str, tuple[Array, Mask, Mask]]
+
+    @classmethod
+    def of(cls, fit: Fit, prompts: Prompts, categories: Categories, probability: Array, family: Family) -> PlainEdits:
+        """Of the plain prompts among `prompts`, whose edits the categories name."""
+        told = [fit.head_categories[place] for place in categories]
+        has_refuse = np.array([name in family.refuse for name in told], dtype=bool)
+        has_comply = np.array([name in family.comply for name in told], dtype=bool)
+        found = {}
+        for group, kind in GROUP_KINDS.items():
+            rows = prompts.groups == group
+            if kind == Kind.PLAIN and rows.any():
+                found[group] = probability[rows], has_refuse[rows], has_comply[rows]
+        return cls(groups=found)
+
+    def shares(self, comply_below: float, refuse_above: float) -> dict[str, float]:
+        """By group, the share of its prompts that a gate with these thresholds edits, on either side."""
+        result = {}
+        for group, (probability, has_refuse, has_comply) in self.groups.items():
+            refuses = (probability >= refuse_above) & (refuse_above < NEVER_REFUSE)
+            complies = (probability <= comply_below) & (comply_below > NEVER_COMPLY)
+            result[group] = float(np.where(refuses, has_refuse, complies & has_comply).mean())
+        return result
+
+    def kept(self, curve: list[Choice], most: float | None) -> list[Choice]:
+        """The pairs of a curve that edit at most a share `most` of each group; all where None."""
+        if most is None:
+            return curve
+        return [
+            choice
+            for choice in curve
+            if max(self.shares(choice.comply_below, choice.refuse_above).values(), default=0.0) <= most + 1e-12
+        ]
 
 
 def gate_stage(
@@ -147,6 +172,8 @@ def gate_stage(
             )
             unsteered = evidence.rates(0.0, 1.0)
             curve = threshold_curve(evidence)
+            placed = readings.categories(name)
+            plain = PlainEdits.of(fit, calibrating, placed, readings.probability, families[name])
             if name in (RANDOM, RANDOM_CATEGORY):
                 # A control differs from what it is held against in the edits alone.
                 model = result[CATEGORY]["chosen"]
@@ -158,19 +185,18 @@ def gate_stage(
                 chosen, how = hard_sign(youden, evidence), "the probe's Youden point, as in P1: no neutral band"
             else:
                 margins = fit.settings.safety_margin, fit.settings.plain_margin
-                chosen = choose(curve, unsteered, safety_margin=margins[0], plain_margin=margins[1], refuse_near=youden)
+                kept = plain.kept(curve, fit.settings.most_plain_edited)
+                chosen = choose(kept, unsteered, safety_margin=margins[0], plain_margin=margins[1], refuse_near=youden)
                 how = (
-                    "least over-refusal within the margins of refusals and of plain answers; of thresholds as good, "
-                    "those that refuse most, from about the probe's Youden point on"
+                    "least over-refusal within the margins of refusals, of plain answers and of edits of plain ones; "
+                    "of thresholds as good, those that refuse most, from as near the probe's Youden point on as may be"
                 )
             result[name] = {
                 "chosen": chosen.to_json(),
                 "how": how,
                 "unsteered": {kind: round(rate, 4) for kind, rate in unsteered.items()},
                 "hard_sign": hard_sign(youden, evidence).to_json(),
-                "plain_edited": edited_plain(
-                    fit, calibrating, readings, name, families[name], chosen.comply_below, chosen.refuse_above
-                ),
+                "plain_edited": plain.shares(chosen.comply_below, chosen.refuse_above),
                 "frontier": [choice.to_json() for choice in frontier(curve)],
             }
             rates = chosen.rates
@@ -191,7 +217,9 @@ def gate_stage(
             "tensors": {key: torch.from_numpy(value) for key, value in codes.items()},
         }
 
-    return fit.stage("gate", make, of=("threshold", "safety_margin", "plain_margin"), after=after)
+    return fit.stage(
+        "gate", make, of=("threshold", "safety_margin", "plain_margin", "plain_edited", "tells_plain"), after=after
+    )
 
 
 def _at(evidence: Evidence, comply_below: float, refuse_above: float) -> Choice:

@@ -148,8 +148,8 @@ def test_a_whole_fit_writes_a_bundle_that_loads_with_probe_gates_and_report(fitt
     probe = loaded.probes["refusal"]
     assert probe.categories == (*CATEGORIES, PLAIN)
     default = profiles[PROFILE]
-    assert all(PLAIN not in side for profile in profiles.values() for side in (profile.comply, profile.refuse))
-    assert set(default.refuse) <= set(CATEGORIES)
+    assert all(PLAIN not in profile.comply for profile in profiles.values()), "plain prompts are not edited to comply"
+    assert default.refuse.get(PLAIN) == default.refuse.get(SAFETY)
     record = loaded.manifest.probes[0]
     assert [point.name for point in record.operating_points] == ["youden", "fpr-5"]
     assert "weigh" in record.provenance["imbalance"]["how"]
@@ -163,7 +163,7 @@ def test_a_whole_fit_writes_a_bundle_that_loads_with_probe_gates_and_report(fitt
     assert report["head"]["confusion"]
     told = report["head"]["plain"]
     assert told["groups"]["plain"]["told"] >= 1.0 - told["missed_at_most"], "the plain class may miss few of its own"
-    assert report["gate"]["families"]["category"]["plain_edited"]["plain"] <= told["missed_at_most"]
+    assert report["gate"]["families"]["category"]["plain_edited"]["plain"] <= fit.settings.plain_edited
     assert len(report["cosines"]["cosines"]) == len(report["cosines"]["names"])
     assert "identity" not in json.dumps(report)
     card = (bundle / "CARD.md").read_text(encoding="utf-8")

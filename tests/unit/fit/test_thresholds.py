@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from steering.fit.thresholds import Evidence, choose, frontier, hard_sign, threshold_curve
+from steering.fit.thresholds import (
+    AS_GOOD,
+    NEVER_REFUSE,
+    Evidence,
+    choose,
+    frontier,
+    hard_sign,
+    threshold_curve,
+)
 from steering.gate import rule
 from steering.plan import Decision, GateOrder
 
@@ -76,6 +84,26 @@ def test_the_choice_keeps_the_margin_and_nothing_allowed_over_refuses_less(margi
             assert round(chosen.rates["over"], 4) <= round(other.rates["over"], 4)
     assert chosen.rates["over"] < unsteered["over"]
     assert 0.0 <= chosen.comply_below <= chosen.refuse_above <= 1.0
+
+
+def test_the_refuse_side_begins_near_the_place_asked_for_where_nothing_speaks_against_it() -> None:
+    """Where no calibration prompt gains by a refuse edit the side stays on, at the threshold nearest to that place."""
+    evidence = _evidence()
+    unsteered = {**evidence.refused, "refuse": evidence.refused["unsteered"]}
+    useless = Evidence(
+        probability=evidence.probability,
+        groups=evidence.groups,
+        kinds=evidence.kinds,
+        refused=unsteered,
+        answered={**evidence.answered, "refuse": evidence.answered["unsteered"]},
+    )
+    curve, rates, margins = threshold_curve(useless), useless.rates(0.0, 1.0), {"plain_margin": 0.005}
+    off = choose(curve, rates, safety_margin=0.05, **margins)
+    near = choose(curve, rates, safety_margin=0.05, refuse_near=0.6, **margins)
+    assert off.refuse_above == NEVER_REFUSE
+    assert abs(near.refuse_above - 0.6) < 0.1
+    assert near.rates["over"] <= off.rates["over"] + AS_GOOD
+    assert near.rates["refuse"] >= off.rates["refuse"]
 
 
 def test_edits_that_do_harm_leave_the_gate_undecided() -> None:
