@@ -28,8 +28,13 @@ def ask(client: OpenAI, **fields: Any) -> Any:
     )
 
 
-def metric(gateway: Server, name: str) -> float:
-    """Sum of a metric's samples."""
+def metric(gateway: Server, name: str, **labels: str) -> float:
+    """Sum of a metric's samples whose labels include these."""
     text = httpx.get(f"{gateway.admin}/metrics").text
     families = text_string_to_metric_families(text)
-    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+    return sum(
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.integration.serving import CONTEXT, MODEL, Server, make_tiny_served_model, serving
+from tests.integration.serving import CONTEXT, MODEL, SHADOWED, Server, make_tiny_served_model, serving
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,8 +44,8 @@ def tiny_arguments(tiny_served_model: tuple[Path, Path]) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def gateway(tiny_arguments: tuple[str, ...]) -> Iterator[Server]:
-    """The tiny model, served; one server for all modules of a process that ask for it, since a start takes long."""
-    with serving(*tiny_arguments) as server:
+    """The tiny model, served, one profile in shadow; one server for all modules of a process that ask for it."""
+    with serving(*tiny_arguments, TRIMTAB_ENFORCED_SHARE=json.dumps({SHADOWED: 0})) as server:
         yield server
 
 

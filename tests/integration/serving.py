@@ -19,7 +19,7 @@ START_PATIENCE = 400.0
 """Seconds; an engine on a busy machine of two cores."""
 
 CATEGORIES = ("Safety", "Political")
-GATED = "gated"
+GATED, SHADOWED = "gated", "shadowed"
 GATE_LAYER = 1
 THRESHOLDS = (0.4, 0.6)
 READ = {
@@ -102,9 +102,9 @@ def serving(*arguments: str, **environment: str) -> Iterator[Server]:
 def make_tiny_served_model(folder: Path) -> tuple[Path, Path]:
     """A random Llama with a chat template, and a bundle whose edits force the first token and whose probe reads `READ`.
 
-    The profile `forced` has no gate, `gated` is the same with one. The edit of a side and category adds, at the last
-    layer, a long vector along the unembedding row of the token that the side should begin with; all norm weights are 1
-    and rows are nearly orthogonal, so that token wins every step.
+    The profile `forced` has no gate, `gated` is the same with one, and so is `shadowed`. The edit of a side and
+    category adds, at the last layer, a long vector along the unembedding row of the token that the side should begin
+    with; all norm weights are 1 and rows are nearly orthogonal, so that token wins every step.
 
     Returns:
         The model's folder and the bundle's.
@@ -188,7 +188,7 @@ def make_tiny_served_model(folder: Path) -> tuple[Path, Path]:
             "respond": {"token": RESPOND, "token_id": ids[RESPOND]},
             "edits": records,
             "probes": [{"name": "prompt"}],
-            "profiles": [forced, {**forced, "name": GATED, "gate": gate}],
+            "profiles": [forced, *({**forced, "name": name, "gate": gate} for name in (GATED, SHADOWED))],
             "default_profile": "forced",
         },
         edits,
