@@ -20,7 +20,7 @@ from tests.fake_server import RUNNING, FakeServer, fake_serving
 from tests.fakes import MODEL, FakeEngine, make_catalog
 from tests.unit.server.test_connections import metric, say
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 class Reader:
@@ -34,18 +34,21 @@ class Reader:
         self.thread.start()
 
     def _read(self) -> None:
-        with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
-            self.lines += [line for line in response.iter_lines() if line]
+        with httpx.stream("POST", self._url, json=self._body, timeout=PATIENCE) as response:
+            for line in response.iter_lines():
+                if line:
+                    self.lines.append(line)
 
 
 @contextmanager
 def reading(server: FakeServer, script: str, count: int = 1) -> Iterator[list[Reader]]:
-    """So many streams, once the engine works for all of them; read to their ends afterwards."""
+    """So many streams, once all have begun; read to their ends afterwards."""
     readers = [Reader(server, script) for _ in range(count)]
     deadline = time.monotonic() + PATIENCE
-    while metric(server, RUNNING) < count:
+    while not all(reader.lines for reader in readers):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    assert metric(server, RUNNING)
     yield readers
     for reader in readers:
         reader.thread.join(PATIENCE)
@@ -54,8 +57,8 @@ def reading(server: FakeServer, script: str, count: int = 1) -> Iterator[list[Re
 
 def test_fifty_streams_finish_before_the_end() -> None:
     """Not ready and no new work from the signal on, all answers complete, exit code 0."""
-    with fake_serving("--quiet", TRIMTAB_DRAIN_DELAY="0.5") as server:
-        with reading(server, "#tokens:60 #pace:0.02", count=50) as readers:
+    with fake_serving("--quiet", TRIMTAB_DRAIN_DELAY="0.5", TRIMTAB_DRAIN_GRACE="120") as server:
+        with reading(server, "#tokens:60 #pace:0.1", count=50) as readers:
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
             assert httpx.get(f"{server.url}/readyz").json()["error"]["code"] == "draining"

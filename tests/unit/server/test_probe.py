@@ -91,7 +91,7 @@ async def test_scores_need_a_permission(gated: Spoken, monkeypatch: pytest.Monke
 
 
 async def test_a_key_is_told_what_it_may_do(gated: Spoken, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Permissions, profiles and strengths are the caller's own; limits are the server's."""
+    """Permissions, profiles with the default one among them, and strengths are the key's; limits are the server's."""
     _admit(
         monkeypatch,
         Caller(
@@ -103,7 +103,7 @@ async def test_a_key_is_told_what_it_may_do(gated: Spoken, monkeypatch: pytest.M
     )
     found = (await gated.client.get("/v1/steering")).json()
     assert found["key"]["permissions"] == ["steer:use"]
-    assert found["key"]["profiles"] == ["manual"]
+    assert found["key"]["profiles"] == ["refusal-control", "manual"]
     assert found["key"]["strength"] == {"minimum": 0.5, "maximum": 1.5}
     assert found["limits"]["context"] == 512
 
