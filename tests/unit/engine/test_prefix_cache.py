@@ -131,7 +131,9 @@ def test_of_two_ids_the_last_is_the_plans_as_json_has_it() -> None:
         assert found.id == "second"
 
 
-@pytest.mark.parametrize("text", ['{"id":"x"}', '"id":"x"', '{"id":"x', plan_for("e").to_json().replace('"plan"', '""')])
+@pytest.mark.parametrize(
+    "text", ['{"id":"x"}', '"id":"x"', '{"id":"x', plan_for("e").to_json().replace('"plan"', '""')]
+)
 def test_what_is_no_plan_has_no_id_that_makes_it_one(text: str) -> None:
     """Neither before nor after a plan of the same surroundings was read."""
     for _ in range(2):
