@@ -36,6 +36,8 @@ FAULTS = ("#fail", "#fail:3", "#raise:2", "#cut:2", "#malformed:2", "#full", "#b
 MOST_GROWTH = 0.10
 """Of resident memory, from a fifth of the time to its end."""
 
+GAUGES = ("steering_inflight_requests", "steering_rows_in_use", RUNNING, "vllm:num_requests_waiting")
+
 SETTLES = 10.0
 """Seconds in which gauges go back to zero once nobody asks any more."""
 
@@ -95,7 +97,7 @@ async def _ask_until(end: float, client: httpx.AsyncClient, target: Target, tall
             outcome = f"lost: {type(error).__name__} {error} of {kind} {path}"
         tally.ended[outcome.partition(":")[0]] += 1
         if outcome.startswith("lost"):
-            tally.lost.append(outcome[:500])
+            tally.lost.append(f"{end - time.monotonic():.1f} s before the end, {outcome[:500]}")
 
 
 def _body(path: str, kind: str, target: Target, dice: random.Random) -> dict[str, Any]:
@@ -202,10 +204,12 @@ def family(process: int) -> list[int]:
 
 async def _judged(target: Target, tally: Tally, seconds: float) -> dict[str, Any]:
     left: dict[str, float] = {}
+    text = ""
     async with httpx.AsyncClient(timeout=30.0, trust_env=False) as client:
         settling = time.monotonic() + SETTLES
         while True:
-            left = _gauges((await client.get(f"{target.admin}/metrics")).text)
+            text = (await client.get(f"{target.admin}/metrics")).text
+            left = _values(text, GAUGES)
             if not any(left.values()) or time.monotonic() > settling:
                 break
             await asyncio.sleep(0.2)
@@ -219,6 +223,7 @@ async def _judged(target: Target, tally: Tally, seconds: float) -> dict[str, Any
         "lost": tally.lost[:20],
         "reloads": dict(tally.reloads),
         "gauges": left,
+        "counted": _values(text, ("steering_client_disconnects_total", "steering_stream_stalls_total")),
         "states": states,
         "resident_mb": resident,
         "passed": not tally.lost
@@ -237,8 +242,7 @@ def _growth(looks: Sequence[tuple[float, float]], seconds: float) -> dict[str, f
     return {"first_quarter": round(first, 1), "last_quarter": round(last, 1), "most": round(max(warm), 1)}
 
 
-def _gauges(text: str) -> dict[str, float]:
-    wanted = ("steering_inflight_requests", "steering_rows_in_use", RUNNING, "vllm:num_requests_waiting")
+def _values(text: str, wanted: Sequence[str]) -> dict[str, float]:
     lines = [line for line in text.splitlines() if line.partition(" ")[0].partition("{")[0] in wanted]
     return {line.partition(" ")[0].partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
