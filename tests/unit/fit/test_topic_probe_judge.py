@@ -49,7 +49,7 @@ def test_the_judging_probe_is_in_every_bundle_of_the_fit(tmp_path: Path, monkeyp
     [
         (["--judge", "probe"], "--judge probe and --judge-bundle go together"),
         (["--judge-bundle", str(DEMO / "bundle")], "--judge probe and --judge-bundle go together"),
-        (["--judge", "probe", "--judge-bundle", str(DEMO / "bundle")], "has no response probe to judge with"),
+        (["--judge", "probe", "--judge-bundle", str(DEMO / "topics")], "has no response probe to judge with"),
     ],
 )
 def test_a_probe_without_its_bundle_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
