@@ -121,7 +121,8 @@ class ScriptedEngine(FakeEngine):
 
     async def _tokens(self, call: Call) -> AsyncGenerator[tuple[int, int, str], None]:
         script = script_of(call)
-        limit = int(script.get("tokens") or call.fields.get("max_tokens") or len(self.words) + 1)
+        asked = min(call.fields.get("max_tokens") or len(self.words) + 1, self.model.context)
+        limit = int(script.get("tokens") or asked)
         pace = script["pace"] if script.get("pace") is not None else self.pace
         _raise_at_start(script)
         produced, clock = 0, asyncio.get_running_loop().time

@@ -11,10 +11,10 @@ from tests.fake_server import fake_serving
 
 
 @pytest.fixture(scope="session")
-def sources(request: pytest.FixtureRequest) -> Path:
-    """The SDK's source archive, kept with pytest's cache."""
-    assert request.config.cache is not None
-    return fetch(request.config.cache.mkdir("openai"))
+def sources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The SDK's source archive, kept with pytest's cache where there is one."""
+    cache = getattr(request.config, "cache", None)
+    return fetch(cache.mkdir("openai") if cache is not None else tmp_path_factory.mktemp("openai"))
 
 
 @pytest.mark.parametrize("model", MODELS)
