@@ -9,8 +9,8 @@ from tests.integration.engine.scenario import Ask, Got
 from tests.oracle import Oracle
 
 # Both sides compute in float32, but sum in another order (fused norms, blocked attention, one batch against one
-# request). Over four layers that moves a log-probability by up to 3e-6 on one processor and 2.3e-5 on another; the edits
-# move them by 0.02 to 1.4.
+# request). Over four layers that moves a log-probability by up to 3e-6 on one processor and 2.3e-5 on another; edits
+# move it by 0.02 to 1.4.
 FLOAT32_TOLERANCE = 5e-5
 
 
