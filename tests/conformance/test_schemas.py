@@ -36,8 +36,12 @@ CASES = int(os.environ.get("TRIMTAB_SCHEMA_CASES", "25"))
 
 POSTED = [operation.path for operation in schema.OPERATIONS if operation.method == "post"]
 OPENAI = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-PLAIN: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "input": "hi"}
-"""What takes the place of a prompt that is refused."""
+PLAIN: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/responses": {"input": "hi"},
+}
+"""What takes the place of a prompt that is refused; a `prompt` of responses is a template, and stays left out."""
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +118,7 @@ def test_answers_are_as_openais_types_tell(server: FakeServer, path: str) -> Non
         body = case.body
         assert isinstance(body, dict)
         body["model"] = MODEL
-        for _ in range(2 * len(body) + len(PLAIN)):
+        for _ in range(2 * len(body) + len(PLAIN[path])):
             response = case.call(base_url=server.url)
             statuses[response.status_code] += 1
             case.validate_response(response, checks=checks)
@@ -124,8 +128,8 @@ def test_answers_are_as_openais_types_tell(server: FakeServer, path: str) -> Non
                 return
             name = at_fault(body, parameter)
             body.pop(name, None)
-            if name in PLAIN:
-                body[name] = PLAIN[name]
+            if name in PLAIN[path]:
+                body[name] = PLAIN[path][name]
         raise AssertionError(f"nothing is left to leave out, and there is no answer: {body}")
 
     operation = load(openai_types.document(), GenerationMode.POSITIVE)[path]["POST"]

@@ -17,15 +17,19 @@ STARTS = """
 import multiprocessing, sys, time
 from steering.engine.parent import end_with_parent
 
+def tell(process):
+    sys.stdout.write(f"{process}\\n")  # in one piece: two processes share the pipe
+    sys.stdout.flush()
+
 def grandchild():
     end_with_parent()
-    print(multiprocessing.current_process().pid, flush=True)
+    tell(multiprocessing.current_process().pid)
     time.sleep(600)
 
 def child():
     end_with_parent()
     multiprocessing.get_context(sys.argv[1]).Process(target=grandchild).start()
-    print(multiprocessing.current_process().pid, flush=True)
+    tell(multiprocessing.current_process().pid)
     time.sleep(600)
 
 if __name__ == "__main__":
@@ -50,10 +54,12 @@ def test_children_end_with_a_parent_that_is_killed(method: str, tmp_path: Path) 
     process = subprocess.Popen([sys.executable, str(script), method], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout:
-        below = [int(process.stdout.readline()) for _ in range(2)]
-        assert all(map(lives, below))
-        process.kill()
-        process.wait()
+        try:
+            below = [int(process.stdout.readline()) for _ in range(2)]
+            assert all(map(lives, below))
+        finally:
+            process.kill()
+            process.wait()
         deadline = time.monotonic() + 20
         while any(map(lives, below)):
             assert time.monotonic() < deadline, "a child outlives its parent"
