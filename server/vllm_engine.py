@@ -20,6 +20,7 @@ from prometheus_client import generate_latest
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from server.cores import go_before_the_scheduler
 from server.engine import Call, Chunk, Completion, Prompting, ServedModel, WorkerReport
 from server.vllm_shapes import as_chat, chunk_of, echo_of, plain_chat, plain_completion
 from steering.bundle import load_bundle
@@ -327,6 +328,8 @@ async def started(arguments: Namespace, bundles: Sequence[Path], **steering: Any
             completion=state.openai_serving_completion,
             tokenization=state.serving_tokenization,
         )
+        if client.vllm_config.device_config.device_type == "cpu":
+            go_before_the_scheduler()
         yield VllmEngine(client, endpoints, listener, model)
 
 
