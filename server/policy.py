@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from msgspec import structs
+
 from server.catalog import BundleView, Catalog, EditView, GateView, ProfileView
 from steering.errors import InvalidSpec, NotSupported, UnknownName
 from steering.plan import CategorySource, GateOrder, Mode, Plan, Scope
@@ -94,8 +96,8 @@ class Resolution:
         """The same with a gate that may choose this category only."""
         assert self.plan is not None
         assert self.plan.gate is not None
-        gate = dataclasses.replace(self.plan.gate, categories=(category,))
-        return dataclasses.replace(self, category=category, plan=dataclasses.replace(self.plan, gate=gate))
+        gate = structs.replace(self.plan.gate, categories=(category,))
+        return dataclasses.replace(self, category=category, plan=structs.replace(self.plan, gate=gate))
 
 
 def resolve(spec: SteeringSpec | None, catalog: Catalog, *, plan_id: str) -> Resolution:
@@ -117,7 +119,7 @@ def resolve(spec: SteeringSpec | None, catalog: Catalog, *, plan_id: str) -> Res
     if bundle.reader is None:
         return resolution
     if resolution.plan is not None:
-        return dataclasses.replace(resolution, plan=dataclasses.replace(resolution.plan, response=True))
+        return dataclasses.replace(resolution, plan=structs.replace(resolution.plan, response=True))
     observation = Plan(id=plan_id, bundle=bundle.digest, strength=1.0, response=True)
     return dataclasses.replace(resolution, observation=observation)
 

@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import structs
+
 from server.access.caller import Caller, Permission
 from server.catalog import Catalog
 from server.effects import Effect
@@ -84,5 +86,5 @@ def observed(resolution: Resolution) -> Resolution:
     plan = resolution.plan
     assert plan is not None
     assert plan.gate is not None
-    gate = dataclasses.replace(plan.gate, is_observed=True)
-    return dataclasses.replace(resolution, plan=dataclasses.replace(plan, gate=gate, response=False))
+    gate = structs.replace(plan.gate, is_observed=True)
+    return dataclasses.replace(resolution, plan=structs.replace(plan, gate=gate, response=False))

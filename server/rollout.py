@@ -11,6 +11,8 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from server.catalog import BundleView, Catalog, ProfileView
 from server.policy import Resolution
 from steering.errors import UnsupportedConfiguration
@@ -62,8 +64,8 @@ class Rollout:
         if drawn(profile.name, request_id) < self.share(bundle, profile):
             return resolution
         if plan.gate is not None:
-            gate = dataclasses.replace(plan.gate, is_observed=True)
-            observed = dataclasses.replace(plan, gate=gate, reasoning=Reasoning.EDITED)
+            gate = structs.replace(plan.gate, is_observed=True)
+            observed = structs.replace(plan, gate=gate, reasoning=Reasoning.EDITED)
             return dataclasses.replace(resolution, plan=observed, is_shadow=True)
         observation = None
         if bundle.reader is not None:

@@ -1,25 +1,20 @@
 """Outcome and response: what the engine did for a sample, and what its response probe read of the answer.
 
-What one step made known travels as one JSON message from the worker to whoever started the engine. Knows nothing of
-HTTP, models, sockets or vLLM.
+What one step made known travels as one message from the worker to whoever started the engine. Knows nothing of HTTP,
+models, sockets or vLLM.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+
+import msgspec
 
 from steering.plan import Decision, Reasoning, Scope
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
-"""`json.dumps` makes one at every call that sets its separators."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
+class Scores(msgspec.Struct, frozen=True, kw_only=True):
     """What a probe read from one prompt; probabilities.
 
     Attributes:
@@ -31,8 +26,7 @@ class Scores:
     categories: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine did for one sample of a request, reported by the worker's first rank.
 
     Attributes:
@@ -62,39 +56,8 @@ class Outcome:
     scores: Scores | None = None
     error: str = ""
 
-    def to_fields(self) -> dict[str, Any]:
-        """What JSON can say of it."""
-        # By hand: `dataclasses.asdict` takes longer than the rest of a step's report.
-        scores = self.scores
-        return {
-            "plan_id": self.plan_id,
-            "request_id": self.request_id,
-            "applied": self.applied,
-            "edit": self.edit,
-            "strength": self.strength,
-            "scope": self.scope,
-            "reasoning": self.reasoning,
-            "decision": self.decision,
-            "category": self.category,
-            "scores": scores and {"refusal": scores.refusal, "categories": scores.categories},
-            "error": self.error,
-        }
 
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Outcome:
-        """Read what `to_fields` gave."""
-        decision, scores = fields["decision"], fields["scores"]
-        changed = {
-            "scope": Scope(fields["scope"]),
-            "reasoning": Reasoning(fields["reasoning"]),
-            "decision": None if decision is None else Decision(decision),
-            "scores": None if scores is None else Scores(**scores),
-        }
-        return cls(**{**fields, **changed})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Response:
+class Response(msgspec.Struct, frozen=True, kw_only=True):
     """What the response probe has read of one sample so far, reported by the worker's first rank.
 
     Attributes:
@@ -115,23 +78,34 @@ class Response:
         return 1.0 / (1.0 + math.exp(-self.score)) if self.score > -700 else 0.0
 
 
-def message_of(outcomes: Sequence[Outcome], responses: Sequence[Response]) -> bytes:
-    """One line of JSON for what a step made known."""
-    read = [[each.plan_id, each.request_id, each.tokens, each.score] for each in responses]
-    told = {"outcomes": [outcome.to_fields() for outcome in outcomes], "responses": read}
-    return _ENCODER.encode(told).encode()
+class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What one step made known, or why requests are never run.
 
-
-def from_message(message: bytes) -> tuple[list[Outcome], list[Response]]:
-    """Read what `message_of` wrote.
-
-    Raises:
-        ValueError, TypeError, KeyError: it did not.
+    Attributes:
+        outcomes, responses: of samples that run.
+        rejected: fields of the error (`TrimtabError.to_fields`) by id of the plan, of requests that are never run.
     """
-    fields = json.loads(message)
-    outcomes = [Outcome.from_fields(each) for each in fields["outcomes"]]
-    responses = [
-        Response(plan_id=plan_id, request_id=request_id, tokens=tokens, score=score)
-        for plan_id, request_id, tokens, score in fields["responses"]
-    ]
-    return outcomes, responses
+
+    outcomes: Sequence[Outcome] = ()
+    responses: Sequence[Response] = ()
+    rejected: Mapping[str, Mapping[str, str | None]] = {}
+
+    def to_bytes(self) -> bytes:
+        """As it travels."""
+        return _ENCODER.encode(self)
+
+    @classmethod
+    def from_bytes(cls, message: bytes | memoryview) -> Message:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            ValueError: it did not.
+        """
+        try:
+            return _DECODER.decode(message)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"{len(message)} bytes are no message of outcomes: {error}") from error
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(Message)

@@ -6,18 +6,17 @@ and flat lists). Knows nothing of HTTP, models or vLLM.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Final, Literal
+
+import msgspec
 
 from steering.errors import InvalidSpec
 
 PLAN_KEY = "trimtab"
 """Key of the plan in `SamplingParams.extra_args` and in the `vllm_xargs` field of vLLM's own server."""
 
-PLAN_VERSION = 4
+PLAN_VERSION: Final = 5
 
 SMALLEST_STRENGTH, LARGEST_STRENGTH = 2.0**-126, 2.0**127
 """Absolute values that float32 holds as normal numbers; what a bundle certifies is far narrower."""
@@ -65,8 +64,7 @@ class Reasoning(StrEnum):
     SPARED = "spared"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateOrder:
+class GateOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A gate's part of a plan: what it may decide for one request.
 
     Attributes:
@@ -98,8 +96,7 @@ class GateOrder:
             raise InvalidSpec("a gate needs at least one category it may choose", parameter="steering.category")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine is to do for one request, complete and allowed: one edit, a gate that decides, or only a look.
 
     Attributes:
@@ -176,97 +173,33 @@ class Plan:
         return self.prompt_length
 
     def to_json(self) -> str:
-        """One line of JSON, keys sorted."""
-        return json.dumps({"version": PLAN_VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        """One line of JSON, keys always in the same order."""
+        return _ENCODER.encode(_Wire(version=PLAN_VERSION, plan=self)).decode()
 
     @classmethod
     def from_json(cls, text: object) -> Plan:
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote; what is left out of a plan has its default.
 
         Raises:
-            InvalidSpec: not a string, not JSON, unknown or missing keys, wrong types, or another version.
+            InvalidSpec: not a string, not JSON, unknown keys, wrong types, numbers that are not finite, or another
+                version.
         """
         if not isinstance(text, str):
             raise InvalidSpec(f"a plan is one JSON string, got {type(text).__name__}")
         try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InvalidSpec(f"plan is not JSON: {error}") from error
-        _check("plan", fields, _PLAN_FIELDS)
-        if fields["version"] != PLAN_VERSION:
-            raise InvalidSpec(f"plan version must be {PLAN_VERSION}")
-        try:
-            scope, reasoning = Scope(fields["scope"]), Reasoning(fields["reasoning"])
-        except ValueError as error:
+            return _DECODER.decode(text).plan
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise InvalidSpec(
-                f"plan fields 'scope' and 'reasoning' must be one of {[*map(str, Scope)]} and of "
-                f"{[*map(str, Reasoning)]}: {error}"
-            ) from None
-        return cls(
-            id=fields["id"],
-            bundle=fields["bundle"],
-            edit=fields["edit"],
-            gate=None if fields["gate"] is None else _gate_order(fields["gate"]),
-            strength=_as_float(fields["strength"]),
-            scope=scope,
-            response=fields["response"],
-            reasoning=reasoning,
-            prompt_length=fields["prompt_length"],
-        )
+                f"a plan is one line of JSON of version {PLAN_VERSION} with finite numbers: {error}"
+            ) from error
 
 
-_NUMBER = (int, float)
-_TEXT_OR_NONE = (str, type(None))
-_PLAN_FIELDS: dict[str, tuple[type, ...]] = {
-    "version": (int,),
-    "id": (str,),
-    "bundle": (str,),
-    "edit": _TEXT_OR_NONE,
-    "gate": (dict, type(None)),
-    "strength": _NUMBER,
-    "scope": (str,),
-    "response": (bool,),
-    "reasoning": (str,),
-    "prompt_length": (int, type(None)),
-}
-_GATE_FIELDS: dict[str, tuple[type, ...]] = {
-    "profile": (str,),
-    "comply_below": _NUMBER,
-    "refuse_above": _NUMBER,
-    "categories": (list, type(None)),
-    "is_graded": (bool,),
-    "is_observed": (bool,),
-}
+class _Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A plan on its way, with the version of what follows."""
+
+    version: Literal[5]
+    plan: Plan
 
 
-def _gate_order(fields: dict[str, Any]) -> GateOrder:
-    _check("gate", fields, _GATE_FIELDS)
-    categories = fields["categories"]
-    if categories is not None and not all(type(category) is str for category in categories):
-        raise InvalidSpec(f"gate field 'categories' must be null or a list of names, got {categories!r}")
-    return GateOrder(
-        profile=fields["profile"],
-        comply_below=_as_float(fields["comply_below"]),
-        refuse_above=_as_float(fields["refuse_above"]),
-        categories=None if categories is None else tuple(categories),
-        is_graded=fields["is_graded"],
-        is_observed=fields["is_observed"],
-    )
-
-
-def _check(what: str, fields: object, wanted: Mapping[str, tuple[type, ...]]) -> None:
-    """The fields of a JSON object and their types; by `type`, as a bool is an int to `isinstance`."""
-    if type(fields) is not dict or fields.keys() != wanted.keys():
-        given = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise InvalidSpec(f"{what} must have the keys {sorted(wanted)}, got {given}")
-    for name, kinds in wanted.items():
-        if type(fields[name]) not in kinds:
-            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise InvalidSpec(f"{what} field {name!r} must be {names}, got {fields[name]!r:.200}")
-
-
-def _as_float(number: float) -> float:
-    try:
-        return float(number)
-    except OverflowError:  # an integer of more than 308 digits; `Plan` refuses infinity
-        return float("inf")
+_ENCODER = msgspec.json.Encoder(order="deterministic")
+_DECODER = msgspec.json.Decoder(_Wire)

@@ -20,6 +20,9 @@ RESIDENT = "server.bench.resident"
 WITHOUT_PLUGINS = {"VLLM_PLUGINS": "none-of-them"}
 """vLLM loads the plugins named here and no other: nothing of ours is in the stock process."""
 
+PROMPTS = (32, 128, 256)
+"""Tokens of the prompts before first tokens: what a gate adds is the same after each; what it is added to is not."""
+
 WARM_UP = 3
 """Rounds of each arm before the first pair: compiled code, caches and thread pools are there afterwards."""
 
@@ -33,7 +36,8 @@ class Arm:
         runner, reference: the engines that do this and that; the reference is never steered.
         plans: one per request of the runner's rounds; none leaves them unsteered.
         kind: of the plans.
-        is_first_token: requests of one token, steered and not in turn, one after the other in one round of one engine.
+        first_token_after: tokens of the prompts of requests of one token, steered and not in turn, one after the other
+            in one round of one engine; None for a round of whole answers.
         target: what the median ratio must reach.
     """
 
@@ -42,7 +46,7 @@ class Arm:
     reference: Companion
     plans: Sequence[str] = ()
     kind: Kind | None = None
-    is_first_token: bool = False
+    first_token_after: int | None = None
     target: float | None = None
 
     def pair(self, seed: int, turn: int) -> list[dict[str, Any]]:
@@ -50,10 +54,9 @@ class Arm:
 
         Prompts are alike, or where one engine plays both, others of the same length: it would find them in its cache.
         """
-        if self.is_first_token:
-            answers: list[dict[str, Any]] = self.runner.ask(seed=seed, plans=list(self.plans), is_first_token=True)[
-                "answers"
-            ]
+        if self.first_token_after is not None:
+            asked = {"seed": seed, "plans": list(self.plans), "first_token_after": self.first_token_after}
+            answers: list[dict[str, Any]] = self.runner.ask(**asked)["answers"]
             return answers
         seeds = [10_000 + seed, 10_000_000 + seed if self.runner is self.reference else 10_000 + seed]
         orders = _turned([(self.reference, [], seeds[0]), (self.runner, list(self.plans), seeds[1])], turn)
@@ -129,7 +132,11 @@ def measure(
             kind=Kind.AUTO,
             target=0.97,
         )
-        arms += [gated, replace(gated, name="auto ÷ unsteered, first token", is_first_token=True)]
+        arms.append(gated)
+        arms += [
+            replace(gated, name=f"auto ÷ unsteered, first token after {length}", first_token_after=length)
+            for length in PROMPTS
+        ]
         if with_stock and with_control:
             say("starting stock vLLM a second time")
             arms.append(Arm(name="stock again ÷ stock vLLM", runner=start([], WITHOUT_PLUGINS), reference=stock))
@@ -145,9 +152,9 @@ def measure(
                 seed += 1
                 mine, reference = arm.pair(seed, turn)
                 _check_edited(arm, mine, subject)
-                assert mine["tokens"] == reference["tokens"] == batch * (1 if arm.is_first_token else tokens)
+                assert mine["tokens"] == reference["tokens"] == batch * (tokens if arm.first_token_after is None else 1)
                 rounds[arm.name].append((mine["tokens"] / mine["seconds"], reference["tokens"] / reference["seconds"]))
-                if arm.is_first_token:
+                if arm.first_token_after is not None:
                     continue
                 work[arm.name].append(
                     (mine["tokens"] / mine["processor_seconds"], reference["tokens"] / reference["processor_seconds"])

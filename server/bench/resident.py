@@ -5,7 +5,6 @@ The only module of the bench that names vLLM. Run by `server.bench.engine`.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import json
@@ -14,14 +13,17 @@ import random
 import secrets
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from server.bench.companion import serve, take_over_output
-from steering.plan import PLAN_KEY
+from steering.engine.outcomes import OutcomeInbox
+from steering.errors import EditNotApplied
+from steering.plan import PLAN_KEY, Plan
 
 PROMPT_TOKENS = 32
 FIRST_TOKEN = 20
@@ -38,14 +40,17 @@ class Resident:
         settings: model: folder; options: of vLLM; bundles: folders, empty for stock vLLM; batch and tokens of a round;
             vocabulary: number of token ids to draw prompts from; key: under which a plan travels, where it is another
             plugin's.
+        inbox: where outcomes arrive, read as the gateway does, so that it is part of what is measured; None for stock
+            vLLM.
     """
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any], inbox: OutcomeInbox | None = None) -> None:
         from vllm import LLM
 
         from steering.engine.plugin import engine_arguments
 
         self._settings = settings
+        self._inbox = inbox
         self._is_steering = bool(settings["bundles"])
         own = engine_arguments([Path(path) for path in settings["bundles"]]) if self._is_steering else {}
         self._llm = LLM(model=settings["model"], **settings["options"], **own)
@@ -68,7 +73,7 @@ class Resident:
         seed: int,
         plans: list[str],
         *,
-        is_first_token: bool = False,
+        first_token_after: int | None = None,
         cell: Mapping[str, Any] | None = None,
         is_memory: bool = False,
     ) -> dict[str, Any]:
@@ -77,8 +82,8 @@ class Resident:
             return {"peak_bytes": peak_bytes()}
         if cell is not None:
             answer = self.cell(seed, plans, **cell)
-        elif is_first_token:
-            answer = {"answers": self.first_tokens(seed, plans)}
+        elif first_token_after is not None:
+            answer = {"answers": self.first_tokens(seed, plans, first_token_after)}
         else:
             answer = self.round(seed, plans)
         self._rest()
@@ -144,6 +149,7 @@ class Resident:
             engine.add_request(name, prompt, asked)
         while engine.has_unfinished_requests():
             outputs = engine.step()
+            self._take_outcomes()
             now = time.perf_counter()
             is_late = len(firsts) == len(names)
             for output in outputs:
@@ -190,11 +196,12 @@ class Resident:
         self._clear_witness()
         worked, began = _processor_seconds(), time.perf_counter()
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        self._take_outcomes()
         seconds, worked = time.perf_counter() - began, _processor_seconds() - worked
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         return {"seconds": seconds, "processor_seconds": worked, "tokens": tokens, "edited": self._edited()}
 
-    def first_tokens(self, seed: int, plans: list[str]) -> list[dict[str, Any]]:
+    def first_tokens(self, seed: int, plans: list[str], length: int) -> list[dict[str, Any]]:
         """Requests of one token, one after the other: those with a plan and as many without, in turns of random order.
 
         Whatever slows the machine for longer than two requests slows both kinds alike.
@@ -202,6 +209,7 @@ class Resident:
         Args:
             seed: of the prompts and their order.
             plans: one JSON plan per steered request.
+            length: tokens of each prompt.
 
         Returns:
             Of the steered, then of the others: seconds, their number times the median; tokens; the layers edited.
@@ -211,11 +219,14 @@ class Resident:
         self._clear_witness()
         for plan in plans:
             for is_steered in draw.sample([True, False], 2):
-                prompts = self._prompts(draw, 1)
+                prompts = self._prompts(draw, 1, length)
                 parameters = self._parameters(1, plan if is_steered else None)
                 began = time.perf_counter()
                 self._llm.generate(prompts, parameters, use_tqdm=False)
+                told = self._take_outcomes() if is_steered else 0
                 seconds[is_steered].append(time.perf_counter() - began)
+                if told != is_steered:
+                    raise EditNotApplied(f"{told} outcomes came with the first token of a request")
         edited = {True: self._edited(), False: []}
         return [
             {"seconds": len(plans) * statistics.median(taken), "tokens": len(plans), "edited": edited[is_steered]}
@@ -246,6 +257,10 @@ class Resident:
             output_kind=RequestOutputKind.DELTA if is_timed else RequestOutputKind.CUMULATIVE,
             extra_args=None if plan is None else {key: _fresh(plan) if key == PLAN_KEY else plan},
         )
+
+    def _take_outcomes(self) -> int:
+        """Read what the engine has told; how many samples it was about."""
+        return len(self._inbox.drain()[0]) if self._inbox is not None else 0
 
     def _clear_witness(self) -> None:
         if self._is_steering:
@@ -307,7 +322,7 @@ def peak_bytes() -> int:
 
 
 def _fresh(plan: str) -> str:
-    return json.dumps(json.loads(plan) | {"id": secrets.token_hex(16)})
+    return msgspec.structs.replace(Plan.from_json(plan), id=secrets.token_hex(16)).to_json()
 
 
 def _processor_seconds() -> float:
@@ -319,30 +334,14 @@ def _processor_seconds() -> float:
     return float(sum(each.user + each.system for each in times))
 
 
-def _listen() -> None:
-    """Receive outcomes as the gateway does, so that sending them is part of what is measured."""
-    from steering.engine.outcomes import OutcomeListener
-
-    ready = threading.Event()
-
-    async def receive() -> None:
-        OutcomeListener().start()
-        ready.set()
-        await asyncio.Event().wait()
-
-    threading.Thread(target=lambda: asyncio.run(receive()), daemon=True, name="outcomes").start()
-    ready.wait()
-
-
 def main() -> None:
     """Hold an engine for as long as there are orders."""
     answers = take_over_output()
     settings = json.loads(sys.argv[1])
-    if settings["bundles"]:
-        _listen()
-    resident = Resident(settings)
-    serve(answers, resident.about(), resident.order)
-    resident.close()
+    with contextlib.ExitStack() as stack:
+        resident = Resident(settings, stack.enter_context(OutcomeInbox()) if settings["bundles"] else None)
+        serve(answers, resident.about(), resident.order)
+        resident.close()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ of them, so that no two write the same row.
 
 from __future__ import annotations
 
+import functools
 import os
 from enum import IntEnum
 from typing import Any
@@ -112,11 +113,17 @@ def edit_compiled(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Te
     they share one edit.
     """
     if token_rows.numpy()[-2]:
-        from steering.engine.block import SHORTEST, edit_block
-        from steering.engine.compiled import run
+        block, compiled = _on_cpu()
+        if len(hidden) < block.SHORTEST or not block.edit_block(hidden, residual, token_rows, rows, table):
+            compiled.run(hidden, residual, token_rows, rows, table)
 
-        if len(hidden) < SHORTEST or not edit_block(hidden, residual, token_rows, rows, table):
-            run(hidden, residual, token_rows, rows, table)
+
+@functools.cache
+def _on_cpu() -> tuple[Any, Any]:
+    """The modules that edit there, imported when they are first needed: a device needs no Numba."""
+    from steering.engine import block, compiled
+
+    return block, compiled
 
 
 def edit_triton(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:

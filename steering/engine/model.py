@@ -128,21 +128,24 @@ class Steering:
             self.capture.after_forward()
         if self.finite is not None:
             self.finite.after_forward()
-        if not (self._due.outcomes or self._due.responses):
+        outcomes, responses = self._due
+        if not (outcomes or responses):
             return
-        # By number: a request may have given its row back by the time the table has been read.
-        due, observed = ([(steered, steered.row) for steered in each] for each in self._due)
         self._due = Due([], [])
+        # By number: a request may have given its row back by the time the table has been read.
+        due = [(steered, steered.row) for steered in outcomes]
+        observed = [(steered, steered.row) for steered in responses]
 
         def send(table: NDArray[np.float32]) -> None:
-            outcomes = [self.rows.outcome(steered, table[row]) for steered, row in due]
+            told = [self.rows.outcome(steered, table[row]) for steered, row in due]
             read = [self.rows.response(steered, table[row]) for steered, row in observed]
-            self._sender.send(outcomes, [response for response in read if response is not None])
+            self._sender.send(told, [response for response in read if response is not None])
 
         reading = self._download.then(send)
-        for steered, _ in due:
-            if steered.gate is not None:
-                steered.reading = reading
+        if reading is not None:
+            for steered, _ in due:
+                if steered.gate is not None:
+                    steered.reading = reading
 
 
 class SteeredLayer(nn.Module):

@@ -11,7 +11,6 @@ engine's thread: a message library's thread would cost each first token half a m
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import select
@@ -21,7 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from steering.errors import TrimtabError, UnsupportedConfiguration
-from steering.outcome import Outcome, Response, message_of
+from steering.outcome import Message, Outcome, Response
 
 _log = logging.getLogger("trimtab")
 
@@ -32,9 +31,6 @@ MOST_IN_A_MESSAGE = 32
 """Outcomes, and responses; with every score of 100 categories they stay well under what Linux sends in one piece."""
 
 LONGEST_MESSAGE = 1 << 19
-
-REJECTION = b'{"rejected":'
-"""How a message begins that tells of a request which was never run."""
 
 MOST_LATE = 100_000
 """Messages a worker keeps for a receiver that is slow; with one per step this is never reached."""
@@ -71,14 +67,17 @@ class OutcomeSender:
         """Send what a step made known; never blocks the engine. What is lost fails its request at the gateway."""
         if self._socket is None:
             return
+        if max(len(outcomes), len(responses)) <= MOST_IN_A_MESSAGE:
+            self._put(Message(outcomes=outcomes, responses=responses).to_bytes())
+            return
         for start in range(0, max(len(outcomes), len(responses)), MOST_IN_A_MESSAGE):
-            end = start + MOST_IN_A_MESSAGE
-            self._put(message_of(outcomes[start:end], responses[start:end]))
+            part = slice(start, start + MOST_IN_A_MESSAGE)
+            self._put(Message(outcomes=outcomes[part], responses=responses[part]).to_bytes())
 
     def reject(self, plan_id: str, error: TrimtabError) -> None:
         """Tell why a request was never run; vLLM's own way back has no room for a reason."""
         if self._socket is not None:
-            self._put(REJECTION + json.dumps([plan_id, error.to_fields()]).encode() + b"}")
+            self._put(Message(rejected={plan_id: error.to_fields()}).to_bytes())
 
     def close(self) -> None:
         """Send nothing any more, not even what waits."""

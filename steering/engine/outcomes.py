@@ -1,54 +1,50 @@
 """Outcomes: what the engine tells whoever started it, received over the socket that `outcome_sender` sends to.
 
-Knows nothing of models.
+An outcome is there before the token that it is about, so that whoever has the token finds it without waiting: nobody is
+woken for it, which on a small machine would take the processor from the engine when it makes that token. Only while
+somebody waits does the event loop watch. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import json
 import logging
 import os
 import re
+import select
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
-from steering.engine.outcome_sender import ADDRESS_VARIABLE, LONGEST_MESSAGE, REJECTION
+from steering.engine.outcome_sender import ADDRESS_VARIABLE, LONGEST_MESSAGE
 from steering.errors import EditNotApplied, TrimtabError, UnsupportedConfiguration
-from steering.outcome import Outcome, Response, from_message
+from steering.outcome import Message, Outcome, Response
 
 _log = logging.getLogger("trimtab")
 
+SWEEP = 0.2
+"""Seconds between looks at what nobody asked for; what a socket holds until then is some hundred messages, and a worker
+keeps what it has no room for."""
+
 
 class _Receiver:
-    """A bound socket and the workers' connections to it.
-
-    Args:
-        on_gone: is told of a worker whose connection is about to be closed.
-        on_rejected: is told of a plan whose request was never run, and why.
+    """A bound socket and the workers' connections to it, of which the kernel says at once what there is to read.
 
     Raises:
         UnsupportedConfiguration: no socket can be made in the folder for temporary files.
     """
 
-    def __init__(
-        self,
-        on_gone: Callable[[socket.socket], None] = lambda _worker: None,
-        on_rejected: Callable[[str, TrimtabError], None] = lambda _plan, _error: None,
-    ) -> None:
-        self._on_gone = on_gone
-        self._on_rejected = on_rejected
+    def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="trimtab-")
         self.address = str(Path(self._directory.name) / "outcomes")
         self._buffer = memoryview(bytearray(LONGEST_MESSAGE))
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listening.settimeout(0)
-        self._workers: list[socket.socket] = []
+        self._workers: dict[int, socket.socket] = {}
+        self._readable = select.epoll()
         try:
             self._listening.bind(self.address)
         except OSError as error:
@@ -57,64 +53,58 @@ class _Receiver:
                 f"no socket can be made at {self.address!r}: {error}; TMPDIR says where temporary files go"
             ) from error
         self._listening.listen(1024)
+        self._readable.register(self._listening, select.EPOLLIN)
+
+    def fileno(self) -> int:
+        """Readable when `receive` has something to do."""
+        return self._readable.fileno()
 
     @property
-    def listening(self) -> socket.socket:
-        """Readable when a worker connects."""
-        return self._listening
-
-    @property
-    def workers(self) -> list[socket.socket]:
+    def connected(self) -> int:
         """Connections that are open."""
-        return list(self._workers)
+        return len(self._workers)
 
-    def accept(self) -> list[socket.socket]:
-        """Workers that have connected since the last call."""
-        fresh = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                worker, _ = self._listening.accept()
-                worker.settimeout(0)
-                fresh.append(worker)
-        self._workers += fresh
-        return fresh
-
-    def receive(self, worker: socket.socket) -> Iterator[tuple[list[Outcome], list[Response]]]:
-        """Every message a worker has sent; a worker that is gone is forgotten, its socket closed."""
-        while True:
-            try:
-                length = worker.recv_into(self._buffer)
-            except BlockingIOError:
-                return
-            except OSError:
-                length = 0
-            if not length:
-                self._on_gone(worker)
-                self._workers.remove(worker)
-                worker.close()
-                return
-            message = bytes(self._buffer[:length])
-            try:
-                if message.startswith(REJECTION):
-                    plan_id, fields = json.loads(message)["rejected"]
-                    self._on_rejected(plan_id, TrimtabError.from_fields(fields))
-                else:
-                    yield from_message(message)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                # One broken message fails the requests that wait for it, by their time limit, and no other.
-                _log.exception("outcomes of %d bytes cannot be read", length)
-
-    def receive_all(self) -> Iterator[tuple[list[Outcome], list[Response]]]:
-        """Every message there is, without waiting."""
-        self.accept()
-        for worker in self.workers:
-            yield from self.receive(worker)
+    def receive(self) -> Iterator[Message]:
+        """Every message there is and that can be read, without waiting; a worker that is gone is forgotten."""
+        while found := self._readable.poll(0):
+            for number, _ in found:
+                if number == self._listening.fileno():
+                    self._accept()
+                elif (message := self._message(number)) is not None:
+                    yield message
 
     def close(self) -> None:
         """Close every socket and remove the file."""
-        for each in (self._listening, *self._workers):
+        self._readable.close()
+        for each in (self._listening, *self._workers.values()):
             each.close()
         self._directory.cleanup()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # one that is gone already
+            worker, _ = self._listening.accept()
+            worker.settimeout(0)
+            self._workers[worker.fileno()] = worker
+            self._readable.register(worker, select.EPOLLIN)
+
+    def _message(self, number: int) -> Message | None:
+        """The next message of a worker that has one, or has ended."""
+        worker = self._workers[number]
+        try:
+            length = worker.recv_into(self._buffer)
+        except OSError:
+            length = 0
+        if not length:
+            self._readable.unregister(number)
+            del self._workers[number]
+            worker.close()
+            return None
+        try:
+            return Message.from_bytes(self._buffer[:length])
+        except ValueError:
+            # One broken message fails the requests that wait for it, by their time limit, and no other.
+            _log.exception("outcomes cannot be read")
+            return None
 
 
 class OutcomeListener:
@@ -125,7 +115,7 @@ class OutcomeListener:
     """
 
     def __init__(self) -> None:
-        self._receiver = _Receiver(self._unwatch, self._reject)
+        self._receiver = _Receiver()
         self.address = self._receiver.address
         os.environ[ADDRESS_VARIABLE] = self.address
         self._expected: dict[str, dict[str, Outcome]] = {}
@@ -135,12 +125,13 @@ class OutcomeListener:
         self._rejected: dict[str, TrimtabError] = {}
         self._arrived: dict[str, asyncio.Event] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._watched: set[int] = set()
+        self._sweeping: asyncio.TimerHandle | None = None
+        self._waiting = 0
 
     def start(self) -> None:
         """Begin to receive in the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._watch(self._receiver.listening, self._accept)
+        self._sweep()
 
     def expect(self, plan_id: str) -> None:
         """Keep outcomes of this plan; call before the request is sent. Others are dropped."""
@@ -158,13 +149,15 @@ class OutcomeListener:
         """
         self.expect(plan_id)
         outcomes, arrived = self._expected[plan_id], self._arrived[plan_id]
+        self._receive()
         try:
             async with asyncio.timeout(timeout):
                 while len(outcomes) < samples:
                     if plan_id in self._rejected:
                         raise self._rejected[plan_id]
                     arrived.clear()
-                    await arrived.wait()
+                    with self._watching():
+                        await arrived.wait()
         except TimeoutError:
             raise EditNotApplied(
                 f"the engine confirmed {len(outcomes)} of {samples} edits within {timeout} s; the answer is withheld"
@@ -181,6 +174,7 @@ class OutcomeListener:
             wanted: generated tokens that it should have read of each sample; it is waited for no longer than for these.
         """
         kept, arrived = self._responses.get(plan_id, {}), self._arrived.get(plan_id)
+        self._receive()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while True:
@@ -190,7 +184,8 @@ class OutcomeListener:
                     ):
                         return read
                     arrived.clear()
-                    await arrived.wait()
+                    with self._watching():
+                        await arrived.wait()
         return {sample_of(response.request_id): response for response in kept.values()}
 
     def rejection(self, plan_id: str) -> TrimtabError | None:
@@ -198,9 +193,7 @@ class OutcomeListener:
 
         The scheduler tells before vLLM answers, so what it told is here, read or not.
         """
-        self._accept()
-        for worker in self._receiver.workers:
-            self._receive(worker)
+        self._receive()
         return self._rejected.get(plan_id)
 
     def forget(self, plan_id: str) -> None:
@@ -212,43 +205,47 @@ class OutcomeListener:
 
     async def close(self) -> None:
         """Stop receiving and remove the socket."""
-        if self._loop is not None:
-            for number in self._watched:
-                self._loop.remove_reader(number)
-            self._watched.clear()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         self._receiver.close()
         if os.environ.get(ADDRESS_VARIABLE) == self.address:
             del os.environ[ADDRESS_VARIABLE]
 
-    def _watch(self, connection: socket.socket, on_readable: Callable[[], None]) -> None:
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Have the event loop receive what comes while somebody waits for it."""
         assert self._loop is not None
-        self._loop.add_reader(connection.fileno(), on_readable)
-        self._watched.add(connection.fileno())
+        self._waiting += 1
+        if self._waiting == 1:
+            self._loop.add_reader(self._receiver.fileno(), self._receive)
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._loop.remove_reader(self._receiver.fileno())
 
-    def _unwatch(self, connection: socket.socket) -> None:
+    def _sweep(self) -> None:
+        """Receive what nobody waits for, before the sockets are full of it."""
         assert self._loop is not None
-        self._loop.remove_reader(connection.fileno())
-        self._watched.discard(connection.fileno())
+        self._receive()
+        self._sweeping = self._loop.call_later(SWEEP, self._sweep)
 
-    def _reject(self, plan_id: str, error: TrimtabError) -> None:
-        if plan_id in self._expected:
-            self._rejected[plan_id] = error
-            self._arrived[plan_id].set()
-
-    def _accept(self) -> None:
-        for worker in self._receiver.accept():
-            self._watch(worker, functools.partial(self._receive, worker))
-
-    def _receive(self, worker: socket.socket) -> None:
-        for outcomes, responses in self._receiver.receive(worker):
-            for outcome in outcomes:
+    def _receive(self) -> None:
+        """Take every message there is."""
+        for message in self._receiver.receive():
+            for outcome in message.outcomes:
                 if (expected := self._expected.get(outcome.plan_id)) is not None:
                     expected[outcome.request_id] = outcome
                     self._arrived[outcome.plan_id].set()
-            for response in responses:
+            for response in message.responses:
                 if (known := self._responses.get(response.plan_id)) is not None:
                     _keep_longest(known, response)
                     self._arrived[response.plan_id].set()
+            for plan_id, fields in message.rejected.items():
+                if plan_id in self._expected:
+                    self._rejected[plan_id] = TrimtabError.from_fields(fields)
+                    self._arrived[plan_id].set()
 
 
 class OutcomeInbox:
@@ -274,8 +271,8 @@ class OutcomeInbox:
 
     def drain(self) -> tuple[list[Outcome], list[Response]]:
         """Every outcome and response there is, without waiting."""
-        messages = list(self._receiver.receive_all())
-        return [each for told, _ in messages for each in told], [each for _, read in messages for each in read]
+        messages = list(self._receiver.receive())
+        return [each for one in messages for each in one.outcomes], [each for one in messages for each in one.responses]
 
     def drain_into(self, outcomes: dict[str, dict[str, Outcome]], responses: dict[str, dict[str, Response]]) -> None:
         """Take every message there is, without waiting, into these by plan and the engine's id of the sample."""

@@ -12,12 +12,10 @@ too.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from steering.engine.capture import capture_of
@@ -31,8 +29,6 @@ from steering.plan import PLAN_KEY, Plan, Scope
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
-
-_SOME_ID = "0"
 
 BlockHasher = Callable[[Any], list[Any]]
 
@@ -49,31 +45,7 @@ def plan_of(request: Any) -> Plan | None:
     parameters = request.sampling_params
     extra = parameters.extra_args if parameters is not None else None
     text = extra.get(PLAN_KEY) if extra else None
-    if not isinstance(text, str):
-        return None if text is None else Plan.from_json(text)
-    return _read(text)
-
-
-@functools.lru_cache(maxsize=4096)
-def _read(text: str) -> Plan:
-    """A plan, which never changes: every sample has the same, and scheduler and worker often share a process.
-
-    Plans of one profile differ in their ids alone: what surrounds the id is read once.
-    """
-    before, key, rest = text.partition('"id":"')
-    # Inside a JSON string a quote has a backslash before it, so that these characters are the key and nothing else.
-    name, quote, after = rest.partition('"')
-    if key and quote and name.isascii() and name.isalnum():
-        plan = _around(before, after)
-        if plan.id == _SOME_ID:  # else there are two, of which JSON takes the last
-            return replace(plan, id=name)
-    return Plan.from_json(text)
-
-
-@functools.lru_cache(maxsize=256)
-def _around(before: str, after: str) -> Plan:
-    """The plan that this text is around an id."""
-    return Plan.from_json(f'{before}"id":"{_SOME_ID}"{after}')
+    return None if text is None else Plan.from_json(text)
 
 
 def _may_edit(plan: Plan) -> bool:

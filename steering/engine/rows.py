@@ -114,11 +114,14 @@ class Rows:
             # Preempted before the host had read what the gate decided: rare, and the only wait.
             steered.reading.result()
         values = steered.latched if steered.latched is not None else first_row(plan, gate, self._bank)
-        values[AWAITED] = self._awaited(
-            plan, tokens[max(prompt_length - _LAST_OF_PROMPT, 0) : max(prompt_length, computed)]
-        )
         if not self._free:
             raise CapacityExceeded(f"all {self.capacity} rows are in use")
+        awaited = 0
+        if plan.reasoning is Reasoning.SPARED:
+            # What may have ended reasoning before the next token to compute.
+            before = tokens[max(prompt_length - _LAST_OF_PROMPT, 0) : max(prompt_length, computed)]
+            end = self._bank.reasoning_end(bundle=plan.bundle)
+            awaited = 0 if end in before else end + 1
         row = self._free.pop()
         steered.row = row
         self._requests[request_id] = steered
@@ -126,6 +129,7 @@ class Rows:
         first_edited = 0 if plan.scope is Scope.ALL else prompt_length - 1
         self._first_edited[row] = first_edited if plan.is_steering else _NEVER
         self._host_rows[row] = values
+        self._host_rows[row, AWAITED] = awaited
         if response is not None:
             self._host_rows[row, RESPONSE] = response.number
             self._host_rows[row, RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS] = np.nan
@@ -213,13 +217,6 @@ class Rows:
     def response(self, steered: Steered, row: NDArray[np.float32]) -> Response | None:
         """What the response probe has read of an observed request; see `reports.response_of`."""
         return response_of(steered, row)
-
-    def _awaited(self, plan: Plan, before: Sequence[int]) -> int:
-        """What the row waits for, given the tokens `before` the next one to compute that may have ended reasoning."""
-        if plan.reasoning is not Reasoning.SPARED:
-            return 0
-        end = self._bank.reasoning_end(bundle=plan.bundle)
-        return 0 if end in before else end + 1
 
     def _clear(self) -> None:
         """Point every token to row 0; free of cost when they do already."""

@@ -101,7 +101,8 @@ class RowDownload:
     def __init__(self, source: Tensor) -> None:
         self._source = source
         self._free: list[Tensor] = []
-        self._thread = None if source.device.type == "cpu" else ThreadPoolExecutor(1, "trimtab-outcomes")
+        self._array: NDArray[np.float32] | None = source.numpy() if source.device.type == "cpu" else None
+        self._thread = ThreadPoolExecutor(1, "trimtab-outcomes") if self._array is None else None
 
     def then(self, work: Callable[[NDArray[np.float32]], None]) -> Future[None] | None:
         """Call `work(table)` with a host array [S, W] that is valid during the call.
@@ -110,7 +111,8 @@ class RowDownload:
             What ends with it; None where it has ended, as on the CPU.
         """
         if self._thread is None:
-            work(self._source.numpy())
+            assert self._array is not None
+            work(self._array)
             return None
         pinned = self._free.pop() if self._free else torch.empty_like(self._source, device="cpu", pin_memory=True)
         pinned.copy_(self._source, non_blocking=True)

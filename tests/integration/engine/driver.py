@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tests.integration.engine.scenario import Ask, Got, Result, Scenario
 
 ROOT = Path(__file__).parents[3]
@@ -228,7 +230,7 @@ def _run(question: Path, inbox: Any) -> Result:
             played.append(_ask(engine, round_, digest, number))
             steps.append(steps_of(engine))
         told, read = inbox.drain()
-        outcomes = [outcome.to_fields() for outcome in told]
+        outcomes = msgspec.to_builtins(told)
         responses = [[each.plan_id, each.request_id, each.tokens, each.score] for each in read]
         report = engine.collective_rpc("steering_report")[0] if steering else {}
         taken = [after - before for before, after in itertools.pairwise(steps)]

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tests.integration.engine import driver
 from tests.integration.engine.scenario import Ask, Got
 
@@ -105,7 +107,7 @@ def run_loading(question: Path, inbox: Any) -> LoadingResult:
         answers: dict[str, Got] = {}
         results = [_done(engine, step, answers) for step in steps]
         told, _ = inbox.drain()
-        return LoadingResult(steps=results, answers=answers, outcomes=[outcome.to_fields() for outcome in told])
+        return LoadingResult(steps=results, answers=answers, outcomes=msgspec.to_builtins(told))
     finally:
         engine.llm_engine.engine_core.shutdown()
         del engine

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from steering.bundle import save_bundle
 from steering.plan import Plan
@@ -57,7 +58,7 @@ def clones(gated: Gated) -> list[Ask]:
     answer = gated.tiny.oracle.greedy(prompt, 4, edit="add")
     plan = Plan(id="beam", bundle=gated.bundle.digest, edit="add", strength=1.0, prompt_length=len(prompt))
     return [
-        Ask(prompt=(*prompt, *answer, 20 + beam), count=4, plan_text=replace(plan, id=f"beam-{beam}").to_json())
+        Ask(prompt=(*prompt, *answer, 20 + beam), count=4, plan_text=structs.replace(plan, id=f"beam-{beam}").to_json())
         for beam in range(4)
     ]
 

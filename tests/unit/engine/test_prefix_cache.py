@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from steering.engine.prefix_cache import isolated, plan_of
 from steering.errors import InvalidSpec
 from steering.plan import PLAN_KEY, Scope
-from tests.samples import gate_plan, plan_for
+from tests.samples import plan_for
 from tests.unit.engine.hashed import BLOCK, TOKENS, FakeRequest, Parameters, chained, keys
 
 
@@ -110,32 +110,3 @@ def test_plan_of_reads_the_plan_and_nothing_else() -> None:
     assert plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: plan.to_json()}))) == plan
     with pytest.raises(InvalidSpec):
         plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: 1})))
-
-
-@pytest.mark.parametrize("plan_id", ["p", "0", "x" * 128, 'a"b', "a\\", "ü", '","id":"', "a b"])
-def test_plans_that_differ_in_their_ids_alone_are_each_read_as_they_are(plan_id: str) -> None:
-    """What surrounds the id is read once; names that look like the key, and ids of any characters, change nothing."""
-    tricky = 'e","id":"other'
-    for plan in (plan_for("e", plan_id=plan_id), plan_for(tricky, plan_id=plan_id), gate_plan("gate")):
-        request = FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: plan.to_json()}))
-        assert plan_of(request) == plan
-
-
-def test_of_two_ids_the_last_is_the_plans_as_json_has_it() -> None:
-    """However either is spelled."""
-    text = plan_for("e", plan_id="first").to_json()
-    for second in ('"id":"second"', '"\\u0069d":"second"'):
-        parameters = Parameters(extra_args={PLAN_KEY: text[:-1] + f",{second}}}"})
-        found = plan_of(FakeRequest(tokens=[1], sampling_params=parameters))
-        assert found is not None
-        assert found.id == "second"
-
-
-@pytest.mark.parametrize(
-    "text", ['{"id":"x"}', '"id":"x"', '{"id":"x', plan_for("e").to_json().replace('"plan"', '""')]
-)
-def test_what_is_no_plan_has_no_id_that_makes_it_one(text: str) -> None:
-    """Neither before nor after a plan of the same surroundings was read."""
-    for _ in range(2):
-        with pytest.raises(InvalidSpec):
-            plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: text})))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from steering.engine.roster import BundleNames, Roster
 from steering.errors import InvalidSpec, UnknownName

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import types
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
+from msgspec import structs
 
 from steering.engine.finite import BROKEN_REQUESTS
 from steering.engine.outcome_sender import ADDRESS_VARIABLE
@@ -127,7 +128,7 @@ def test_an_unsteered_request_is_vllms_own() -> None:
 
 @pytest.mark.parametrize(
     "plan",
-    [gate_plan("gate", is_observed=True), replace(plan_for("e"), edit=None, response=True)],
+    [gate_plan("gate", is_observed=True), structs.replace(plan_for("e"), edit=None, response=True)],
     ids=["gate", "response probe"],
 )
 def test_a_request_that_is_only_observed_is_vllms_own(plan: Plan) -> None:
@@ -173,7 +174,7 @@ INVALID = {
     "a number": 5,
     "an object": {"id": "p"},
     "another edit": plan_for("absent").to_json(),
-    "reasoning spared by a bundle that does not": replace(plan_for("e"), reasoning=Reasoning.SPARED).to_json(),
+    "reasoning spared by a bundle that does not": structs.replace(plan_for("e"), reasoning=Reasoning.SPARED).to_json(),
     "another bundle": plan_for("e", bundle="sha256:other").to_json(),
     "a list as scope": plan_for("e").to_json().replace('"scope":"generated"', '"scope":["all"]'),
     "no float": plan_for("e").to_json().replace('"strength":1.0', '"strength":' + "9" * 400),

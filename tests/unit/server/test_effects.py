@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from server.effects import TOLERANCE, effect_of
 from server.policy import Resolution, SteeringSpec, resolve
@@ -80,7 +80,7 @@ def test_what_the_plan_does_not_allow_is_not_believed(scores: Scores, changes: d
     """Another decision, edit, category, strength or scope than the scores and the plan demand withholds the answer."""
     resolution = resolved()
     with pytest.raises(EditNotApplied):
-        effect_of(resolution, dataclasses.replace(reported(resolution, scores), **changes))
+        effect_of(resolution, structs.replace(reported(resolution, scores), **changes))
 
 
 def test_a_category_that_was_not_allowed_is_not_believed() -> None:
@@ -106,7 +106,7 @@ def test_rounding_near_a_threshold_is_believed_either_way(
     low, high = sorted((low, high))
     resolution = resolved(comply_below=low, refuse_above=high, is_graded=graded)
     outcome = reported(resolution, read(refusal))
-    read_otherwise = dataclasses.replace(outcome, scores=read(min(1.0, max(0.0, refusal + shift))))
+    read_otherwise = structs.replace(outcome, scores=read(min(1.0, max(0.0, refusal + shift))))
     assert effect_of(resolution, read_otherwise).decision == outcome.decision
 
 
@@ -121,7 +121,7 @@ def test_a_decision_far_from_its_threshold_must_be_the_rules(refusal: float, off
             edges = [abs(other - edge) for edge in (0.2, 0.6)]
             if min(edges) > TOLERANCE:
                 with pytest.raises(EditNotApplied):
-                    effect_of(resolution, dataclasses.replace(outcome, scores=read(other)))
+                    effect_of(resolution, structs.replace(outcome, scores=read(other)))
 
 
 def test_graded_strength_must_follow_the_score() -> None:
@@ -132,7 +132,7 @@ def test_graded_strength_must_follow_the_score() -> None:
     assert effect_of(resolution, outcome).strength == outcome.strength
     for wrong in (0.0, 1.5, 0.7, 1.6):
         with pytest.raises(EditNotApplied, match="strength"):
-            effect_of(resolution, dataclasses.replace(outcome, strength=wrong))
+            effect_of(resolution, structs.replace(outcome, strength=wrong))
 
 
 def test_modes_that_name_a_side_need_that_very_edit() -> None:

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from server.effects import effect_of
 from server.policy import Resolution, SteeringSpec, resolve
@@ -70,12 +71,12 @@ def test_the_shadow_of_a_gate_decides_and_edits_nothing() -> None:
     """Thresholds, categories and strength stay; reasoning does not matter where nothing is edited."""
     resolution = resolved(comply_below=0.1)
     assert resolution.plan is not None
-    spared = dataclasses.replace(resolution, plan=dataclasses.replace(resolution.plan, reasoning=Reasoning.SPARED))
+    spared = dataclasses.replace(resolution, plan=structs.replace(resolution.plan, reasoning=Reasoning.SPARED))
     shadow = SHADOW.apply(spared, "r")
     assert shadow.is_shadow
     assert shadow.plan is not None
     assert shadow.plan.gate is not None
-    assert shadow.plan.gate == dataclasses.replace(resolution.plan.gate, is_observed=True)  # type: ignore[arg-type]
+    assert shadow.plan.gate == structs.replace(resolution.plan.gate, is_observed=True)  # type: ignore[arg-type]
     assert (shadow.plan.reasoning, shadow.plan.strength) == (Reasoning.EDITED, resolution.plan.strength)
 
 
@@ -119,7 +120,7 @@ def test_an_observed_gate_that_did_anything_is_not_believed(tampered: dict[str, 
         "shadow:refuse",
     )
     with pytest.raises(EditNotApplied):
-        effect_of(shadow, Outcome(**{**dataclasses.asdict(honest), "scores": honest.scores, **tampered}))
+        effect_of(shadow, Outcome(**{**structs.asdict(honest), "scores": honest.scores, **tampered}))
 
 
 def test_an_enforced_gate_may_not_only_observe() -> None:

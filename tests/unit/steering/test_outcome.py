@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from steering.outcome import Outcome, Response, Scores, from_message, message_of
+from steering.outcome import Message, Outcome, Response, Scores
 from steering.plan import Decision, Reasoning, Scope
 
 
@@ -31,8 +30,9 @@ def test_everything_a_step_made_known_comes_out_as_it_went_in(
     )
     outcomes = [plain, decided, replace(plain, reasoning=Reasoning.SPARED, edit=None)]
     responses = [Response(plan_id="p", request_id=request_id, tokens=3, score=score)]
-    assert from_message(message_of(outcomes, responses)) == (outcomes, responses)
-    assert from_message(message_of([], [])) == ([], [])
+    sent = Message(outcomes=outcomes, responses=responses, rejected={"q": {"message": error, "code": None}})
+    assert Message.from_bytes(sent.to_bytes()) == sent
+    assert Message.from_bytes(Message().to_bytes()) == Message(outcomes=[], responses=[])
 
 
 def test_probabilities_of_any_score() -> None:
