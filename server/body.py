@@ -6,7 +6,7 @@ Works on ASGI messages, below any framework's request object.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, MutableMapping
+from collections.abc import Coroutine, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -50,34 +50,34 @@ async def read_json_body(headers: Mapping[str, str], receive: Receive, *, limit:
         raise BodyTimeout(f"the body did not arrive within {wait:g} s") from None
 
 
-async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Await `work`, and cancel it as soon as the client closes its connection.
 
+    It runs in a task of its own: each piece of a stream that wakes it would else go through every layer that stands
+    around a request.
+
     Raises:
-        ClientGone: the client left first.
+        ClientGone: the client left first; the work has ended by then.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    is_gone = False
-
-    async def watch() -> None:
-        nonlocal is_gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        is_gone = True
-        task.cancel()
-
-    watcher = asyncio.create_task(watch())
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_until_gone(receive))
     try:
-        result = await work
-    except asyncio.CancelledError:
-        if not is_gone:
-            raise
-        task.uncancel()
-        raise ClientGone from None
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
     finally:
-        watcher.cancel()
-    return result
+        watching.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.wait((working,))
+            if not working.cancelled():
+                working.exception()  # of no interest to anybody any more, and would be logged as never retrieved
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _read(receive: Receive, limit: int) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from server.engine import Chunk
 from steering.errors import EngineTimeout
@@ -50,16 +50,77 @@ async def in_time(source: AsyncGenerator[Chunk, None], limits: Limits, began: fl
     """`source`, given up when it is silent for too long or goes on for too long."""
     clock = asyncio.get_running_loop().time
     end = began + limits.total
-    deadline, has_begun = began + limits.first_token, False
-    while True:
+    deadline, has_begun = _Deadline(min(began + limits.first_token, end)), False
+    try:
+        while True:
+            try:
+                chunk = await deadline.awaited(source)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise EngineTimeout("the engine was silent for too long; the request was given up") from None
+            yield chunk
+            has_begun = has_begun or bool(chunk.tokens)
+            if has_begun:
+                deadline.move(min(clock() + limits.between, end))
+    finally:
+        deadline.close()
+
+
+class _Deadline:
+    """A time by which something has to have come. `asyncio.timeout` sets a timer for every chunk; here there is one,
+    which looks when it was due how far away the deadline is by now, since hardly any is ever reached.
+
+    Args:
+        when: by the event loop's clock.
+    """
+
+    LOOK = 0.05
+    """Seconds until the next look where the deadline has passed and nobody waits: the client reads slowly."""
+
+    def __init__(self, when: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Task[Any] | None = None
+        self._is_over = False
+        self._when = self._looks_at = when
+        self._timer = self._loop.call_at(when, self._look)
+
+    async def awaited(self, source: AsyncGenerator[Chunk, None]) -> Chunk:
+        """The next chunk.
+
+        Raises:
+            StopAsyncIteration: there is none.
+            TimeoutError: the deadline passed while it was waited for.
+        """
+        task = self._waiting = asyncio.current_task()
         try:
-            async with asyncio.timeout_at(min(deadline, end)):
-                chunk = await anext(source)
-        except StopAsyncIteration:
+            return await anext(source)
+        except asyncio.CancelledError:
+            if not self._is_over or task is None or task.uncancel():  # somebody else has cancelled it, too
+                raise
+            raise TimeoutError from None
+        finally:
+            self._waiting = None
+
+    def move(self, when: float) -> None:
+        """Another deadline, from now on."""
+        self._when = when
+        if when < self._looks_at:
+            self._timer.cancel()
+            self._look_at(when)
+
+    def close(self) -> None:
+        """Look no more."""
+        self._timer.cancel()
+
+    def _look_at(self, when: float) -> None:
+        self._looks_at = when
+        self._timer = self._loop.call_at(when, self._look)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._waiting is not None and now >= self._when:
+            self._is_over = True
+            self._waiting.cancel()
             return
-        except TimeoutError:
-            raise EngineTimeout("the engine was silent for too long; the request was given up") from None
-        yield chunk
-        has_begun = has_begun or bool(chunk.tokens)
-        if has_begun:
-            deadline = clock() + limits.between
+        self._look_at(max(self._when, now + self.LOOK))

@@ -102,6 +102,8 @@ class MarkerStripper:
     def __init__(self, table: VerdictTable) -> None:
         self._texts = table.texts
         self._active: set[str] = set()
+        self._firsts: set[str] = set()
+        """Characters that these begin with; most pieces of text hold none of them."""
         self._held = ""
 
     def see(self, tokens: Iterable[int]) -> None:
@@ -109,10 +111,11 @@ class MarkerStripper:
         for token in tokens:
             if token in self._texts:
                 self._active.add(self._texts[token])
+                self._firsts.add(self._texts[token][0])
 
     def feed(self, piece: str) -> str:
         """What of `piece`, and of pieces held back before, can be given to the client now."""
-        if not self._active:
+        if not self._held and self._firsts.isdisjoint(piece):
             return piece
         released, text = "", self._held + piece
         while found := [(at, marker) for marker in self._active if (at := text.find(marker)) >= 0]:

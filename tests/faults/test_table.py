@@ -95,7 +95,7 @@ INJECTED = {
         f"{FAULTS}::test_client_that_is_reset",
         f"{FAULTS}::test_client_that_leaves_while_its_body_is_read",
         f"{OPERATIONS}::test_clients_that_leave_in_any_phase_free_the_engine",
-        f"{OPERATIONS}::test_a_client_that_leaves_the_queue_is_not_waited_for",
+        f"{OPERATIONS}::test_a_client_that_leaves_the_queue_frees_its_place",
     ],
     "slow reader": [
         f"{FAULTS}::test_readers_that_do_not_read",

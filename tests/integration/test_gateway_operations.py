@@ -162,8 +162,16 @@ def test_clients_that_leave_in_any_phase_free_the_engine(
     assert metric(gateway, "steering_inflight_requests") == 0
 
 
-def test_a_client_that_leaves_the_queue_is_not_waited_for(gateway: Server) -> None:
-    """Behind as many as the engine runs at once, it leaves; those go on, and nothing waits any more."""
+def test_a_client_that_leaves_the_queue_frees_its_place(gateway: Server) -> None:
+    """Behind as many as the engine runs at once, it leaves: within a second nothing waits, and those go on."""
+    took: list[float] = []
+    while not took or (min(took) >= FREED and len(took) < ROUNDS):
+        took.append(seconds_until_nothing_waits(gateway))
+    assert min(took) < FREED, took
+
+
+def seconds_until_nothing_waits(gateway: Server) -> float:
+    """From when a client leaves that waited behind a full engine; what runs there is answered."""
     with httpx.Client(base_url=gateway.url) as raw, concurrent.futures.ThreadPoolExecutor(16) as pool:
         body = {**body_of("decode", stream=False), "max_tokens": 450}
         busy = [pool.submit(raw.post, "/v1/chat/completions", json=body, timeout=PATIENCE * 4) for _ in range(8)]
@@ -180,4 +188,4 @@ def test_a_client_that_leaves_the_queue_is_not_waited_for(gateway: Server) -> No
             time.sleep(0.02)
         took = time.monotonic() - began
         assert [each.result().status_code for each in busy] == [200] * 8
-    assert took < FREED * ROUNDS
+    return took
