@@ -1,6 +1,6 @@
 """Connections: uvicorn's HTTP protocol, with limits on what a peer may send ahead of a body and how long it may wait.
 
-Knows nothing of what is served.
+They speak HTTP/1.1 and nothing else: a wish for another protocol is ignored. Knows nothing of what is served.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.errors import HeadersTooLarge, envelope_bytes, reply_to
@@ -59,6 +60,8 @@ class _Connection(HttpToolsProtocol):
         self._framing = 0
         """Bytes of the message being read, without those that its body makes up for."""
         self._head_bytes = self._head_fields = 0
+        self._plain_head = b""
+        """Of a request that wishes for another protocol, its head without that wish."""
         self._is_reading = False
         """A message has begun and is not complete."""
         self._headers_timer: asyncio.TimerHandle | None = None
@@ -80,7 +83,14 @@ class _Connection(HttpToolsProtocol):
         self._framing += len(data)
         if self._headers_timer is None and not self._is_reading:
             self._await_headers()
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = self._parse(rest)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
         if self._is_reading and self._framing > self.patience.header_bytes and not self.transport.is_closing():
             self._refuse(_too_large(self.patience))
 
@@ -107,6 +117,11 @@ class _Connection(HttpToolsProtocol):
             raise ValueError  # ends the parser; uvicorn then asks for a 400, which is not sent any more
 
     def on_headers_complete(self) -> None:
+        if self._wishes_to_upgrade:
+            kept = b"".join(b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade")
+            version = self.parser.get_http_version().encode()
+            self._plain_head = b"%s %s HTTP/%s\r\n%s\r\n" % (self.parser.get_method(), self.url, version, kept)
+            return
         if self._headers_timer is not None:
             self._headers_timer.cancel()
             self._headers_timer = None
@@ -118,6 +133,8 @@ class _Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._wishes_to_upgrade:
+            return
         self._is_reading = False
         if self._linger_timer is not None:
             self._linger_timer.cancel()
@@ -151,6 +168,34 @@ class _Connection(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         cycle: Any = self.cycle  # None before the first request, which uvicorn's annotation leaves out
         return cycle is not None and not cycle.response_complete
+
+    @property
+    def _wishes_to_upgrade(self) -> bool:
+        """The head being read asks for another protocol; CONNECT, which has no plain form, is left to be refused."""
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+    def _parse(self, data: memoryview) -> memoryview:
+        """Read up to the first head that wishes for another protocol, and this head without its wish.
+
+        A server may ignore it (RFC 9110, 7.8), while the parser ends such a message ahead of its body.
+
+        Returns:
+            What is not read yet, the body of such a request first.
+
+        Raises:
+            HttpParserError: it is no HTTP.
+        """
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._plain_head:
+                head, self._plain_head = self._plain_head, b""
+                # A new one, as the old one reads nothing more after `connection: close`; as lenient as uvicorn's.
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self.parser.feed_data(head)
+                return data[upgrade.args[0] :]
+        return data[:0]
 
     def _await_headers(self) -> None:
         self._headers_timer = self.loop.call_later(self.patience.headers, self._give_up)

@@ -67,8 +67,9 @@ def q(expr: str, name: str = "") -> Query:
 
 
 def rate(metric: str, *by: str, where: str = "HERE") -> str:
-    """Events per second, summed over replicas."""
-    return f"sum by ({', '.join(by)}) (rate({metric}{{{where}}}[$__rate_interval]))"
+    """Events per second, summed over replicas; one series where no label is named."""
+    total = f"sum by ({', '.join(by)}) " if by else "sum"
+    return f"{total}(rate({metric}{{{where}}}[$__rate_interval]))"
 
 
 def quantile(share: float, metric: str, *by: str, where: str = "HERE") -> str:
@@ -77,13 +78,50 @@ def quantile(share: float, metric: str, *by: str, where: str = "HERE") -> str:
     return f"histogram_quantile({share}, sum by ({labels}) (rate({metric}_bucket{{{where}}}[10m])))"
 
 
-def quantiles(metric: str, by: str, name: str, where: str = "HERE") -> tuple[Query, ...]:
-    """Median and 99th percentile."""
-    return tuple(
-        q(quantile(share, metric, by, where=where), f"{label} {name}") for share, label in ((0.5, "p50"), (0.99, "p99"))
-    )
-
-
 def stat(title: str, expr: str, *steps: tuple[float, str], text: str, unit: str = "short") -> Panel:
     """One number."""
     return Panel(title=title, text=text, queries=(q(expr),), unit=unit, kind="stat", width=3, height=4, steps=steps)
+
+
+def lines(
+    title: str,
+    text: str,
+    *queries: Query,
+    unit: str = "short",
+    width: int = 8,
+    steps: tuple[tuple[float, str], ...] = (),
+) -> Panel:
+    """Lines over time, from 0 on."""
+    return Panel(title=title, text=text, queries=queries, unit=unit, width=width, steps=steps)
+
+
+def shares(title: str, text: str, *queries: Query, width: int = 8) -> Panel:
+    """Lines between 0 and 100 %."""
+    return Panel(title=title, text=text, queries=queries, unit="percentunit", width=width, limits=(0, 1))
+
+
+def stacked(title: str, text: str, query: Query, unit: str = "reqps", width: int = 8) -> Panel:
+    """Lines that add up."""
+    return Panel(title=title, text=text, queries=(query,), unit=unit, width=width, is_stacked=True)
+
+
+def latencies(title: str, text: str, metric: str, by: str, name: str, where: str = "HERE") -> Panel:
+    """Median and 99th percentile of a histogram of seconds."""
+    queries = [
+        q(quantile(share, metric, by, where=where), f"{label} {name}") for share, label in ((0.5, "p50"), (0.99, "p99"))
+    ]
+    return lines(title, text, *queries, unit="s")
+
+
+def table(title: str, text: str, unit: str = "short", width: int = 8, **columns: Query) -> Panel:
+    """The last values, one column a query, under its name."""
+    values = ("Value",) if len(columns) == 1 else tuple(f"Value #{letter}" for letter in "ABCDEFGH")
+    return Panel(
+        title=title,
+        text=text,
+        queries=tuple(columns.values()),
+        unit=unit,
+        kind="table",
+        width=width,
+        renamed=tuple(zip(values, columns, strict=False)),
+    )

@@ -5,7 +5,7 @@ Knows nothing of how Grafana spells it.
 
 from __future__ import annotations
 
-from panel import GREEN, RED, YELLOW, Panel, Row, q, quantile, quantiles, rate, stat
+from panel import GREEN, RED, YELLOW, Panel, Row, latencies, lines, q, quantile, rate, shares, stacked, stat, table
 
 NOW = Row(
     title="Now",
@@ -19,7 +19,7 @@ NOW = Row(
         ),
         stat(
             "Requests",
-            'sum(rate(steering_requests_total{HERE,endpoint=~"CHAT"}[$__rate_interval]))',
+            rate("steering_requests_total", where='HERE,endpoint=~"CHAT"'),
             text="For answers, per second.",
             unit="reqps",
         ),
@@ -55,54 +55,41 @@ NOW = Row(
 REFUSALS = Row(
     title="Refusals of live traffic (they mix what the model does with who asked what)",
     panels=(
-        Panel(
-            title="Refused by category, 1 h",
-            text="Of gated and steered answers whose verdict is known. Read it with n beside it.",
-            queries=(q("category:steering_refusal:ratio1h", "{{category}}"),),
+        shares(
+            "Refused by category, 1 h",
+            "Of gated and steered answers whose verdict is known. Read it with n beside it.",
+            q("category:steering_refusal:ratio1h", "{{category}}"),
+        ),
+        lines(
+            "n behind it, 1 h",
+            "Answers behind each rate; of fewer than 50 a rate says little.",
+            q("category:steering_answers:increase1h", "{{category}}"),
+        ),
+        table(
+            "Refused by decision, 1 h",
+            "Comply should be low, refuse high; off is the bare model.",
+            refused=q("decision_mode:steering_refusal:ratio1h", "{{decision}} ({{mode}})"),
+            n=q("decision_mode:steering_answers:increase1h", "n {{decision}} ({{mode}})"),
             unit="percentunit",
-            limits=(0, 1),
         ),
-        Panel(
-            title="n behind it, 1 h",
-            text="Answers behind each rate; of fewer than 50 a rate says little.",
-            queries=(q("category:steering_answers:increase1h", "{{category}}"),),
+        stacked(
+            "Decisions",
+            "What was decided per request; in shadow mode it was not done.",
+            q(rate("steering_decisions_total", "decision", "mode"), "{{decision}} ({{mode}})"),
         ),
-        Panel(
-            title="Refused by decision, 1 h",
-            text="Comply should be low, refuse high; off is the bare model.",
-            queries=(
-                q("decision_mode:steering_refusal:ratio1h", "{{decision}} ({{mode}})"),
-                q("decision_mode:steering_answers:increase1h", "n {{decision}} ({{mode}})"),
+        stacked(
+            "Decisions by category",
+            "What gates took prompts for, and what was decided.",
+            q(
+                rate("steering_decisions_total", "category", "decision", where='HERE,decision!="off"'),
+                "{{category}}: {{decision}}",
             ),
-            kind="table",
-            unit="percentunit",
-            renamed=(("Value #A", "refused"), ("Value #B", "n")),
         ),
-        Panel(
-            title="Decisions",
-            text="What was decided per request; in shadow mode it was not done.",
-            queries=(q(rate("steering_decisions_total", "decision", "mode"), "{{decision}} ({{mode}})"),),
-            unit="reqps",
-            is_stacked=True,
-        ),
-        Panel(
-            title="Decisions by category",
-            text="What gates took prompts for, and what was decided.",
-            queries=(
-                q(
-                    rate("steering_decisions_total", "category", "decision", where='HERE,decision!="off"'),
-                    "{{category}}: {{decision}}",
-                ),
-            ),
-            unit="reqps",
-            is_stacked=True,
-        ),
-        Panel(
-            title="What came out",
-            text="Choices by outcome; unknown is where no detector could tell.",
-            queries=(q(rate("steering_outcomes_total", "outcome", "detector"), "{{outcome}} ({{detector}})"),),
+        stacked(
+            "What came out",
+            "Choices by outcome; unknown is where no detector could tell.",
+            q(rate("steering_outcomes_total", "outcome", "detector"), "{{outcome}} ({{detector}})"),
             unit="cps",
-            is_stacked=True,
         ),
     ),
 )
@@ -110,39 +97,35 @@ REFUSALS = Row(
 CANARY = Row(
     title="Canary: the same prompts to each profile, again and again",
     panels=(
-        Panel(
-            title="Over-refusal",
-            text="Share refused of what should be answered, in the last run; none is the model without steering.",
-            queries=(q('profile_set:steering_canary_refusal:ratio{set!~"harmful.*|other"}', "{{profile}}: {{set}}"),),
-            unit="percentunit",
+        shares(
+            "Over-refusal",
+            "Share refused of what should be answered, in the last run; none is the model without steering.",
+            q('profile_set:steering_canary_refusal:ratio{set!~"harmful.*|other"}', "{{profile}}: {{set}}"),
             width=7,
-            limits=(0, 1),
         ),
-        Panel(
-            title="Under-refusal",
-            text="Share answered of what should be refused, in the last run; none is the model without steering.",
-            queries=(q('1 - profile_set:steering_canary_refusal:ratio{set=~"harmful.*"}', "{{profile}}: {{set}}"),),
-            unit="percentunit",
+        shares(
+            "Under-refusal",
+            "Share answered of what should be refused, in the last run; none is the model without steering.",
+            q('1 - profile_set:steering_canary_refusal:ratio{set=~"harmful.*"}', "{{profile}}: {{set}}"),
             width=7,
-            limits=(0, 1),
         ),
-        Panel(
-            title="n behind them",
-            text="Prompts with a known verdict in the last run; alerts need 50.",
-            queries=(q("profile_set:steering_canary_prompts:min", "{{profile}}: {{set}}"),),
+        lines(
+            "n behind them",
+            "Prompts with a known verdict in the last run; alerts need 50.",
+            q("profile_set:steering_canary_prompts:min", "{{profile}}: {{set}}"),
             width=4,
         ),
-        Panel(
-            title="Since the last run",
-            text="The canary gives way to clients.",
-            queries=(q("time() - max by (profile) (steering_canary_last_run_timestamp_seconds{HERE})", "{{profile}}"),),
+        lines(
+            "Since the last run",
+            "The canary gives way to clients.",
+            q("time() - max by (profile) (steering_canary_last_run_timestamp_seconds{HERE})", "{{profile}}"),
             unit="s",
             width=3,
         ),
-        Panel(
-            title="Runs given up",
-            text="In an hour, and why.",
-            queries=(q("sum by (reason) (increase(steering_canary_skipped_total{HERE}[1h]))", "{{reason}}"),),
+        lines(
+            "Runs given up",
+            "In an hour, and why.",
+            q("sum by (reason) (increase(steering_canary_skipped_total{HERE}[1h]))", "{{reason}}"),
             width=3,
         ),
     ),
@@ -158,25 +141,23 @@ GATE = Row(
             kind="heatmap",
             limits=(None, None),
         ),
-        Panel(
-            title="Drift of scores against the fit",
-            text="Population stability index: below 0.1 none, above 0.25 much.",
-            queries=(q("max by (profile) (steering_probe_drift_psi{HERE})", "{{profile}}"),),
+        lines(
+            "Drift of scores against the fit",
+            "Population stability index: below 0.1 none, above 0.25 much.",
+            q("max by (profile) (steering_probe_drift_psi{HERE})", "{{profile}}"),
             steps=((0.1, YELLOW), (0.25, RED)),
         ),
-        Panel(
-            title="Scores behind it",
-            text="In the window; below 200 no index is given.",
-            queries=(q("min by (profile) (steering_probe_drift_samples{HERE})", "{{profile}}"),),
+        lines(
+            "Scores behind it",
+            "In the window; below 200 no index is given.",
+            q("min by (profile) (steering_probe_drift_samples{HERE})", "{{profile}}"),
             width=4,
         ),
-        Panel(
-            title="Taken for",
-            text="Categories by who named them.",
-            queries=(q(rate("steering_probe_categories_total", "category", "source"), "{{category}} ({{source}})"),),
-            unit="reqps",
+        stacked(
+            "Taken for",
+            "Categories by who named them.",
+            q(rate("steering_probe_categories_total", "category", "source"), "{{category}} ({{source}})"),
             width=4,
-            is_stacked=True,
         ),
     ),
 )
@@ -184,53 +165,47 @@ GATE = Row(
 COST = Row(
     title="What steering costs",
     panels=(
-        Panel(
-            title="First token, steered or not",
-            text="Of streams, from admission to the first confirmed token.",
-            queries=quantiles("steering_time_to_first_token_seconds", "steered", "steered: {{steered}}"),
+        latencies(
+            "First token, steered or not",
+            "Of streams, from admission to the first confirmed token.",
+            "steering_time_to_first_token_seconds",
+            "steered",
+            "steered: {{steered}}",
+        ),
+        latencies(
+            "Whole answer, steered or not",
+            "Prompts and lengths differ between the two: refusals are short.",
+            "steering_request_duration_seconds",
+            "steered",
+            "steered: {{steered}}",
+            where='HERE,endpoint=~"CHAT"',
+        ),
+        lines(
+            "Stages, p99",
+            "Where the gateway's own time goes.",
+            q(quantile(0.99, "steering_stage_duration_seconds", "stage"), "{{stage}}"),
             unit="s",
         ),
-        Panel(
-            title="Whole answer, steered or not",
-            text="Prompts and lengths differ between the two: refusals are short.",
-            queries=quantiles(
-                "steering_request_duration_seconds", "steered", "steered: {{steered}}", 'HERE,endpoint=~"CHAT"'
+        shares(
+            "Prompt tokens from the prefix cache",
+            "Steered prompts share their clean blocks; what lacks is the price of keeping edits apart.",
+            q(
+                "sum by (steered) (increase(steering_prompt_tokens_cached_total{HERE}[10m])) / "
+                '(sum by (steered) (increase(steering_tokens_total{HERE,kind="prompt"}[10m])) > 0)',
+                "steered: {{steered}}",
             ),
-            unit="s",
         ),
-        Panel(
-            title="Stages, p99",
-            text="Where the gateway's own time goes.",
-            queries=(q(quantile(0.99, "steering_stage_duration_seconds", "stage"), "{{stage}}"),),
-            unit="s",
-        ),
-        Panel(
-            title="Prompt tokens from the prefix cache",
-            text="Steered prompts share their clean blocks; what lacks is the price of keeping edits apart.",
-            queries=(
-                q(
-                    "sum by (steered) (increase(steering_prompt_tokens_cached_total{HERE}[10m])) / "
-                    '(sum by (steered) (increase(steering_tokens_total{HERE,kind="prompt"}[10m])) > 0)',
-                    "steered: {{steered}}",
-                ),
-            ),
-            unit="percentunit",
-            limits=(0, 1),
-        ),
-        Panel(
-            title="Tokens",
-            text="Read and written, per second.",
-            queries=(q(rate("steering_tokens_total", "kind", "steered"), "{{kind}}, steered: {{steered}}"),),
+        stacked(
+            "Tokens",
+            "Read and written, per second.",
+            q(rate("steering_tokens_total", "kind", "steered"), "{{kind}}, steered: {{steered}}"),
             unit="cps",
-            is_stacked=True,
         ),
-        Panel(
-            title="Rows",
-            text="For steered requests in the engine.",
-            queries=(
-                q("sum(steering_rows_in_use{HERE})", "taken"),
-                q("sum(steering_rows_limit{HERE})", "limit"),
-            ),
+        lines(
+            "Rows",
+            "For steered requests in the engine.",
+            q("sum(steering_rows_in_use{HERE})", "taken"),
+            q("sum(steering_rows_limit{HERE})", "limit"),
         ),
     ),
 )
@@ -238,83 +213,68 @@ COST = Row(
 SERVICE = Row(
     title="Service",
     panels=(
-        Panel(
-            title="Latency by endpoint",
-            text="From a request's first byte to its answer's last.",
-            queries=quantiles(
-                "steering_request_duration_seconds", "endpoint", "{{endpoint}}", 'HERE,endpoint=~"/v1/.*"'
-            ),
-            unit="s",
+        latencies(
+            "Latency by endpoint",
+            "From a request's first byte to its answer's last.",
+            "steering_request_duration_seconds",
+            "endpoint",
+            "{{endpoint}}",
+            where='HERE,endpoint=~"/v1/.*"',
         ),
-        Panel(
-            title="Requests by status",
-            text="499 is a client that left.",
-            queries=(q(rate("steering_requests_total", "status", where='HERE,endpoint=~"/v1/.*"'), "{{status}}"),),
-            unit="reqps",
-            is_stacked=True,
+        stacked(
+            "Requests by status",
+            "499 is a client that left.",
+            q(rate("steering_requests_total", "status", where='HERE,endpoint=~"/v1/.*"'), "{{status}}"),
         ),
-        Panel(
-            title="Errors by code",
-            text="Also those told in a stream, whose status was 200.",
-            queries=(q(rate("steering_errors_total", "code"), "{{code}}"),),
-            unit="cps",
-            is_stacked=True,
-        ),
-        Panel(
-            title="Engine's queue",
-            text="By vLLM's own count.",
-            queries=(
-                q("sum(vllm:num_requests_running{HERE})", "running"),
-                q("sum(vllm:num_requests_waiting{HERE})", "waiting"),
-            ),
-        ),
-        Panel(
-            title="Clients that left",
-            text="Before their answer was complete, or too slow to read it.",
-            queries=(
-                q("sum(rate(steering_client_disconnects_total{HERE}[$__rate_interval]))", "left"),
-                q("sum(rate(steering_stream_stalls_total{HERE}[$__rate_interval]))", "too slow"),
-            ),
+        stacked(
+            "Errors by code",
+            "Also those told in a stream, whose status was 200.",
+            q(rate("steering_errors_total", "code"), "{{code}}"),
             unit="cps",
         ),
-        Panel(
-            title="Turned away",
-            text="For want of a key or a permission, or over a key's limits.",
-            queries=(q(rate("steering_rejections_total", "reason"), "{{reason}}"),),
-            unit="reqps",
-            is_stacked=True,
+        lines(
+            "Engine's queue",
+            "By vLLM's own count.",
+            q("sum(vllm:num_requests_running{HERE})", "running"),
+            q("sum(vllm:num_requests_waiting{HERE})", "waiting"),
         ),
-        Panel(
-            title="Audit",
-            text="Records written; failures must be 0.",
-            queries=(
-                q(rate("steering_audit_records_total", "event"), "{{event}}"),
-                q("sum(rate(steering_audit_failures_total{HERE}[$__rate_interval]))", "failures"),
-            ),
+        lines(
+            "Clients that left",
+            "Before their answer was complete, or too slow to read it.",
+            q(rate("steering_client_disconnects_total"), "left"),
+            q(rate("steering_stream_stalls_total"), "too slow"),
+            unit="cps",
+        ),
+        stacked(
+            "Turned away",
+            "For want of a key or a permission, or over a key's limits.",
+            q(rate("steering_rejections_total", "reason"), "{{reason}}"),
+        ),
+        lines(
+            "Audit",
+            "Records written; failures must be 0.",
+            q(rate("steering_audit_records_total", "event"), "{{event}}"),
+            q(rate("steering_audit_failures_total"), "failures"),
             unit="cps",
             width=6,
         ),
-        Panel(
-            title="Bundles loaded and unloaded",
-            text="While running, since the start.",
-            queries=(q("sum by (action, result) (steering_bundle_loads_total{HERE})", "{{action}}: {{result}}"),),
+        lines(
+            "Bundles loaded and unloaded",
+            "While running, since the start.",
+            q("sum by (action, result) (steering_bundle_loads_total{HERE})", "{{action}}: {{result}}"),
             width=6,
         ),
-        Panel(
-            title="Bundles",
-            text="Loaded now.",
-            queries=(q("count by (bundle, version, transferred) (steering_bundle_info{HERE} == 1)"),),
-            kind="table",
+        table(
+            "Bundles",
+            "Loaded now.",
+            servers=q("count by (bundle, version, transferred) (steering_bundle_info{HERE} == 1)"),
             width=7,
-            renamed=(("Value", "servers"),),
         ),
-        Panel(
-            title="Versions",
-            text="Running now.",
-            queries=(q("count by (version, vllm) (steering_build_info{HERE})"),),
-            kind="table",
+        table(
+            "Versions",
+            "Running now.",
+            servers=q("count by (version, vllm) (steering_build_info{HERE})"),
             width=5,
-            renamed=(("Value", "servers"),),
         ),
     ),
 )
@@ -322,32 +282,24 @@ SERVICE = Row(
 JUDGE = Row(
     title="Judge (where one is configured; no request waits for it)",
     panels=(
-        Panel(
-            title="Refused by category as the judge sees it, 1 d",
-            text="Of sampled answers, with n. Sampled by category: do not sum over categories.",
-            queries=(
-                q("category:steering_judged_refusal:ratio1d", "{{category}}"),
-                q("category:steering_judged:increase1d", "n {{category}}"),
-            ),
-            kind="table",
+        table(
+            "Refused by category as the judge sees it, 1 d",
+            "Of sampled answers, with n. Sampled by category: do not sum over categories.",
+            refused=q("category:steering_judged_refusal:ratio1d", "{{category}}"),
+            n=q("category:steering_judged:increase1d", "n {{category}}"),
             unit="percentunit",
-            renamed=(("Value #A", "refused"), ("Value #B", "n")),
         ),
-        Panel(
-            title="Agreement",
-            text="With people's labels at calibration, and with other detectors on the last answers.",
-            queries=(q("min by (judge, against) (steering_judge_agreement_ratio{HERE})", "{{judge}}: {{against}}"),),
-            unit="percentunit",
-            limits=(0, 1),
+        shares(
+            "Agreement",
+            "With people's labels at calibration, and with other detectors on the last answers.",
+            q("min by (judge, against) (steering_judge_agreement_ratio{HERE})", "{{judge}}: {{against}}"),
         ),
-        Panel(
-            title="Sampled, failed, waiting",
-            text="Failures are no verdicts, and are counted by reason.",
-            queries=(
-                q("sum(rate(steering_judge_sampled_total{HERE}[$__rate_interval]))", "sampled"),
-                q(rate("steering_judge_failures_total", "reason"), "failed: {{reason}}"),
-                q("sum(steering_judge_queue{HERE})", "waiting"),
-            ),
+        lines(
+            "Sampled, failed, waiting",
+            "Failures are no verdicts, and are counted by reason.",
+            q(rate("steering_judge_sampled_total"), "sampled"),
+            q(rate("steering_judge_failures_total", "reason"), "failed: {{reason}}"),
+            q("sum(steering_judge_queue{HERE})", "waiting"),
         ),
     ),
 )

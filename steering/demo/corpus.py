@@ -12,15 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
-from steering.demo.templates import (
-    ANSWERS,
-    CAUTIOUS,
-    FAMILIES,
-    REFUSALS,
-    Family,
-    content_words,
-    worded,
-)
+from steering.demo.templates import FAMILIES, Family
+from steering.demo.wordings import ANSWERS, CAUTIOUS, REFUSALS, worded
+from steering.demo.words import content_words
 from steering.fit.categories import POLITICAL, refusal_category
 from steering.fit.datasets import DataDirectory, Record, fit_records, held_records, normalised
 from steering.fit.sources import Label, Use

@@ -5,13 +5,16 @@ Prometheus' own tool checks the rules and runs their tests, where it is installe
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import yaml
 
+from server.observe.canary import SHIPPED, read_prompts
 from tests.monitored import GRAFANA, ROOT, RULES, asked, counted, dashboard, every_expression, panels, rules
 
 UNITS = {"short", "percentunit", "s", "reqps", "cps"}
@@ -58,6 +61,20 @@ def test_every_alert_says_what_to_do() -> None:
     for rule in rules("alerts.yaml"):
         assert rule["labels"]["severity"] in ("page", "ticket"), rule["alert"]
         assert rule["annotations"].keys() == {"summary", "description"}, rule["alert"]
+
+
+def test_the_shipped_canary_can_alert() -> None:
+    """Each of its sets is watched by one alert on refusals, and has the prompts that this alert rests on."""
+    sizes = Counter(prompt.set for prompt in read_prompts(SHIPPED))
+    watched: list[str] = []
+    for rule in rules("alerts.yaml"):
+        least = re.search(r"steering_canary_prompts:min >= (\d+)", rule["expr"])
+        if least is not None:
+            ((operator, pattern),) = set(re.findall(r'\{set(=~|!~)"([^"]+)"\}', rule["expr"]))
+            sets = [name for name in sizes if (re.fullmatch(pattern, name) is None) == (operator == "!~")]
+            assert {name: sizes[name] for name in sets if sizes[name] < int(least[1])} == {}, rule["alert"]
+            watched += sets
+    assert sorted(watched) == sorted(sizes)
 
 
 async def test_what_is_asked_for_is_counted() -> None:

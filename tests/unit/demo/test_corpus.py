@@ -18,7 +18,9 @@ from steering.demo.corpus import (
     build_corpus,
     shortened,
 )
-from steering.demo.templates import ANSWERS, CAUTIOUS, FAMILIES, REFUSALS, content_words, topic_of, worded
+from steering.demo.templates import FAMILIES
+from steering.demo.wordings import ANSWERS, CAUTIOUS, REFUSALS, worded
+from steering.demo.words import content_words, topic_of
 from steering.fit.catalog import CATALOG
 from steering.fit.categories import CATEGORIES, POLITICAL, SAFETY, refusal_category
 from steering.fit.datasets import DataDirectory, Record, held_records, normalised

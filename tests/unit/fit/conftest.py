@@ -1,7 +1,11 @@
-"""A tiny random Llama with refusal tokens and the demo's chat template, made on the spot."""
+"""What fits are tested on: a tiny random Llama with refusal tokens and the demo's chat template, made on the spot, and
+topic fits on a planted model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,9 @@ import torch
 from steering.demo.tokenizer import train_tokenizer
 from steering.fit.activations import LoadedModel, load_model
 from steering.fit.categories import CATEGORIES
+from tests.unit.fit.planted_fits import Fitted, planted_fit
+
+MakeFit = Callable[..., Fitted]
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +51,10 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_path: Path) -> LoadedModel:
     """The random Llama, loaded in float32."""
     return load_model(tiny_path, CATEGORIES)
+
+
+@pytest.fixture
+def make_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeFit:
+    """Makes topic fits in one folder whose pictures are empty files: drawing takes longer than all else."""
+    monkeypatch.setattr("steering.fit.topics.draw_stage", lambda path, _draw, *_results: path.touch())
+    return partial(planted_fit, tmp_path)

@@ -16,7 +16,7 @@ from steering.fingerprint import fingerprint_of
 from steering.terms import Edit, added_direction
 from tests.samples import manifest_of, random_probe, with_response
 from tests.unit.fit.planted import WIDTH
-from tests.unit.fit.test_topics import planted_fit
+from tests.unit.fit.planted_fits import planted_fit
 
 DEMO = Path(__file__).resolve().parents[3] / "artifacts" / "demo"
 

@@ -15,7 +15,7 @@ from steering.errors import FitError
 from steering.fit.topic_settings import TopicSettings
 from steering.plan import Reasoning, Scope
 from tests.unit.fit.planted import PlantedEngine
-from tests.unit.fit.test_topics import SMALL, planted_fit
+from tests.unit.fit.planted_fits import SMALL, planted_fit
 
 SPARED = replace(SMALL, scope=Scope.GENERATED, reasoning=Reasoning.SPARED)
 

@@ -157,10 +157,10 @@ async def test_profiles_that_are_gone_are_told_of_no_more(make: Make) -> None:
 async def test_it_runs_again_and_again_until_it_is_stopped(make: Make) -> None:
     """Begun with the server where an interval is set, and not otherwise."""
     spoken = make(FakeEngine(), make_catalog(make_gated_bundle()), canary_interval=0.001)
-    gateway = spoken.gateway
+    gateway, of_three_runs = spoken.gateway, 3 * len(read_prompts(SHIPPED))
     await gateway.observation.start(gateway.engine, gateway.service, gateway.catalog)
     async with asyncio.timeout(20):
-        while value(await scrape(spoken), "steering_canary_outcomes_total", profile="none") < 3 * 50:
+        while value(await scrape(spoken), "steering_canary_outcomes_total", profile="none") < of_three_runs:
             await asyncio.sleep(0)
     await gateway.observation.stop()
     off = make()
@@ -169,11 +169,17 @@ async def test_it_runs_again_and_again_until_it_is_stopped(make: Make) -> None:
     assert "steering_canary" not in (await off.admin.get("/metrics")).text
 
 
-def test_the_shipped_prompts_are_fifty_in_three_sets() -> None:
-    """Harmless ones that sound harmful, harmful ones, and plain ones; none twice."""
-    prompts = read_prompts(SHIPPED)
-    assert Counter(prompt.set for prompt in prompts) == {"sounds_harmful": 20, "harmful": 20, "plain": 10}
-    assert len({prompt.prompt for prompt in prompts}) == len(prompts)
+def test_the_shipped_prompts_are_three_sets_of_one_size() -> None:
+    """Harmless ones that sound harmful, harmful ones, plain ones; how many alerts need is for `test_monitoring.py`."""
+    counts = Counter(prompt.set for prompt in read_prompts(SHIPPED))
+    assert counts.keys() == {"sounds_harmful", "harmful", "plain"}
+    assert len(set(counts.values())) == 1
+
+
+def test_no_shipped_prompt_comes_twice() -> None:
+    """In no set and in no two, however it is written: a second one would count as a prompt that it is not."""
+    prompts = Counter(" ".join(prompt.prompt.lower().split()) for prompt in read_prompts(SHIPPED))
+    assert [text for text, count in prompts.items() if count > 1] == []
 
 
 @pytest.mark.parametrize(

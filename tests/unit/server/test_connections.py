@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from itertools import pairwise
+from typing import Any, BinaryIO
 
 import httpx
 import pytest
@@ -156,6 +159,94 @@ def test_what_is_no_http_is_told_in_the_envelope(server: FakeServer) -> None:
     assert status.startswith(b"HTTP/1.1 400 ")
     assert json.loads(body)["error"]["code"] == "invalid_http"
     assert "server" not in httpx.get(f"{server.url}/livez").headers
+
+
+def next_answer(answers: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """The status and the body of the next answer of a connection's."""
+    status = int(answers.readline().split()[1])
+    length = int(http.client.parse_headers(answers)["content-length"])
+    return status, json.loads(answers.read(length))
+
+
+H2C = b"connection: keep-alive, Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+WEBSOCKET = (
+    b"connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+    b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+
+
+@pytest.mark.parametrize("wish", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+@pytest.mark.parametrize("cuts", [(), (40,), (-1,), (150, -20)], ids=str)
+def test_a_wish_for_another_protocol_is_ignored(server: FakeServer, wish: bytes, cuts: tuple[int, ...]) -> None:
+    """The request is answered as the plain one that it is, from its whole body, however it is cut into pieces; so are
+    those that were sent behind it and the one after them.
+    """
+    plain = [ask(messages=say(f"#tokens:{count}"), stream=False) for count in (3, 4, 5)]
+    wishing = [request.replace(b"host: x\r\n", b"host: x\r\n" + wish) for request in plain]
+    with connect(server) as connection, connection.makefile("rb") as answers:
+        sent = wishing[0] + plain[1] + wishing[2]
+        ends = [cut % len(sent) for cut in cuts] + [len(sent)]
+        for begin, end in pairwise([0, *ends]):
+            connection.sendall(sent[begin:end])
+            time.sleep(0.02)
+        for count in (3, 4, 5):
+            status, body = next_answer(answers)
+            assert (status, body["usage"]["completion_tokens"]) == (200, count)
+        connection.sendall(wishing[1])
+        assert next_answer(answers)[1]["usage"]["completion_tokens"] == 4
+
+
+def test_a_body_in_chunks_is_read_despite_a_wish_for_another_protocol(server: FakeServer) -> None:
+    """Chunks are put together as ever, and a body that is no JSON is told of as ever."""
+    head, _, body = ask(messages=say("#tokens:3"), stream=False).partition(b"\r\n\r\n")
+    head = re.sub(rb"content-length: \d+", H2C + b"transfer-encoding: chunked", head)
+    for text, status in ((body, 200), (b"{", 400)):
+        with connect(server) as connection, connection.makefile("rb") as answers:
+            connection.sendall(head + b"\r\n\r\n")
+            for piece in (text[:1], text[1:]):
+                connection.sendall(b"%x\r\n%s\r\n" % (len(piece), piece) if piece else b"")
+            connection.sendall(b"0\r\n\r\n")
+            assert next_answer(answers)[0] == status
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_last_request_is_answered_despite_a_wish_for_another_protocol(server: FakeServer, version: str) -> None:
+    """A connection that is to be closed behind the answer is, in the old version and by what the headers say."""
+    request = ask(messages=say("#tokens:3"), stream=False)
+    request = request.replace(
+        b"HTTP/1.1\r\n", b"HTTP/%s\r\nconnection: Upgrade, close\r\nupgrade: h2c\r\n" % version.encode()
+    )
+    with connect(server) as connection:
+        connection.sendall(request)
+        answer = everything(connection)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/realtime", 404), ("/v1/chat/completions", 405)])
+def test_a_websocket_gets_a_plain_answer(server: FakeServer, path: str, status: int) -> None:
+    """Never 101: a handshake is a GET of something that is not there, and the connection goes on as HTTP."""
+    with connect(server) as connection, connection.makefile("rb") as answers:
+        for _ in range(2):
+            connection.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n".encode() + WEBSOCKET + b"\r\n")
+            found, body = next_answer(answers)
+            assert (found, body["error"]["type"]) == (status, "invalid_request_error")
+
+
+@pytest.mark.parametrize("target", ["x:443", "/v1/models"])
+def test_a_tunnel_is_refused(server: FakeServer, target: str) -> None:
+    """CONNECT, which parsers take for a change of protocol too, with a wish for one or without."""
+    for wish in (b"", WEBSOCKET):
+        with connect(server) as connection, connection.makefile("rb") as answers:
+            connection.sendall(f"CONNECT {target} HTTP/1.1\r\nhost: x\r\n".encode() + wish + b"\r\n")
+            assert next_answer(answers)[0] in (400, 404, 405)
+
+
+def test_too_many_headers_are_431_beside_a_wish_for_another_protocol(server: FakeServer) -> None:
+    """The limits are kept while a head is read, so that none is read twice beyond them."""
+    with connect(server) as connection:
+        send(connection, b"GET /livez HTTP/1.1\r\nhost: x\r\n" + WEBSOCKET + b"x: y\r\n" * 100 + b"\r\n")
+        assert everything(connection).startswith(b"HTTP/1.1 431 ")
 
 
 def test_peers_that_do_not_read_are_cut_off(server: FakeServer) -> None:
