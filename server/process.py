@@ -6,6 +6,7 @@ Knows vLLM only through `server/vllm_engine.py`, imported once the cheap checks 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -286,8 +287,17 @@ async def _arm(
             return
         await asyncio.sleep(TICK)
     await gateway.observation.start(gateway.engine, gateway.service, gateway.catalog)
+    _keep_what_there_is()
     gateway.is_armed = True
     on_ready(_address(server), _address(admin))
+
+
+def _keep_what_there_is() -> None:
+    """Spare the garbage collector what start-up made, which lives as long as the process: to look through all of vLLM
+    and torch again and again would stop every stream meanwhile. VLLM's own server does the same.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _address(server: uvicorn.Server) -> str:

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil  # type: ignore[import-untyped]  # vLLM requires it
+
 from server.bench.gateway import _server
 from server.bench.report import load as busy
 from server.bench.report import write
@@ -37,11 +39,11 @@ GOAL = {"p50": 3.0, "p99": 15.0}
 
 
 class Arm(NamedTuple):
-    """A server, what it is asked, and its process where that is known."""
+    """A server, what it is asked, and its process."""
 
     url: str
     body: Mapping[str, Any]
-    process: int | None = None
+    process: int
 
 
 def measured(arm: Arm, streams: int, *, stream: bool, prompt: str, spread: float) -> dict[str, Any]:
@@ -74,10 +76,15 @@ def measured(arm: Arm, streams: int, *, stream: bool, prompt: str, spread: float
     }
 
 
-def processor_ms(process: int | None) -> float:
+def process_at(url: str) -> int:
+    """The process that listens there."""
+    port = int(url.rpartition(":")[2])
+    listening = (each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
+    return next(each.pid for each in listening if each.laddr.port == port and each.pid is not None)
+
+
+def processor_ms(process: int) -> float:
     """What a process has computed so far; other processes of the machine make no answer dearer in this coin."""
-    if process is None:
-        return 0.0
     fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return 1000 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -163,12 +170,13 @@ def over_vllm() -> dict[str, Any]:
     ours = ["-m", "server.cli", "serve", *shared, "--bundle", str(DEMO / "bundle"), "--admin-port", "0", "--", *engine]
     fields = {"model": name, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
     with servers(stock, ours, WITHOUT_PLUGINS) as (reference, gateway):
+        of_reference, of_gateway = process_at(reference), process_at(gateway)
         for streams in STREAMS:
             for stream in (True, False):
                 arms = {
-                    "vLLM's server": Arm(reference, fields),
-                    "gateway": Arm(gateway, {**fields, "steering": {"mode": "off"}}),
-                    "gateway, gated": Arm(gateway, fields),
+                    "vLLM's server": Arm(reference, fields, of_reference),
+                    "gateway": Arm(gateway, {**fields, "steering": {"mode": "off"}}, of_gateway),
+                    "gateway, gated": Arm(gateway, fields, of_gateway),
                 }
                 prompt = "How do detectives investigate a murder?"
                 cells.append(cell(arms, streams, stream=stream, prompt=prompt, spread=0.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import signal
 import threading
@@ -96,9 +97,13 @@ def test_told_twice_it_ends_at_once(second: signal.Signals) -> None:
 
 @pytest.mark.parametrize("is_hanging", [False, True], ids=["dead", "hanging"])
 async def test_without_its_engine_the_process_fails(monkeypatch: pytest.MonkeyPatch, is_hanging: bool) -> None:
-    """For a moment it tells balancers and those in flight; then it ends with an error, for an orchestrator to see."""
+    """For a moment it tells balancers and those in flight; then it ends with an error, for an orchestrator to see. What
+    its start made was taken out of the garbage collector's way before it served.
+    """
     forced: list[float] = []
     monkeypatch.setattr(process, "_end_within", forced.append)
+    frozen: list[int] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.get_count()[0]))
     engine = FakeEngine()
     addresses: asyncio.Queue[str] = asyncio.Queue()
     settings = Settings(
@@ -111,6 +116,7 @@ async def test_without_its_engine_the_process_fails(monkeypatch: pytest.MonkeyPa
     )
     async with asyncio.timeout(PATIENCE), httpx.AsyncClient(base_url=await addresses.get()) as client:
         assert (await client.get("/readyz")).status_code == 200
+        assert len(frozen) == 1
         engine.gate = asyncio.Event()
         asked = asyncio.create_task(client.post("/v1/chat/completions", json={"model": MODEL, "messages": say("x")}))
         await asyncio.sleep(0.05)
