@@ -104,6 +104,7 @@ async def test_without_its_engine_the_process_fails(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(process, "_end_within", forced.append)
     frozen: list[int] = []
     monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.get_count()[0]))
+    monkeypatch.setattr(gc, "set_threshold", lambda *_: None)  # this process is not only a server
     engine = FakeEngine()
     addresses: asyncio.Queue[str] = asyncio.Queue()
     settings = Settings(
