@@ -21,7 +21,7 @@ from server.engine import Engine
 from server.errors import Rejection, UnknownRoute, WrongMethod
 from server.gateway import Gateway
 from server.heartbeat import Heartbeat
-from server.observe.metrics import Metrics
+from server.observe.metrics import Metrics, Phase
 from server.observe.observation import Observation
 from server.observe.stages import Stage
 from server.rollout import Rollout
@@ -144,7 +144,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_client_gone(request: Request, _error: Exception) -> Response:
     """Nobody reads this; 499 is what the metric counts."""
     gateway: Gateway = request.app.state.gateway
-    gateway.metrics.disconnects.inc()
+    gateway.metrics.left(Phase.BEFORE_FIRST_BYTE)
     return Response(status_code=499)
 
 

@@ -154,8 +154,16 @@ class BundleView:
     @property
     def reader(self) -> ResponseView | None:
         """The response probe where answers are to be read: a model that says by a token that it refuses needs none."""
-        tells = any(category.token_id is not None for category in self.categories.values())
-        return None if tells else self.response
+        return None if self._has_tokens else self.response
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether nothing here can say of an answer that it refuses."""
+        return not self._has_tokens and self.response is None
+
+    @property
+    def _has_tokens(self) -> bool:
+        return any(category.token_id is not None for category in self.categories.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.errors import HeadersTooLarge, envelope_bytes, reply_to
-from steering.errors import CallerError, TrimtabError
+from steering.errors import CallerError, EngineOverloaded, TrimtabError
 
 UNSENT = 128 * 1024
 """Bytes that the kernel keeps of an answer before the peer has room for them; without, it may be megabytes."""
@@ -23,6 +23,10 @@ UNSENT = 128 * 1024
 LINGER = 5.0
 """Seconds that the rest of a body is thrown away for after an answer that did not wait for it; closing at once would
 make the peer's kernel drop the answer."""
+
+SURPLUS, SURPLUS_PATIENCE = 128, 1.0
+"""Connections beyond the most that wait at once to be told so, and seconds that they may: until the peer has sent
+something, since an answer ahead of what is asked may be lost. More are closed without a word."""
 
 _PER_BYTE = 8
 """Bytes of framing that a byte of a body may come with: a chunk of one byte takes six."""
@@ -37,14 +41,18 @@ class Patience:
         write: for what waits to be sent to drain; a peer that reads more slowly is cut off.
         header_bytes: most bytes of request line and headers.
         header_fields: most headers.
+        connections: most that are open at once.
         on_stall: called when a peer was cut off for not reading.
+        on_surplus: called for each connection beyond the most.
     """
 
     headers: float = 10.0
     write: float = 60.0
     header_bytes: int = 16 * 1024
     header_fields: int = 100
+    connections: int = 2048
     on_stall: Callable[[], None] = lambda: None
+    on_surplus: Callable[[], None] = lambda: None
 
 
 def protocol_of(patience: Patience) -> type[HttpToolsProtocol]:
@@ -64,6 +72,9 @@ class _Connection(HttpToolsProtocol):
         """Of a request that wishes for another protocol, its head without that wish."""
         self._is_reading = False
         """A message has begun and is not complete."""
+        self._is_surplus = False
+        """One too many: whatever it asks, it is told so."""
+        self._is_told = False
         self._headers_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
@@ -71,6 +82,13 @@ class _Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # uvicorn's signature
         super().connection_made(transport)
         _keep_little_unsent(transport)
+        beyond = len(self.connections) - self.patience.connections
+        self._is_surplus = beyond > 0
+        if self._is_surplus:
+            self.patience.on_surplus()
+        if beyond > SURPLUS:
+            transport.abort()
+            return
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -80,6 +98,9 @@ class _Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_surplus:
+            self._turn_away()
+            return
         self._framing += len(data)
         if self._headers_timer is None and not self._is_reading:
             self._await_headers()
@@ -198,7 +219,8 @@ class _Connection(HttpToolsProtocol):
         return data[:0]
 
     def _await_headers(self) -> None:
-        self._headers_timer = self.loop.call_later(self.patience.headers, self._give_up)
+        wait = min(self.patience.headers, SURPLUS_PATIENCE) if self._is_surplus else self.patience.headers
+        self._headers_timer = self.loop.call_later(wait, self._give_up)
 
     def _give_up(self) -> None:
         """No request line, or no end of the headers, in time. What came is not answered: it is no request yet."""
@@ -211,19 +233,38 @@ class _Connection(HttpToolsProtocol):
         self.patience.on_stall()
         self.transport.abort()  # closing would wait for the peer to read
 
+    def _turn_away(self) -> None:
+        """Tell a peer that it is one too many, and read what it still sends until it closes or its time is up."""
+        if self._is_told or self.transport.is_closing():
+            return
+        self._is_told = True
+        self.transport.write(_reply(_too_many(self.patience)))
+        self.transport.write_eof()
+
     def _refuse(self, error: TrimtabError) -> None:
         """Answer in the envelope, below ASGI, and close."""
-        body = envelope_bytes(error)
         if not self._is_answering:
-            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[reply_to(error).status] + head + body)
+            self.transport.write(_reply(error))
         self.transport.close()
+
+
+def _reply(error: TrimtabError) -> bytes:
+    """An error as a whole answer, the last of its connection."""
+    reply, body = reply_to(error), envelope_bytes(error)
+    fixed = {"content-type": "application/json", "connection": "close", "content-length": str(len(body))}
+    headers = {**reply.headers, **fixed}
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return STATUS_LINE[reply.status] + head.encode() + b"\r\n" + body
 
 
 def _too_large(patience: Patience) -> HeadersTooLarge:
     return HeadersTooLarge(
         f"request line and headers have more than {patience.header_bytes} bytes or {patience.header_fields} fields"
     )
+
+
+def _too_many(patience: Patience) -> EngineOverloaded:
+    return EngineOverloaded(f"this server has {patience.connections} connections open, and takes no more; try again")
 
 
 def _keep_little_unsent(transport: asyncio.Transport) -> None:

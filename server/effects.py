@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.policy import Report, Resolution
-from server.verdicts import Verdict
-from steering.errors import EditNotApplied
+from server.verdicts import DIGITS, Verdict
+from steering.errors import EditFailed, EditNotApplied
 from steering.outcome import Outcome, Scores
 from steering.plan import Decision, GateOrder, Mode, Plan, Reasoning, Scope
 
@@ -70,7 +70,7 @@ def effect_of(resolution: Resolution, outcome: Outcome | None) -> Effect:
     if plan is None or outcome is None:
         return Effect(decision=Mode.OFF.value)
     if outcome.error:
-        raise EditNotApplied(f"the engine could not do what was asked: {outcome.error}; the answer is withheld")
+        raise EditFailed(f"the engine could not do what was asked: {outcome.error}; the answer is withheld")
     if outcome.reasoning != plan.reasoning:
         raise EditNotApplied(
             f"the engine reports reasoning {outcome.reasoning.value}, where {plan.reasoning.value} was asked; "
@@ -112,7 +112,7 @@ def attach(
         "decision": first.decision,
         "category": first.category,
         "edit": first.edit,
-        "strength": None if _tells_score(resolution) else first.strength,
+        "strength": _told_strength(resolution, first),
         "scope": None if first.scope is None else first.scope.value,
         "verdict": verdicts[0].to_json(in_full=is_full),
     }
@@ -133,10 +133,20 @@ def attach(
     body["steering"] = steering
 
 
-def _tells_score(resolution: Resolution) -> bool:
-    """Whether the strength tells a caller what the probe read who may not know it: of a graded gate it is a share."""
+def _told_strength(resolution: Resolution, effect: Effect) -> float | None:
+    """The strength, except where it tells a caller what the probe read who may not know it: of a graded gate it is a
+    share, and rounded as a score is.
+    """
     gate = resolution.plan.gate if resolution.plan is not None else None
-    return resolution.is_discreet and gate is not None and gate.is_graded
+    if gate is None or not gate.is_graded or effect.strength is None:
+        return effect.strength
+    return None if resolution.is_discreet else round(effect.strength, DIGITS)
+
+
+def told_scores(scores: Scores) -> dict[str, Any]:
+    """What a probe read, as a client is told it."""
+    categories = {name: round(score, DIGITS) for name, score in scores.categories.items()}
+    return {"refusal": round(scores.refusal, DIGITS), "categories": categories}
 
 
 def _details(resolution: Resolution, effect: Effect) -> dict[str, Any]:
@@ -145,7 +155,7 @@ def _details(resolution: Resolution, effect: Effect) -> dict[str, Any]:
         return {}
     assert effect.scores is not None
     return {
-        "scores": {"refusal": effect.scores.refusal, "categories": dict(effect.scores.categories)},
+        "scores": told_scores(effect.scores),
         "thresholds": {"comply_below": order.comply_below, "refuse_above": order.refuse_above},
         "graded": order.is_graded,
     }
@@ -185,8 +195,8 @@ def _check_ruling(plan: Plan, order: GateOrder, resolution: Resolution, outcome:
     possible = {side if category in edits.get(side, {}) else Decision.ABSTAIN for side in _sides(scores.refusal, order)}
     if decision not in possible:
         raise _wrong(
-            f"decision {decision!s} at refusal probability {scores.refusal:.6f}, where thresholds {order.comply_below} "
-            f"and {order.refuse_above} demand one of {sorted(possible)}"
+            f"decision {decision!s} at refusal probability {scores.refusal:.{DIGITS}f}, where thresholds "
+            f"{order.comply_below} and {order.refuse_above} demand one of {sorted(possible)}"
         )
     if order.is_observed:
         if outcome.applied or outcome.edit is not None or outcome.strength != 0:

@@ -135,6 +135,13 @@ class Engine(Protocol):
         """False once the engine can answer nothing more."""
         ...
 
+    @property
+    def generated(self) -> float:
+        """Tokens it has made for anybody so far, as far as is known: of answers that come whole perhaps only once they
+        are complete. Takes milliseconds.
+        """
+        ...
+
     async def complete(self, call: Call) -> Completion:
         """Generate a whole answer."""
         ...

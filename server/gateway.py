@@ -83,9 +83,11 @@ class Gateway:
 
         Raises:
             EngineDied: the engine is gone.
-            EngineOverloaded: still checking itself, shutting down, or waiting for a token.
+            EngineOverloaded: still checking itself, about to shut down, or waiting for a token.
         """
         self.check_ready()
+        if self.service.is_leaving:
+            raise EngineOverloaded("this server is shutting down", code="draining")
         if self.heartbeat.failure is not None:
             raise EngineOverloaded(
                 f"the engine does not answer this server's own requests: {self.heartbeat.failure.message}",

@@ -17,13 +17,17 @@ from steering.errors import CapacityExceeded, EngineError, EngineOverloaded, Eng
 RETRY = 5.0
 """Seconds between beats after one that failed, where the interval is longer."""
 
+OWN_TOKENS = 2
+"""Most that a beat itself is given."""
+
 _log = logging.getLogger("trimtab")
 
 
 class Heartbeat:
     """Sends the engine requests of its own; observes those of others, which spare it some.
 
-    An engine can be alive and still give no token, as on some faults of a GPU.
+    An engine can be alive and still give no token, as on some faults of a GPU. One that gives tokens to others is no
+    such engine, however long a beat has to wait behind them.
 
     Args:
         engine: under proof.
@@ -41,7 +45,6 @@ class Heartbeat:
         self._engine, self._catalog = engine, catalog
         self._interval, self._timeout, self._allowed = interval, timeout, failures
         self._failed = 0
-        self._answers = 0
         self._proofs = 0
 
     @property
@@ -51,10 +54,7 @@ class Heartbeat:
 
     def ended(self, event: Ended) -> None:
         """A request has ended; one that was edited, or read by a gate, is as good as a beat."""
-        if not event.is_complete:
-            return
-        self._answers += 1
-        if any(effect.applied or effect.scores is not None for effect in event.effects.values()):
+        if event.is_complete and any(effect.applied or effect.scores is not None for effect in event.effects.values()):
             self._proofs += 1
             self._passed()
 
@@ -70,14 +70,14 @@ class Heartbeat:
 
     async def beat(self) -> None:
         """Ask for one token unsteered, and for one under an edit of the default bundle."""
-        answers = self._answers
+        before = self._engine.generated
         try:
             async with asyncio.timeout(self._timeout):
                 await self._try()
         except (CapacityExceeded, EngineOverloaded):
             return  # busy with others
         except TimeoutError:
-            if self._answers == answers:
+            if self._engine.generated - before <= OWN_TOKENS:  # else others are served, and this waits behind them
                 self._missed(EngineTimeout(f"the engine gave no token within {self._timeout:g} s"))
         except TrimtabError as error:
             self._missed(error)

@@ -6,12 +6,12 @@ Knows nothing of HTTP, vLLM or torch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from server.engine import Chunk
-from steering.errors import EngineTimeout
+from steering.errors import EngineOverloaded, EngineTimeout, InvalidSpec
 
 T = TypeVar("T")
 
@@ -21,7 +21,8 @@ class Limits:
     """How much at once, and how long at most; times in seconds.
 
     Attributes:
-        inflight: requests being answered at once; more are refused with 503.
+        inflight: answers being generated at once, `n` of each request; more are refused with 503.
+        answer_tokens: of an answer whose request names no number.
         outcome: from the first token of a sample to the engine's confirmation of its edit.
         first_token: from admission to the first token of a stream.
         between: between two chunks of a stream.
@@ -30,11 +31,47 @@ class Limits:
     """
 
     inflight: int = 1024
+    answer_tokens: int = 4096
     outcome: float = 5.0
     first_token: float = 120.0
     between: float = 60.0
     total: float = 600.0
     verdict: float = 0.05
+
+
+class Places:
+    """How many answers are being generated, held against how many may be; a request takes `n` places at once.
+
+    Args:
+        most: places.
+        on_change: told how many are taken.
+    """
+
+    def __init__(self, most: int, on_change: Callable[[int], None]) -> None:
+        self._most = most
+        self._on_change = on_change
+        self._taken = 0
+
+    def take(self, samples: int) -> None:
+        """Take the places of one request.
+
+        Raises:
+            InvalidSpec: there are not as many, however long it is waited.
+            EngineOverloaded: too few are free.
+        """
+        if samples > self._most:
+            raise InvalidSpec(f"n is {samples}, and this server generates {self._most} answers at once", parameter="n")
+        if self._taken + samples > self._most:
+            raise EngineOverloaded(
+                f"this server generates {self._most} answers at once, each of the n of a request counted; try again"
+            )
+        self._taken += samples
+        self._on_change(self._taken)
+
+    def leave(self, samples: int) -> None:
+        """Give them back."""
+        self._taken -= samples
+        self._on_change(self._taken)
 
 
 async def within(limit: float, work: Awaitable[T], what: str) -> T:

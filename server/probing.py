@@ -13,7 +13,7 @@ from msgspec import structs
 
 from server.access.caller import Caller, Permission
 from server.catalog import Catalog
-from server.effects import Effect
+from server.effects import Effect, told_scores
 from server.errors import PermissionDenied
 from server.policy import Report, Resolution, SteeringSpec
 from steering.errors import NotSupported
@@ -41,7 +41,7 @@ class Reading:
             "model": model,
             "profile": profile.name,
             "bundle": bundle.label,
-            "scores": {"refusal": scores.refusal, "categories": dict(scores.categories)},
+            "scores": told_scores(scores),
             "decision": self.effect.decision,
             "category": self.effect.category,
             "edit": sides.get(self.effect.decision, {}).get(self.effect.category or ""),

@@ -44,9 +44,6 @@ GRACE = 5
 FORCED_END = 5.0
 """Seconds from the order to end at once until this process ends, whatever it waits for."""
 
-KEEP_ALIVE = 75
-"""Seconds; longer than the 60 of common proxies, which otherwise send into a connection that is being closed."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
@@ -147,8 +144,9 @@ class AdminServer(uvicorn.Server):
 class DrainingServer(uvicorn.Server):
     """Uvicorn, with an end that lets answers finish.
 
-    SIGTERM or SIGINT: `/readyz` and new requests answer 503, load balancers get time to see it, requests in flight get
-    time to finish, those left get an error, and the process ends with 0. A second signal ends it at once.
+    SIGTERM or SIGINT: `/readyz` answers 503, and requests are still taken while load balancers get time to see it; then
+    new ones are refused, those in flight get time to finish, those left get an error, and the process ends with 0. A
+    second signal ends it at once.
 
     Args:
         config: uvicorn's.
@@ -164,17 +162,18 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Begin the end; unlike uvicorn's, does not let the signal kill the process afterwards."""
-        if self._gateway.service.is_draining:
+        if self._gateway.service.is_leaving:
             self._gateway.service.abort_all()
             self.should_exit = self.force_exit = self._admin.force_exit = True
             _end_within(FORCED_END)
             return
-        self._gateway.service.is_draining = True
+        self._gateway.service.is_leaving = True
         self._drain = asyncio.get_running_loop().create_task(self._let_finish(), name="drain")
 
     async def _let_finish(self) -> None:
         settings, service = self._gateway.settings, self._gateway.service
         await asyncio.sleep(settings.drain_delay)
+        service.is_draining = True
         end = time.monotonic() + settings.drain_grace
         while service.inflight and time.monotonic() < end:  # noqa: ASYNC110 - a deadline beside the condition
             await asyncio.sleep(TICK)
@@ -319,7 +318,9 @@ def _uvicorn_config(app: ASGIApp, host: str, port: int, gateway: Gateway) -> uvi
         write=settings.write_timeout,
         header_bytes=settings.max_header_bytes,
         header_fields=settings.max_header_fields,
+        connections=settings.max_connections,
         on_stall=gateway.metrics.stalls.inc,
+        on_surplus=gateway.metrics.connections_refused.inc,
     )
     return uvicorn.Config(
         app,
@@ -333,7 +334,7 @@ def _uvicorn_config(app: ASGIApp, host: str, port: int, gateway: Gateway) -> uvi
         log_config=None,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE,
+        timeout_keep_alive=settings.keep_alive_timeout,
         timeout_graceful_shutdown=GRACE,
     )
 

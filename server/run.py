@@ -22,12 +22,17 @@ from steering.errors import TrimtabError
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """One request being answered, and what is known of it so far; see `Ended` for the fields."""
+    """One request being answered, and what is known of it so far; see `Ended` for the fields.
+
+    Attributes:
+        answer_tokens: most tokens of an answer, where the request names no number.
+    """
 
     generation: Generation
     resolution: Resolution
     ticket: Ticket
     began: float
+    answer_tokens: int
     effects: dict[int, Effect] = field(default_factory=dict)
     verdicts: Sequence[Verdict] = ()
     contents: tuple[str, ...] = ()
@@ -48,7 +53,7 @@ class Run:
         return Call(
             request_id=self.ticket.call_id,
             prompting=self.generation.prompting,
-            fields=bounded(self.generation.fields, self.ticket.caller) | self._salt(),
+            fields=bounded(self.generation.fields, self.answer_tokens) | self._salt(),
             samples=self.samples,
             plan=self.resolution.order,
             trace=self.ticket.trace,

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.access.audit import AuditLog
-from server.access.caller import Caller
+from server.access.caller import Caller, answer_tokens
 from server.access.permissions import check_permitted, check_permitted_to_probe
 from server.catalog import BundleView, Catalog, LiveCatalog
 from server.effects import Effect, attach, effect_of
 from server.engine import Completion, Engine
 from server.generation import Generation, Ticket
-from server.limits import Limits, in_time, within
+from server.limits import Limits, Places, in_time, within
 from server.observe.events import Observer, Usage
 from server.observe.metrics import Metrics, flag
 from server.observe.stages import Stage
@@ -78,6 +78,7 @@ class Service:
         audit: where it is put on record that refusals may be lowered, before the engine is asked; None for nowhere.
 
     Attributes:
+        is_leaving: this server ends soon, which balancers are to see; requests are still taken.
         is_draining: no new request is taken.
     """
 
@@ -92,6 +93,7 @@ class Service:
         rollout: Rollout | None = None,
         audit: AuditLog | None = None,
     ) -> None:
+        self.is_leaving = False
         self.is_draining = False
         self._engine = engine
         self._catalog = catalog
@@ -102,6 +104,7 @@ class Service:
         self._audit = audit
         self._tables: dict[str, VerdictTable] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._places = Places(limits.inflight, metrics.inflight_answers.set)
         self._is_aborting = False
 
     @property
@@ -279,8 +282,8 @@ class Service:
             with run.stages.timed(Stage.CONFIRM):
                 outcomes = await self._engine.outcomes(plan.id, samples, self._limits.outcome)
             run.effects |= {sample: effect_of(run.resolution, outcomes[sample]) for sample in samples}
-        except EditNotApplied:
-            self._metrics.unapplied.inc()
+        except EditNotApplied as error:
+            self._metrics.unapplied.labels(error.reason).inc()
             raise
 
     async def _read(self, run: Run, verdicts: Sequence[Verdict], lengths: Sequence[int]) -> list[Verdict]:
@@ -306,18 +309,18 @@ class Service:
             raise EngineOverloaded("this server is shutting down; send the request again")
         if not self._engine.is_alive:
             raise EngineDied("the engine is gone; this server must be started again")
-        if len(self._tasks) >= self._limits.inflight:
-            raise EngineOverloaded(f"this server answers {self._limits.inflight} requests at once; try again")
         task = asyncio.current_task()
         assert task is not None
         clock = asyncio.get_running_loop().time
         if not ticket.is_internal:  # the server's own requests look at what a profile does
             resolution = self._rollout.apply(resolution, ticket.request_id)
-        run = Run(generation=generation, resolution=resolution, ticket=ticket, began=clock())
+        most = answer_tokens(ticket.caller, default=self._limits.answer_tokens, context=self._engine.model.context)
+        run = Run(generation=generation, resolution=resolution, ticket=ticket, began=clock(), answer_tokens=most)
         rows = run.samples if resolution.order is not None else 0
+        self._places.take(run.samples)
         self._tasks.add(task)
         self._metrics.inflight.inc()
-        self._metrics.rows_in_use.inc(rows)
+        self._metrics.rows_wanted.inc(rows)
         try:
             yield run
         except asyncio.CancelledError:
@@ -338,8 +341,9 @@ class Service:
             raise
         finally:
             self._tasks.discard(task)
+            self._places.leave(run.samples)
             self._metrics.inflight.dec()
-            self._metrics.rows_in_use.dec(rows)
+            self._metrics.rows_wanted.dec(rows)
             if resolution.order is not None:
                 self._engine.forget(resolution.order.id)
             event = run.end(clock())

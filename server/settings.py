@@ -56,22 +56,29 @@ class Settings(BaseSettings):
         body_timeout: for the whole body.
         keep_alive_interval: after so long without anything to send, a stream gets a comment.
         write_timeout: a client is cut off that so long has left unread what waits to be sent.
-        max_inflight: requests answered at once.
+        max_inflight: answers generated at once, counted by `n` and by prompt; more are refused with 503.
+        max_connections: open at once, on each port; more are told so with 503 and closed.
+        keep_alive_timeout: for the next request on a connection; longer than the 60 of common balancers, which
+            otherwise send into connections that are being closed.
+        default_max_tokens: of an answer whose request and whose key name no number, within the model's context.
         outcome_timeout, first_token_timeout, between_timeout, total_timeout: see `server.limits.Limits`.
         heartbeat_interval: between requests of one token, steered and not, that the server sends itself while no other
             is answered; 0 for never.
-        heartbeat_timeout: for each; `/readyz` answers 503 when one fails.
+        heartbeat_timeout: for each; `/readyz` answers 503 when one fails. One that waits in vain while others are given
+            tokens does not fail.
         heartbeat_failures: in a row, after which `/livez` answers 503 as well.
         death_delay: from the death of the engine to the end of this process, which ends with 1.
         canary_interval: between two runs of the canary, which asks fixed prompts of every gated profile; 0 for none.
         canary_prompts: file of them, a JSON object `{"set", "prompt"}` a line; None asks those that come with this.
         canary_profiles: whom it asks; empty for those with a gate.
-        canary_most_inflight: it waits while more other requests are being answered.
+        canary_most_inflight: it waits while more other requests are being answered, for an interval at most, and then
+            asks one prompt at a time.
         drift_reference: file of score counts by profile, as `trimtab bundle reference-scores` writes it, instead of
             those of the bundles' reports.
         judge_url, judge_model, judge_api_key: a model judge at an OpenAI-compatible API, which a sample of the answers
             is sent to; None for none.
-        judge_profiles: whose answers may be sent there, or `*`; no others are.
+        judge_profiles: whose answers may be sent there, or `*`; no others are, save the canary's where nothing else
+            tells.
         judge_rates: share of answers by `category/decision`, `category/*`, `*/decision` or `*`.
         judge_per_minute: most answers.
         judge_calibration: what `trimtab judge calibrate --judge llm --out` wrote of that judge.
@@ -80,8 +87,8 @@ class Settings(BaseSettings):
         log_scores: lines and spans of requests tell what probes read.
         otlp_endpoint: collector that spans go to, the engine's as well; by gRPC unless
             OTEL_EXPORTER_OTLP_TRACES_PROTOCOL says `http/protobuf`.
-        drain_delay: from SIGTERM, for load balancers to see `/readyz` answer 503.
-        drain_grace: for requests in flight, after that.
+        drain_delay: from SIGTERM, for load balancers to see `/readyz` answer 503; requests are still taken.
+        drain_grace: for requests in flight after that, while new ones are refused with 503.
     """
 
     model_config = SettingsConfigDict(env_prefix="TRIMTAB_", extra="forbid", frozen=True)
@@ -113,6 +120,9 @@ class Settings(BaseSettings):
     keep_alive_interval: Seconds = 15.0
     write_timeout: Seconds = 60.0
     max_inflight: Annotated[int, Field(ge=1)] = 1024
+    max_connections: Annotated[int, Field(ge=1)] = 2048
+    keep_alive_timeout: Annotated[int, Field(ge=1, le=86_400)] = 75
+    default_max_tokens: Annotated[int, Field(ge=1)] = 4096
     outcome_timeout: Seconds = 5.0
     first_token_timeout: Seconds = 120.0
     between_timeout: Seconds = 60.0
@@ -179,6 +189,7 @@ class Settings(BaseSettings):
         """The service's share of the settings."""
         return Limits(
             inflight=self.max_inflight,
+            answer_tokens=self.default_max_tokens,
             outcome=self.outcome_timeout,
             first_token=self.first_token_timeout,
             between=self.between_timeout,

@@ -17,6 +17,10 @@ DETECTOR = "refusal_token"
 PROBE_DETECTOR = "response_probe"
 NO_DETECTOR = "none"
 
+DIGITS = 4
+"""Of a probability or of what follows from one, as clients are told it: all of them would help those who look for the
+wording that a probe just lets pass."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
@@ -46,7 +50,8 @@ class Verdict:
         """The `verdict` object of an answer; in full with what a response probe read."""
         told: dict[str, object] = {"refused": self.refused, "category": self.category, "detector": self.detector}
         if in_full and self.probability is not None:
-            told |= {"probability": self.probability, "tokens": self.tokens, "threshold": self.threshold}
+            probability = round(self.probability, DIGITS)
+            told |= {"probability": probability, "tokens": self.tokens, "threshold": self.threshold}
         return told
 
 

@@ -1,7 +1,7 @@
 """The engine seam over vLLM: its `AsyncLLM` and its own endpoints, in this process.
 
-Chat templates, tools, structured output, logprobs and streaming are vLLM's. Of `server` only this module and
-`server/vllm_options.py` name vLLM.
+Chat templates, tools, structured output, logprobs and streaming are vLLM's. Of `server` only this module,
+`server/vllm_options.py` and `server/vllm_metrics.py` name vLLM.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import generate_latest
 from pydantic import ValidationError
 from pydantic_core import from_json
 
 from server.cores import go_before_the_scheduler
 from server.engine import Call, Chunk, Completion, Prompting, ServedModel, WorkerReport
+from server.vllm_metrics import exposition, generated_tokens
 from server.vllm_shapes import as_chat, chunk_of, echo_of, plain_chat, plain_completion
 from steering.bundle import load_bundle
 from steering.engine.outcomes import OutcomeListener, sample_of
@@ -82,6 +82,7 @@ class VllmEngine:
             Prompting.PLAIN: CompletionRequest,
         }
         self._error_class = ErrorResponse
+        self._given = 0
 
     @property
     def model(self) -> ServedModel:
@@ -93,6 +94,11 @@ class VllmEngine:
         """False once the engine process is gone."""
         return not self._client.errored
 
+    @property
+    def generated(self) -> float:
+        """As vLLM counts them, which it does as they are made; where it counts none, those that came through here."""
+        return max(self._given, generated_tokens())
+
     async def complete(self, call: Call) -> Completion:
         """Generate a whole answer; see `server.engine.Engine`."""
         result = await self._answer(call, stream=False)
@@ -101,11 +107,13 @@ class VllmEngine:
             if task is not None and task.cancelling():  # vLLM answers a cancellation with an error response
                 raise asyncio.CancelledError
             raise self._rejection(call) or _from_response(result.error.model_dump())
+        tokens = tuple(choice.token_ids or () for choice in result.choices)
+        self._given += sum(map(len, tokens))
         if call.prompting is Prompting.CHAT:
             body = plain_chat(result)
         else:
             body = plain_completion(result, await self._echoed(call))
-        return Completion(body=body, tokens=tuple(choice.token_ids or () for choice in result.choices))
+        return Completion(body=body, tokens=tokens)
 
     async def stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
         """Generate an answer piece by piece; see `server.engine.Engine`."""
@@ -122,14 +130,18 @@ class VllmEngine:
                 if "error" in body:
                     raise self._rejection(call) or _from_response(body["error"])
                 if call.prompting is Prompting.CHAT:
-                    yield chunk_of(body)
+                    chunk = chunk_of(body)
+                    self._given += len(chunk.tokens)
+                    yield chunk
                     continue
                 for choice in body["choices"]:
                     if call.fields.get("echo") and choice["index"] not in told:
                         echoed = echoed if told else await self._echoed(call)
                         told.add(choice["index"])
                         yield echo_of(body, echoed or "")
-                yield chunk_of(as_chat(body))
+                chunk = chunk_of(as_chat(body))
+                self._given += len(chunk.tokens)
+                yield chunk
 
     async def outcomes(self, plan_id: str, samples: Collection[int], wait: float) -> Mapping[int, Outcome]:
         """Wait until these samples of a plan have reported; see `server.engine.Engine`."""
@@ -212,9 +224,7 @@ class VllmEngine:
 
     def exposition(self) -> bytes:
         """VLLM's own metrics."""
-        from vllm.v1.metrics.prometheus import get_prometheus_registry
-
-        return generate_latest(get_prometheus_registry())
+        return exposition()
 
     async def _answer(self, call: Call, *, stream: bool) -> Any:
         """VLLM's answer to a call: a response, an error response, or a generator of events."""
@@ -308,6 +318,7 @@ async def started(arguments: Namespace, bundles: Sequence[Path], **steering: Any
             engine_args = AsyncEngineArgs.from_cli_args(arguments)
             for name, value in engine_arguments(bundles, **steering).items():
                 setattr(engine_args, name, value)
+            _check_ranks(engine_args.data_parallel_size)
             client = await stack.enter_async_context(build_async_engine_client_from_engine_args(engine_args))
             listener.start()
             state = State()
@@ -331,6 +342,15 @@ async def started(arguments: Namespace, bundles: Sequence[Path], **steering: Any
         if client.vllm_config.device_config.device_type == "cpu":
             go_before_the_scheduler()
         yield VllmEngine(client, endpoints, listener, model)
+
+
+def _check_ranks(data_parallel_size: int) -> None:
+    """Refuse data parallelism by name: each rank of a dense model would take itself for the only one."""
+    if data_parallel_size > 1:
+        raise UnsupportedConfiguration(
+            f"steering does not work with data_parallel_size={data_parallel_size}: start one server per GPU, behind a "
+            "load balancer"
+        )
 
 
 def _traced(call: Call) -> Any:

@@ -29,6 +29,8 @@
     │   └── PluginNotArmed            a worker does not report what the server needs
     └── EngineError                   a request failed inside: 5xx
         ├── EditNotApplied            the engine did not confirm the edit of a steered request
+        │   ├── EditNotConfirmed      it said nothing of it in time
+        │   └── EditFailed            it said that it could not
         ├── CapacityExceeded          no row or bank slot left: 503, never unsteered
         ├── EngineOverloaded          queue full or draining: 503
         ├── EngineTimeout             the engine did not answer in time: 504
@@ -41,6 +43,7 @@ Errors cross process borders, so they stay picklable: positional message, keywor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 
 class TrimtabError(Exception):
@@ -249,9 +252,26 @@ class EngineError(TrimtabError):
 
 
 class EditNotApplied(EngineError):
-    """The engine did not confirm the edit of a steered request, so its answer is withheld."""
+    """The engine did not confirm the edit of a steered request, so its answer is withheld.
+
+    Attributes:
+        reason: by which it is counted; here what the engine said is not what the plan allows.
+    """
 
     code = "steering_not_applied"
+    reason: ClassVar[str] = "contradicted"
+
+
+class EditNotConfirmed(EditNotApplied):
+    """The engine did not say in time what it did."""
+
+    reason = "unconfirmed"
+
+
+class EditFailed(EditNotApplied):
+    """The engine said that it could not do what was asked."""
+
+    reason = "failed"
 
 
 class CapacityExceeded(EngineError):

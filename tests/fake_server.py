@@ -27,7 +27,7 @@ from typing import Any
 
 from server.catalog import BundleView
 from server.engine import Call, Chunk, Completion, Prompting, ServedModel
-from steering.errors import CapacityExceeded, EditNotApplied, EngineDied, EngineError, EngineOverloaded
+from steering.errors import CapacityExceeded, EditNotConfirmed, EngineDied, EngineError, EngineOverloaded
 from steering.outcome import Outcome, Scores
 from tests.fakes import MODEL, FakeEngine, make_bundle, make_catalog, make_gated_bundle, read
 
@@ -98,7 +98,7 @@ class ScriptedEngine(FakeEngine):
     async def outcomes(self, plan_id: str, samples: Collection[int], wait: float) -> Mapping[int, Outcome]:
         if "late" in self._live.get(plan_id, {}):
             await asyncio.sleep(wait)
-            raise EditNotApplied(f"no sample confirmed the edit within {wait:g} s")
+            raise EditNotConfirmed(f"no sample confirmed the edit within {wait:g} s")
         return await super().outcomes(plan_id, samples, wait)
 
     def exposition(self) -> bytes:
@@ -132,6 +132,7 @@ class ScriptedEngine(FakeEngine):
                 # An engine does not wait for the gateway: what is late makes nothing after it later.
                 await _follow(script, produced, began + (step + 1) * (pace or 0.0) - clock())
                 produced += 1
+                self.generated += 1
                 if step:
                     text = "\ud800" if "poison" in script else self.words[(step - 1) % len(self.words)]
                     yield index, 1, text
@@ -191,7 +192,8 @@ def main() -> None:
         print(f"Ready on {clients} administered on {operators}", flush=True)  # noqa: T201
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    chosen, settings = parse_arguments(), Settings(port=0, admin_port=0)
+    # What asks for no length gets the words once: this engine goes on for as long as it may.
+    chosen, settings = parse_arguments(), Settings(port=0, admin_port=0, default_max_tokens=len(FakeEngine.words) + 1)
     if not chosen.quiet:
         configure_log(settings.log_format)
     bundle = make_gated_bundle() if chosen.gated else make_bundle()

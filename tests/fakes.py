@@ -26,7 +26,7 @@ from server.catalog import (
 )
 from server.engine import Call, Chunk, Completion, Prompting, ServedModel, WorkerReport
 from steering import __version__
-from steering.errors import BundleFormatError, EditNotApplied, TrimtabError, UnknownName
+from steering.errors import BundleFormatError, EditNotConfirmed, TrimtabError, UnknownName
 from steering.outcome import Outcome, Response, Scores
 from steering.plan import Decision, GateOrder, Plan, Scope
 
@@ -140,6 +140,7 @@ class FakeEngine:
         fails: raised after `fails_after` tokens.
         gate: when given, no token comes before it is set.
         loadable: bundles that can be loaded, by folder.
+        generated: tokens made so far.
         calls, aborted, forgotten, waits: what happened, for assertions.
     """
 
@@ -159,6 +160,7 @@ class FakeEngine:
     report_changes: dict[str, Any] = field(default_factory=dict)
     runs_ops: bool = True
     is_alive: bool = True
+    generated: float = 0
     calls: list[Call] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
@@ -226,7 +228,7 @@ class FakeEngine:
     async def outcomes(self, plan_id: str, samples: Collection[int], wait: float) -> Mapping[int, Outcome]:
         found = self._outcomes.get(plan_id, {})
         if not set(samples) <= set(found):
-            raise EditNotApplied(f"{sorted(found)} of {sorted(samples)} samples confirmed the edit within {wait:g} s")
+            raise EditNotConfirmed(f"{sorted(found)} of {sorted(samples)} samples confirmed the edit within {wait:g} s")
         return found
 
     async def responses(self, plan_id: str, tokens: Mapping[int, int], wait: float) -> Mapping[int, Response]:
@@ -299,6 +301,7 @@ class FakeEngine:
                     raise self.fails
                 await asyncio.sleep(0)
                 produced += 1
+                self.generated += 1
                 if step:
                     yield index, WORD, self.words[step - 1]
                 else:

@@ -1,8 +1,12 @@
 """Soak: clients of every kind at once, for minutes, against one server; what was lost, what was left, what grew.
 
 `python -m tests.soak --minutes 5` runs a gateway over the scripted engine, with `--serve` `trimtab serve` with the
-demo, or with the arguments that follow. Bundles come and go meanwhile. Ends with 1 where something was lost, a gauge is
-not back at zero, memory grew, or the server does not live any more.
+demo, or with the arguments that follow. Bundles come and go meanwhile, connections are reset in the middle of requests
+and answers or closed halfway, and client processes are killed. Ends with 1 where something was lost, a gauge is not
+back at zero, memory grew, or the server does not live any more.
+
+The engine is not killed: that ends the server by design, so that whatever started it starts it again, as
+`tests/integration/test_gateway_process.py` shows. Engines that fail, hang or break off are in `tests/faults`.
 """
 
 from __future__ import annotations
@@ -24,19 +28,23 @@ from typing import Any
 
 import httpx
 
+from tests.dying import WAYS, die, kill_a_process, request_of
 from tests.fake_server import MODEL, RUNNING, fake_serving, resident_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "artifacts" / "demo"
 PATHS = {"/v1/chat/completions": 6, "/v1/completions": 2, "/v1/responses": 2}
-KINDS = {"whole": 30, "stream": 35, "leaves": 15, "leaves at once": 10, "bad": 5, "fault": 5}
+KINDS = {"whole": 30, "stream": 35, "leaves": 15, "leaves at once": 10, "bad": 5, "fault": 5, **dict.fromkeys(WAYS, 3)}
 """What a client does, and how often."""
 
 FAULTS = ("#fail", "#fail:3", "#raise:2", "#cut:2", "#malformed:2", "#full", "#busy", "#nan")
+VICTIMS, BETWEEN_KILLS = 8, 1.0
+"""Requests that a process makes which is going to be killed, and seconds between two of them."""
+
 MOST_GROWTH = 0.10
 """Of resident memory, from a fifth of the time to its end."""
 
-GAUGES = ("steering_inflight_requests", "steering_rows_in_use", RUNNING, "vllm:num_requests_waiting")
+GAUGES = ("steering_inflight_requests", "steering_rows_wanted", RUNNING, "vllm:num_requests_waiting")
 
 SETTLES = 10.0
 """Seconds in which gauges go back to zero once nobody asks any more."""
@@ -56,12 +64,16 @@ class Target:
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What became of requests: `lost` ones were acknowledged and ended without an end."""
+    """What became of requests: `lost` ones were acknowledged and ended without an end.
+
+    `killed` counts the ways in which clients ended; what they had asked for is owed to nobody.
+    """
 
     ended: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     reloads: Counter[str] = field(default_factory=Counter)
+    killed: Counter[str] = field(default_factory=Counter)
     resident: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
@@ -76,9 +88,10 @@ async def soak(target: Target, *, seconds: float, streams: int, seed: int = 0) -
             for number in range(streams)
         ]
         beside = [asyncio.create_task(_watch(target, tally, began))]
+        killing = asyncio.create_task(_kill(end, target, tally, random.Random(seed - 1)))
         if target.bundle is not None:
             beside.append(asyncio.create_task(_reload(target, tally)))
-        await asyncio.gather(*asking)
+        await asyncio.gather(*asking, killing)
         for task in beside:
             task.cancel()
         await asyncio.gather(*beside, return_exceptions=True)
@@ -92,7 +105,12 @@ async def _ask_until(end: float, client: httpx.AsyncClient, target: Target, tall
         (path,) = dice.choices([*PATHS], [*PATHS.values()])
         body = _body(path, kind, target, dice)
         try:
-            outcome = await _one(client, path, kind, body, tally, dice)
+            if kind in WAYS:
+                asked = request_of(path, {**body, "stream": dice.random() < 0.7})
+                outcome = await die(kind, target.url, asked, dice)
+                tally.killed[kind] += 1
+            else:
+                outcome = await _one(client, path, kind, body, tally, dice)
         except httpx.TransportError as error:
             outcome = f"lost: {type(error).__name__} {error} of {kind} {path}"
         tally.ended[outcome.partition(":")[0]] += 1
@@ -182,6 +200,19 @@ def _name_of(process: int) -> str:
     return Path(f"/proc/{process}/comm").read_text(encoding="utf-8").strip()
 
 
+async def _kill(end: float, target: Target, tally: Tally, dice: random.Random) -> None:
+    """Kill client processes, one after the other, each in the middle of several streams."""
+    path = "/v1/chat/completions"
+    while time.monotonic() < end:
+        bodies = [_body(path, "stream", target, dice) for _ in range(VICTIMS)]
+        asked = [request_of(path, {**body, "stream": True}) for body in bodies]
+        outcome = await kill_a_process(target.url, asked, dice)
+        tally.killed["processes"] += 1
+        if outcome != "killed":
+            tally.lost.append(f"{end - time.monotonic():.1f} s before the end, {outcome}")
+        await asyncio.sleep(BETWEEN_KILLS)
+
+
 async def _reload(target: Target, tally: Tally) -> None:
     """Load and unload a bundle, over and over."""
     async with httpx.AsyncClient(base_url=target.admin, timeout=60.0, trust_env=False) as client:
@@ -222,6 +253,7 @@ async def _judged(target: Target, tally: Tally, seconds: float) -> dict[str, Any
         "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},
         "lost": tally.lost[:20],
         "reloads": dict(tally.reloads),
+        "killed": dict(sorted(tally.killed.items())),
         "gauges": left,
         "counted": _values(text, ("steering_client_disconnects_total", "steering_stream_stalls_total")),
         "states": states,
@@ -244,7 +276,11 @@ def _growth(looks: Sequence[tuple[float, float]], seconds: float) -> dict[str, f
 
 def _values(text: str, wanted: Sequence[str]) -> dict[str, float]:
     lines = [line for line in text.splitlines() if line.partition(" ")[0].partition("{")[0] in wanted]
-    return {line.partition(" ")[0].partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+    sums: dict[str, float] = {}
+    for line in lines:
+        name = line.partition(" ")[0].partition("{")[0]
+        sums[name] = sums.get(name, 0.0) + float(line.rpartition(" ")[2])
+    return sums
 
 
 @contextlib.contextmanager

@@ -33,12 +33,10 @@ NOW = Row(
         ),
         stat("In flight", "sum(steering_inflight_requests{HERE})", text="Requests being answered."),
         stat(
-            "Rows taken",
-            "sum(steering_rows_in_use{HERE}) / sum(steering_rows_limit{HERE})",
-            (0.7, YELLOW),
-            (0.9, RED),
-            text="Of the rows that steered requests need in the engine; beyond them is 503.",
-            unit="percentunit",
+            "Queued",
+            "sum(vllm:num_requests_waiting{HERE})",
+            (1, YELLOW),
+            text="Requests that wait in the engine's queue, steered or not.",
         ),
         stat(
             "Enforced",
@@ -117,8 +115,12 @@ CANARY = Row(
         ),
         lines(
             "Since the last run",
-            "The canary gives way to clients.",
-            q("time() - max by (profile) (steering_canary_last_run_timestamp_seconds{HERE})", "{{profile}}"),
+            "The canary gives way to clients; before the first whole run, since it began.",
+            q(
+                "time() - max by (profile) (steering_canary_last_run_timestamp_seconds{HERE} "
+                "or steering_canary_since_timestamp_seconds{HERE})",
+                "{{profile}}",
+            ),
             unit="s",
             width=3,
         ),
@@ -202,10 +204,10 @@ COST = Row(
             unit="cps",
         ),
         lines(
-            "Rows",
-            "For steered requests in the engine.",
-            q("sum(steering_rows_in_use{HERE})", "taken"),
-            q("sum(steering_rows_limit{HERE})", "limit"),
+            "Steered answers in flight",
+            "Steered or observed, those in the engine's queue included; it has rows for twice as many as it runs.",
+            q("sum(steering_rows_wanted{HERE})", "in flight"),
+            q("sum(steering_rows_limit{HERE})", "rows"),
         ),
     ),
 )
@@ -241,7 +243,7 @@ SERVICE = Row(
         lines(
             "Clients that left",
             "Before their answer was complete, or too slow to read it.",
-            q(rate("steering_client_disconnects_total"), "left"),
+            q(rate("steering_client_disconnects_total", "phase"), "left: {{phase}}"),
             q(rate("steering_stream_stalls_total"), "too slow"),
             unit="cps",
         ),

@@ -78,10 +78,18 @@ LOCAL = Caller(key_id="local", permissions=frozenset(Permission))
 """Whoever reaches a server without keys, which listens on the loopback interface only; and the server itself."""
 
 
-def bounded(fields: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-    """Fields of a generation, with the most tokens this caller gets where they name no number."""
+def answer_tokens(caller: Caller, *, default: int, context: int) -> int:
+    """Most tokens of an answer whose request names no number: those of the key, or else `default`.
+
+    No more than the model's context, as the engine refuses a greater number; it cuts others to what a prompt leaves.
+    """
     most = caller.allowance.max_tokens
-    if most is None or any(fields.get(name) is not None for name in MOST_TOKENS):
+    return min(context, default if most is None else most)
+
+
+def bounded(fields: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """Fields of a generation, with so many tokens at most where they name no number."""
+    if any(fields.get(name) is not None for name in MOST_TOKENS):
         return dict(fields)
     return {**fields, MOST_TOKENS[0]: most}
 

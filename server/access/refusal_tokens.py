@@ -7,7 +7,8 @@ what it may do with any server: see README. Knows nothing of HTTP, vLLM or torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from server.catalog import Catalog
@@ -71,17 +72,88 @@ def _holds(generation: Generation, ids: Any, texts: Any) -> bool:
     prompt = generation.prompt_fields.get("prompt")
     if isinstance(prompt, list):
         return bool(ids & {*prompt})
-    # Parts of a message are joined by the template, so that a token's text may be spread over several.
-    said = "".join(_strings(generation.prompt_fields))
-    return any(text and text in said for text in texts)
+    wanted = [text for text in texts if text]
+    return any(text in reading for reading in _readings(generation.prompt_fields, wanted) for text in wanted)
 
 
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
+def _readings(fields: Mapping[str, Any], wanted: Sequence[str]) -> Iterator[str]:
+    """The texts of a prompt as a template may put them beside each other, by which a token's text may be spread.
+
+    Contents alone, as templates show them one after another, and all that is the client's; each with nothing in between
+    and with the line break by which vLLM joins parts, as sent and without the space around them that templates trim.
+    """
+    if isinstance(prompt := fields.get("prompt"), str):
+        yield prompt
+        return
+    messages = fields.get("messages") or ()
+    contents = [text for message in messages for text in _contents(message, is_rendered=True)]
+    everything = [text for message in messages for text in _texts(message)] + _strings(fields.get("tools"))
+    glues = ("", "\n") if any("\n" in text for text in wanted) else ("",)
+    told: set[str] = set()
+    for pieces in (contents, everything):
+        for texts in (pieces, [text.strip() for text in pieces]):
+            for glue in glues:
+                reading = glue.join(texts)
+                if reading not in told:
+                    told.add(reading)
+                    yield reading
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    """All texts of a message that are the client's, in the order in which templates show them, if they do."""
+    texts = [message[name] for name in ("name", "reasoning", "reasoning_content", "refusal") if message.get(name)]
+    texts += _contents(message)
+    for call in message.get("tool_calls") or ():
+        texts += [call["id"], call["function"]["name"], *_unescaped(call["function"]["arguments"])]
+    if message["role"] == "tool":
+        texts += [message["tool_call_id"], *(text for part in _contents(message) for text in _unescaped(part))]
+    return texts
+
+
+def _contents(message: Mapping[str, Any], *, is_rendered: bool = False) -> list[str]:
+    """The texts of a message's content, part by part.
+
+    Args:
+        message: of a conversation.
+        is_rendered: without the line that vLLM takes out of system messages, a whole part where it has no other.
+    """
+    content = message.get("content")
+    parts = [content] if isinstance(content, str) else content or ()
+    texts = [part if isinstance(part, str) else part.get("text") or part.get("refusal") or "" for part in parts]
+    if is_rendered and message["role"] == "system":
+        return [text.partition("\n")[2] if text.startswith(_BILLING) else text for text in texts]
+    return texts
+
+
+_BILLING = "x-anthropic-billing-header"
+"""What a line begins with that vLLM takes out of system messages (`renderers/chat_utils.py`, 0.32)."""
+
+
+def _unescaped(text: str) -> list[str]:
+    """A text, and what it says where it is JSON with escapes, which can hide a token: templates are given it parsed.
+
+    It is read as one string, with something harmless for its quotes, since a value may have a million parts.
+    """
+    if "\\" not in text:
+        return [text]
+    try:
+        return [text, json.loads('"' + text.replace('"', "/") + '"', strict=False)]
+    except ValueError:  # no JSON, which engines take for nothing
+        return [text]
+
+
+def _strings(value: object) -> list[str]:
+    """All texts of a JSON value in their order, and then its keys."""
+    texts: list[str] = []
+    keys: list[str] = []
+    waiting = [value]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, str):
+            texts.append(node)
+        elif isinstance(node, dict):
+            keys.extend(node)
+            waiting.extend(reversed(node.values()))
+        elif isinstance(node, list | tuple):
+            waiting.extend(reversed(node))
+    return texts + keys

@@ -1,8 +1,8 @@
 """The canary: fixed prompts, asked again and again, whose refusals tell a change of the model or of a profile from one
 of what people ask.
 
-They go through the service like any request, greedily, are no traffic, and give way to it. Knows nothing of HTTP, vLLM
-or torch.
+They go through the service like any request, greedily, are no traffic, and give way to it, but not for ever. Knows
+nothing of HTTP, vLLM or torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections import Counter as Tally
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -33,10 +33,16 @@ from steering.plan import Mode
 SHIPPED = Path(__file__).with_name("canary.jsonl")
 MOST_PROMPTS, MOST_SETS, MOST_PROFILES = 1000, 8, 50
 PATIENCE = 60.0
-"""Seconds that a run waits for a busy server to come to rest; then it is given up."""
+"""Seconds that a prompt waits for a server that is full; then the run is given up."""
 
 LOOK = 0.5
 """Seconds between two looks at a busy server."""
+
+JUDGED_TOKENS = 128
+"""Of an answer that only a judge can tell of, which reads what is there."""
+
+Judge = Callable[[str, str], Awaitable[str]]
+"""Says of a prompt and its answer what it is: refusal, comply, broken or error."""
 
 _log = logging.getLogger("trimtab")
 
@@ -85,7 +91,8 @@ class CanaryOrder:
 
     Attributes:
         prompts: asked of every profile.
-        interval: seconds from the end of a run to the begin of the next.
+        interval: seconds from the end of a run to the begin of the next; a run that is not through after as many waits
+            for a busy server no longer.
         profiles: names of `Catalog.profile_names`; empty for those with a gate. The model without steering is always
             asked, as profile `none`.
         most_inflight: other requests beside which a run goes on; with more it waits.
@@ -127,6 +134,7 @@ class Canary:
         model: name of the served model.
         registry: where it is counted.
         labels: of metrics.
+        judge: of answers of blind bundles; None for none.
     """
 
     def __init__(
@@ -137,6 +145,7 @@ class Canary:
         model: str,
         registry: CollectorRegistry,
         labels: Labels,
+        judge: Judge | None = None,
     ) -> None:
         self._order = order
         self._service = service
@@ -145,11 +154,17 @@ class Canary:
         self._labels = labels
         self._sets = sorted({prompt.set for prompt in order.prompts})
         self._told: set[str] = set()
+        self._awaited: set[str] = set()
+        self._blind: set[str] = set()
+        self._judge = judge
         self._own = 0
+        self._overdue_at = 0.0
+        self._alone = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._outcomes = Counter(
             "steering_canary_outcomes",
-            "Answers to canary prompts by what they turned out to be: refusal, comply, unknown or error.",
+            "Answers to canary prompts by what they turned out to be: refusal, comply, unknown, error or, where a "
+            "judge tells, broken.",
             ("profile", "set", "outcome"),
             registry=registry,
         )
@@ -169,13 +184,19 @@ class Canary:
             ("profile",),
             registry=registry,
         )
+        self._since = Gauge(
+            "steering_canary_since_timestamp_seconds",
+            "Since when a profile is asked, since 1970; how long its first whole run is waited for.",
+            ("profile",),
+            registry=registry,
+        )
         self._skipped = Counter(
             "steering_canary_skipped",
-            "Runs that were given up: busy (the server, with traffic) or not_ready.",
+            "Runs that were given up: busy (the server had no room for a prompt), broken or not_ready (it shut down).",
             ("reason",),
             registry=registry,
         )
-        for reason in ("busy", "not_ready"):
+        for reason in ("busy", "broken", "not_ready"):
             self._skipped.labels(reason)  # from 0 on, since Prometheus does not see the first step of a new series
 
     def start(self) -> None:
@@ -191,9 +212,9 @@ class Canary:
 
     async def run(self) -> None:
         """Ask every prompt of every profile once; the ratios are those of the run before until a profile is through."""
+        self._overdue_at = asyncio.get_running_loop().time() + self._order.interval
         asked = self._asked()
-        for gone in self._told - asked.keys():
-            self._forget(gone)
+        self._await(asked)
         for label, spec in asked.items():
             try:
                 tally = await self._ask_all(label, spec)
@@ -203,11 +224,12 @@ class Canary:
             self._tell(label, tally)
 
     async def _work(self) -> None:
-        while not self._service.is_draining:
+        while not self._service.is_leaving:
             try:
                 await self.run()
             except Exception as error:  # noqa: BLE001 - the next run may do better: recorded
                 _log.warning("a run of the canary broke with %s", type(error).__name__)
+                self._skipped.labels("broken").inc()
             await asyncio.sleep(self._order.interval)
 
     def _asked(self) -> dict[str, SteeringSpec]:
@@ -231,8 +253,7 @@ class Canary:
 
         async def ask_on() -> None:
             for prompt in waiting:
-                await self._wait_for_rest()
-                outcome = await self._ask(prompt.prompt, spec)
+                outcome = await self._outcome(prompt.prompt, spec)
                 self._outcomes.labels(label, prompt.set, outcome).inc()
                 tally[prompt.set, outcome] += 1
 
@@ -244,47 +265,97 @@ class Canary:
             raise next(error for error in found.exceptions if isinstance(error, _GivenUp)) from None
         return tally
 
+    async def _outcome(self, text: str, spec: SteeringSpec) -> str:
+        """What one answer turned out to be, asked for when the server is at rest, or once the run is overdue, and then
+        beside no other prompt.
+
+        Raises:
+            _GivenUp: the server is shutting down, or full for too long.
+        """
+        if await self._comes_to_rest():
+            return await self._where_there_is_room(text, spec)
+        async with self._alone:
+            return await self._where_there_is_room(text, spec)
+
+    async def _where_there_is_room(self, text: str, spec: SteeringSpec) -> str:
+        end = asyncio.get_running_loop().time() + PATIENCE
+        while True:
+            self._check_staying()
+            try:
+                return await self._ask(text, spec)
+            except EngineOverloaded:
+                self._check_staying()
+                if asyncio.get_running_loop().time() > end:
+                    raise _GivenUp("busy") from None
+            await asyncio.sleep(LOOK)
+
     async def _ask(self, text: str, spec: SteeringSpec) -> str:
-        """What one answer turned out to be."""
-        bundle, _ = self._catalog.now.profile(spec.profile)
-        fields = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": tokens_to_tell(bundle),
-            "temperature": 0.0,
-        }
-        prompt = {"model": self._model, "messages": fields["messages"]}
-        generation = Generation(model=self._model, spec=spec, fields=fields, prompt_fields=prompt)
+        """What one answer turned out to be.
+
+        Raises:
+            EngineOverloaded: there is no room for it.
+        """
         # A trace that is marked as not sampled, so that the engine makes no spans of what is no traffic.
         trace = {"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"}
         name = f"canary-{secrets.token_hex(12)}"
         ticket = Ticket(request_id=name, caller=LOCAL, is_internal=True, trace=trace)
         self._own += 1
         try:
+            bundle, _ = self._catalog.now.profile(spec.profile)  # unless it was unloaded meanwhile
+            generation = self._generation(text, spec, tokens_to_tell(bundle, is_judged=self._judge is not None))
             resolution = self._service.resolve(generation, LOCAL)
             answer = await self._service.complete(generation, resolution, ticket)
         except EngineOverloaded:
-            raise _GivenUp("not_ready" if self._service.is_draining else "busy") from None
+            raise
         except TrimtabError as error:
             _log.warning("a canary prompt failed: %s", error.code)
             return "error"
         finally:
             self._own -= 1
+        if bundle.is_blind and self._judge is not None:
+            return await self._judge(text, answer.body["choices"][0]["message"]["content"] or "")
         return answer.verdicts[0].outcome
 
-    async def _wait_for_rest(self) -> None:
-        """Wait until the server has little else to do.
+    def _generation(self, text: str, spec: SteeringSpec, tokens: int) -> Generation:
+        prompt = {"model": self._model, "messages": [{"role": "user", "content": text}]}
+        fields = {**prompt, "max_tokens": tokens, "temperature": 0.0}
+        return Generation(model=self._model, spec=spec, fields=fields, prompt_fields=prompt)
+
+    async def _comes_to_rest(self) -> bool:
+        """Wait until the server has little else to do; False where it has not when the run is overdue.
 
         Raises:
-            _GivenUp: it is shutting down, or busy for too long.
+            _GivenUp: it is shutting down.
         """
-        end = asyncio.get_running_loop().time() + PATIENCE
         while self._service.inflight - self._own > self._order.most_inflight:
-            if asyncio.get_running_loop().time() > end:
-                raise _GivenUp("busy")
+            self._check_staying()
+            if asyncio.get_running_loop().time() > self._overdue_at:
+                return False
             await asyncio.sleep(LOOK)
-        if self._service.is_draining:
+        return True
+
+    def _check_staying(self) -> None:
+        if self._service.is_leaving:
             raise _GivenUp("not_ready")
+
+    def _await(self, asked: dict[str, SteeringSpec]) -> None:
+        """Take note of who is asked from now on, and of who is no longer; say of whom nothing will be known."""
+        for gone in self._told - asked.keys():
+            self._forget(gone)
+        for gone in self._awaited - asked.keys():
+            self._since.remove(gone)
+        for new in asked.keys() - self._awaited:
+            self._since.labels(new).set(time.time())
+        self._awaited = set(asked)
+        bundles = {label: self._catalog.now.profile(spec.profile)[0] for label, spec in asked.items()}
+        blind = {label for label, bundle in bundles.items() if bundle.is_blind and self._judge is None}
+        for label in sorted(blind - self._blind):
+            _log.warning(
+                "the canary asks profile %s and cannot tell refusals: its bundle has neither refusal tokens nor a "
+                "response probe, and no judge is configured (TRIMTAB_JUDGE_URL)",
+                label,
+            )
+        self._blind = blind
 
     def _tell(self, label: str, tally: Tally[tuple[str, str]]) -> None:
         """What the ratios of a profile are after a whole run; there is none where no verdict is known."""
@@ -306,8 +377,10 @@ class Canary:
                 self._ratio.remove(label, name)
 
 
-def tokens_to_tell(bundle: BundleView) -> int:
+def tokens_to_tell(bundle: BundleView, *, is_judged: bool = False) -> int:
     """Tokens of an answer that its verdict needs: the first, where the model begins with one that tells, else those
-    that the response probe reads and one more, since the last generated one is never read.
+    that the response probe reads and one more, since the last generated one is never read; or those of a judge.
     """
+    if bundle.is_blind and is_judged:
+        return JUDGED_TOKENS
     return 1 if bundle.reader is None else bundle.reader.tokens + 1

@@ -206,6 +206,20 @@ class Judging:
             else:
                 self._put(Case(prompt, answer, category, effect.decision, verdict.detector, verdict.refused))
 
+    async def outcome_of(self, prompt: str, answer: str) -> str:
+        """What the judge says of an answer of the server's own, which is no sample: refusal, comply, broken or error.
+
+        Waits for its turn in the budget, and is counted by whoever asks.
+        """
+        while not self._is_allowed():  # noqa: ASYNC110 - a budget, which nobody refills
+            await asyncio.sleep(60 / self._order.per_minute)
+        try:
+            (judged,) = await self._judge.judging([(prompt, answer)])
+        except Exception as error:  # noqa: BLE001 - as in `_judge_batch`
+            _log.warning("the judge at %s failed with %s", self._order.url, type(error).__name__)
+            return "error"
+        return _OUTCOMES[str(judged.verdict)]
+
     def _may_judge(self, event: Ended) -> bool:
         bundle, profile = event.resolution.bundle.name, event.resolution.profile.name
         return not self._order.profiles.isdisjoint({EVERY, profile, f"{bundle}/{profile}"})

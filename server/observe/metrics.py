@@ -9,6 +9,7 @@ Knows nothing of HTTP, vLLM or torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -22,14 +23,22 @@ from server.policy import Resolution
 from server.rollout import Rollout
 from server.verdicts import UNKNOWN, Verdict
 from steering import __version__
+from steering.errors import EditFailed, EditNotApplied, EditNotConfirmed
 
-__all__ = ["NONE", "Metrics", "flag"]
+__all__ = ["NONE", "Metrics", "Phase", "flag"]
 
 MOST_CODES = 64
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _STAGE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS[:13])
-_PROBABILITIES = tuple(step / 20 for step in range(21))
+_PROBABILITIES = (0.0, 0.01, *(step / 20 for step in range(1, 20)), 0.99, 1.0)
+
+
+class Phase(StrEnum):
+    """How far an answer had come when its client left."""
+
+    BEFORE_FIRST_BYTE = "before_first_byte"
+    STREAMING = "streaming"
 
 
 class Metrics:
@@ -118,11 +127,17 @@ class Metrics:
         )
         self.unapplied = Counter(
             "steering_unapplied",
-            "Requests whose edit or gate the engine did not confirm; their answers were withheld. Must stay 0.",
+            "Requests whose edit or gate the engine did not confirm; their answers were withheld. Must stay 0. It said "
+            "nothing in time (unconfirmed), that it could not (failed), or something that the request does not allow "
+            "(contradicted).",
+            ("reason",),
             registry=registry,
         )
         self.disconnects = Counter(
-            "steering_client_disconnects", "Clients that left before their answer was complete.", registry=registry
+            "steering_client_disconnects",
+            "Clients that left before their answer was complete: before its first byte, or while it was streamed.",
+            ("phase",),
+            registry=registry,
         )
         self.stalls = Counter(
             "steering_stream_stalls", "Clients cut off for not reading what they asked for.", registry=registry
@@ -151,21 +166,46 @@ class Metrics:
         self.audit_failures = Counter(
             "steering_audit_failures", "Records that could not be written to the audit log.", registry=registry
         )
-        self.inflight = Gauge("steering_inflight_requests", "Requests being answered.", registry=registry)
-        self.rows_in_use = Gauge(
-            "steering_rows_in_use", "Answers being generated that are steered or observed.", registry=registry
+        self.inflight = Gauge(
+            "steering_inflight_requests", "Requests being answered; each prompt of a request is one.", registry=registry
+        )
+        self.inflight_answers = Gauge(
+            "steering_inflight_answers",
+            "Answers being generated, each of the n of a request counted; TRIMTAB_MAX_INFLIGHT bounds them.",
+            registry=registry,
+        )
+        self.connections_refused = Counter(
+            "steering_connections_refused",
+            "Connections beyond TRIMTAB_MAX_CONNECTIONS, which were told so and closed.",
+            registry=registry,
+        )
+        self.rows_wanted = Gauge(
+            "steering_rows_wanted",
+            "Answers in flight that are steered or observed, those that wait in the engine's queue included.",
+            registry=registry,
         )
         self.rows_limit = Gauge(
-            "steering_rows_limit", "Answers that the engine can steer or observe at once.", registry=registry
+            "steering_rows_limit",
+            "Rows that the engine has for them: twice as many as it runs at once, so that it never lacks one.",
+            registry=registry,
         )
         self.ready = Gauge("steering_ready", "1 while /readyz answers 200.", registry=registry)
         build = Gauge("steering_build_info", "Versions.", ("version", "vllm"), registry=registry)
         build.labels(__version__, engine_version).set(1)
+        # From 0 on, since Prometheus does not see the first step of a new series.
+        for error in (EditNotApplied, EditNotConfirmed, EditFailed):
+            self.unapplied.labels(error.reason)
+        for phase in Phase:
+            self.disconnects.labels(phase)
         registry.register(_Loaded(catalog, self.labels, rollout or Rollout()))
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def left(self, phase: Phase) -> None:
+        """Count a client that did not wait for the end of its answer."""
+        self.disconnects.labels(phase).inc()
 
     def failed(self, code: str) -> None:
         """Count a request that ended in an error."""

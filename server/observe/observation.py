@@ -78,8 +78,9 @@ class Observation:
         if self.judging is not None:
             self.judging.start()
         if self._canary_order is not None:
+            judge = None if self.judging is None else self.judging.outcome_of
             self.canary = Canary(
-                self._canary_order, service, catalog, engine.model.name, metrics.registry, metrics.labels
+                self._canary_order, service, catalog, engine.model.name, metrics.registry, metrics.labels, judge
             )
             self.canary.start()
 

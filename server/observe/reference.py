@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from steering.errors import OperatorError
 
 BINS = 20
-"""Of equal width from 0 to 1: those of a fit's report and of the metric `steering_probe_score`."""
+"""Of equal width from 0 to 1: those of a fit's report. The metric `steering_probe_score` has their edges, too."""
 
 REPORT = "report.json"
 

@@ -17,6 +17,7 @@ from server.answers import DECISION_HEADER, EventStream, JsonAnswer, Opened
 from server.body import read_json_body, unless_disconnected
 from server.gateway import gateway_of
 from server.generation import Generation, Ticket
+from server.observe.metrics import Phase
 from server.observe.stages import Stage
 from server.several import Part, complete, open_stream
 from server.wire.shape import Shape
@@ -77,7 +78,7 @@ async def answer(request: Request, parse: Callable[[bytes], Asked]) -> Response:
             opening(),
             ends_with_done=asked.shape.ends_with_done,
             keep_alive=gateway.settings.keep_alive_interval,
-            on_disconnect=gateway.metrics.disconnects.inc,
+            on_disconnect=lambda: gateway.metrics.left(Phase.STREAMING),
         )
     with _in_words_of(asked):
         whole = await unless_disconnected(request.receive, complete(gateway.service, parts, ticket))

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
+from server.wire.schemas import SchemaAllowance
 from server.wire.strict import Body
 from steering.errors import CallerError, InvalidSpec
 
@@ -20,6 +20,9 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 MAX_ERRORS = 100
 """Bodies with more errors than this are refused without naming one."""
+
+MOST_OF_A_KEY = 100
+"""Characters of a key that a client made up, to be told and compared with those that there are."""
 
 _CODES = {
     "missing": "missing_required_parameter",
@@ -40,11 +43,12 @@ def parse(kind: type[AnyBody], body: bytes) -> AnyBody:
         InvalidSpec: a field is at fault; `parameter` is its path, such as `messages[0].content`.
     """
     try:
-        request = kind.model_validate_json(body)
+        request = kind.model_validate_json(body, context=SchemaAllowance())
     except ValidationError as error:
         raise _explained(kind, error, body) from None
     if b"\\u0000" in body:  # JSON has no other way to write a NUL; the walk is for bodies that may hold one
-        for path in _paths_with_nul(from_json(body), ()):
+        path = _path_to_nul(from_json(body))
+        if path is not None:
             raise InvalidSpec(f"{_joined(path)} holds a NUL character", parameter=_joined(path), code="invalid_value")
     return request
 
@@ -108,7 +112,8 @@ def _message(kind: type[Body], found: ErrorDetails, path: tuple[str | int, ...],
     if fault == "missing":
         return f"{name} is missing"
     if fault == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), kind.model_fields, n=1) if len(path) == 1 else []
+        key = str(path[0])[:MOST_OF_A_KEY] if len(path) == 1 else ""
+        near = difflib.get_close_matches(key, kind.model_fields, n=1)
         return f"{name} is not a known field" + (f"; did you mean {near[0]!r}?" if near else "")
     form = kind.forms.get(re.sub(r"\[\d+\]", "[]", name))
     if form is not None and fault != "combination":
@@ -134,20 +139,26 @@ def _joined(path: tuple[str | int, ...]) -> str:
         if isinstance(item, int):
             text += f"[{item}]"
         else:
-            text += f".{item[:100]}" if text else item[:100]
+            text += f".{item[:MOST_OF_A_KEY]}" if text else item[:MOST_OF_A_KEY]
     return text[:300]
 
 
-def _paths_with_nul(node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
-    """Depth is bounded: the JSON parser refuses what is nested deeper than 200 levels."""
+def _path_to_nul(node: Any) -> tuple[str | int, ...] | None:
+    """Where in a value the first NUL is; None where there is none.
+
+    Depth is bounded: the JSON parser refuses what is nested deeper than 200 levels.
+    """
     if isinstance(node, str):
-        if "\0" in node:
-            yield path
-    elif isinstance(node, list):
-        for index, item in enumerate(node):
-            yield from _paths_with_nul(item, (*path, index))
-    elif isinstance(node, dict):
-        for key, item in node.items():
-            if "\0" in key:
-                yield (*path, key.replace("\0", "?"))
-            yield from _paths_with_nul(item, (*path, key))
+        return () if "\0" in node else None
+    members = enumerate(node) if isinstance(node, list) else node.items()
+    for key, item in members:
+        if isinstance(key, str) and "\0" in key:
+            return (key.replace("\0", "?"),)
+        if isinstance(item, _HOLDS_TEXT):
+            below = _path_to_nul(item)
+            if below is not None:
+                return (key, *below)
+    return None
+
+
+_HOLDS_TEXT = (str, list, dict)

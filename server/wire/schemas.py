@@ -5,24 +5,58 @@ Knows nothing of HTTP, vLLM or torch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
 from server.wire.strict import Identifier, Strict
 
 MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_PATTERN_CHARACTERS = 64 * 1024, 16, 512
+MAX_SCHEMAS_BYTES = 512 * 1024
+"""Of all schemas of one body together: each is looked through at once, while every other request waits."""
+
+_MOST_DIGITS = 6
+"""Of an index in a reference; no list of a schema is as long."""
 
 
-def _bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Limits on what becomes a grammar: size, depth and the length of regular expressions."""
-    if len(to_json(schema)) > MAX_SCHEMA_BYTES:
+@dataclass(slots=True)
+class SchemaAllowance:
+    """What the schemas of one body may still take; the context of its validation."""
+
+    bytes_left: int = MAX_SCHEMAS_BYTES
+
+    def take(self, size: int) -> None:
+        """Count one more schema; raises where all of them are too large together."""
+        self.bytes_left -= size
+        if self.bytes_left < 0:
+            raise PydanticCustomError(
+                "schemas_too_large", f"schemas of one request must have at most {MAX_SCHEMAS_BYTES} bytes together"
+            )
+
+
+def _bounded_schema(schema: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """Limits on what becomes a grammar: size, depth and the length of regular expressions; then where it refers to.
+
+    Takes time in proportion to the schema's size, whatever is in it.
+    """
+    size = len(to_json(schema))
+    if size > MAX_SCHEMA_BYTES:
         raise PydanticCustomError("schema_too_large", f"schema must have at most {MAX_SCHEMA_BYTES} bytes")
-    if _refers_to_itself(schema):
+    if isinstance(info.context, SchemaAllowance):
+        info.context.take(size)
+    if _refers_to_itself(schema, _referring(schema)):
         raise PydanticCustomError(
             "schema_is_circular", "a $ref must not lead back to itself without anything in between"
         )
+    return schema
+
+
+def _referring(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every object of a schema that has a reference; raises where it is too deep, or a pattern too long."""
+    referring: list[dict[str, Any]] = []
     level: list[Any] = [schema]
     for _ in range(MAX_SCHEMA_DEPTH * 2):  # a level of a schema is an object and the map of its properties
         deeper: list[Any] = []
@@ -33,41 +67,58 @@ def _bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
                     raise PydanticCustomError(
                         "pattern_too_long", f"a pattern must have at most {MAX_PATTERN_CHARACTERS} characters"
                     )
+                if isinstance(node.get("$ref"), str):
+                    referring.append(node)
                 deeper.extend(node.values())
             elif isinstance(node, list):
                 deeper.extend(node)
         if not deeper:
-            return schema
+            return referring
         level = deeper
     raise PydanticCustomError("schema_too_deep", f"schema must be at most {MAX_SCHEMA_DEPTH} levels deep")
 
 
-def _refers_to_itself(schema: dict[str, Any]) -> bool:
-    """Whether a chain of references never reaches anything but references, which grammar compilers cannot follow."""
-    waiting: list[Any] = [schema]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, dict):
-            waiting.extend(node.values())
-            seen: set[str] = set()
-            while isinstance(node, dict) and isinstance(reference := node.get("$ref"), str):
-                if reference in seen:
-                    return True
-                seen.add(reference)
-                node = _target(schema, reference)
-        elif isinstance(node, list):
-            waiting.extend(node)
+def _refers_to_itself(schema: dict[str, Any], referring: list[dict[str, Any]]) -> bool:
+    """Whether a chain of references never reaches anything but references, which grammar compilers cannot follow.
+
+    Each object has one reference at most, which is followed once: chains that end are not walked again by those that
+    lead into them.
+    """
+    ending: set[int] = set()
+    for first in referring:
+        chain: set[int] = set()
+        node: object = first
+        while isinstance(node, dict) and id(node) not in ending and isinstance(reference := node.get("$ref"), str):
+            if id(node) in chain:
+                return True
+            chain.add(id(node))
+            node = _target(schema, reference)
+        ending |= chain
     return False
 
 
 def _target(schema: dict[str, Any], reference: str) -> object:
-    """What a local reference such as `#/$defs/a` points to; None for others and for those that point nowhere."""
+    """What a local reference such as `#/$defs/a` points to; None for others and for those that point nowhere.
+
+    Compilers differ in whether they undo the escapes of a URI: it is read as it is, and undone where that is nowhere.
+    """
     if not reference.startswith("#"):
         return None
+    found = _at(schema, reference)
+    return _at(schema, unquote(reference)) if found is None and "%" in reference else found
+
+
+def _at(schema: dict[str, Any], reference: str) -> object:
+    """What a JSON pointer behind `#` points to; looks no deeper than the schema is."""
     node: object = schema
     for step in reference[1:].split("/")[1:]:
         key = step.replace("~1", "/").replace("~0", "~")
-        node = node.get(key) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node = node.get(key)
+        elif isinstance(node, list) and key.isascii() and key.isdigit() and len(key) <= _MOST_DIGITS:
+            node = node[int(key)] if int(key) < len(node) else None
+        else:
+            return None
     return node
 
 

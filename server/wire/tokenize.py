@@ -5,10 +5,10 @@ Knows nothing of HTTP, vLLM or torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import to_json
 
 from server.engine import Prompting
 from server.wire.chat import TemplateArguments
@@ -19,7 +19,8 @@ from server.wire.strict import Body, at
 from server.wire.tools import MAX_TOOLS, Tool
 
 MAX_CHARACTERS = 128 * 1024
-"""Of all texts together: counting is done at once, and without a place in any queue."""
+"""Of a prompt, or of messages and tools as JSON, which is how templates show whatever is no text: counting is done at
+once, and without a place in any queue."""
 
 
 class TokenizeRequest(Body):
@@ -46,11 +47,14 @@ class TokenizeRequest(Body):
             raise at("tools" if self.tools is not None else "chat_template_kwargs", "it goes with messages")
         if self.messages is not None and self.add_special_tokens:
             raise at("add_special_tokens", "it goes with prompt; the chat template puts its own")
-        if sum(map(len, _texts(self.engine_fields()))) > MAX_CHARACTERS:
-            raise at(
-                "prompt" if self.messages is None else "messages",
-                f"at most {MAX_CHARACTERS} characters are counted at once",
-            )
+        if self.prompt is not None:
+            sizes = {"prompt": len(self.prompt)}
+        else:
+            fields = self.engine_fields()
+            sizes = {name: _characters(fields[name]) for name in ("messages", "tools") if name in fields}
+        if sum(sizes.values()) > MAX_CHARACTERS:
+            largest = max(sizes, key=lambda name: sizes[name])
+            raise at(largest, f"at most {MAX_CHARACTERS} characters are counted at once")
         return self
 
     @property
@@ -69,12 +73,6 @@ class TokenizeRequest(Body):
         return fields
 
 
-def _texts(node: Any) -> Iterator[str]:
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, list):
-        for item in node:
-            yield from _texts(item)
-    elif isinstance(node, dict):
-        yield from node
-        yield from _texts(list(node.values()))
+def _characters(value: object) -> int:
+    """How long a value is as JSON, in characters."""
+    return len(to_json(value).decode())

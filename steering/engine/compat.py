@@ -120,6 +120,8 @@ def _refusals(config: VllmConfig, options: SteeringOptions) -> list[_Refusal]:
         value = getattr(parallel, name, 1)
         return value if isinstance(value, int) and value > 1 else 0
 
+    index = getattr(parallel, "data_parallel_index", 0)
+    is_later_rank = f"more than 1 (this is rank {index})" if isinstance(index, int) and index > 0 else ""
     return [
         _Refusal(
             option="enable_sp",
@@ -144,7 +146,13 @@ def _refusals(config: VllmConfig, options: SteeringOptions) -> list[_Refusal]:
             given=getattr(parallel, "enable_expert_parallel", False),
             advice="not proved yet; tensor parallelism splits each expert instead",
         ),
-        _Refusal(option="data_parallel_size", given=above_one("data_parallel_size"), advice="start one server per GPU"),
+        _Refusal(
+            option="data_parallel_size",
+            # A rank of a dense model is told that it is alone, and keeps only its index (vLLM 0.32
+            # `ParallelConfig.reconfigure_for_independent_dp_rank`).
+            given=above_one("data_parallel_size") or is_later_rank,
+            advice="start one server per GPU",
+        ),
         _Refusal(
             option="api_server_count",
             given=above_one("_api_process_count"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from steering.engine.outcome_sender import ADDRESS_VARIABLE, LONGEST_MESSAGE
-from steering.errors import EditNotApplied, TrimtabError, UnsupportedConfiguration
+from steering.errors import EditFailed, EditNotConfirmed, TrimtabError, UnsupportedConfiguration
 from steering.outcome import Message, Outcome, Response
 
 _log = logging.getLogger("trimtab")
@@ -143,8 +143,9 @@ class OutcomeListener:
         """Outcomes of a plan, once `samples` of them are there.
 
         Raises:
-            EditNotApplied: fewer came within `timeout` seconds, or the engine says that an edit was not applied or a
-                gate could not decide. A gate that decided to edit nothing is no error.
+            EditNotConfirmed: fewer came within `timeout` seconds.
+            EditFailed: the engine says that an edit was not applied or a gate could not decide. A gate that decided to
+                edit nothing is no error.
             TrimtabError: the request was never run; see `rejection`.
         """
         self.expect(plan_id)
@@ -159,12 +160,12 @@ class OutcomeListener:
                     with self._watching():
                         await arrived.wait()
         except TimeoutError:
-            raise EditNotApplied(
+            raise EditNotConfirmed(
                 f"the engine confirmed {len(outcomes)} of {samples} edits within {timeout} s; the answer is withheld"
             ) from None
         for outcome in outcomes.values():
             if outcome.error or not (outcome.applied or outcome.decision):
-                raise EditNotApplied(f"the engine did not apply edit {outcome.edit!r}: {outcome.error}")
+                raise EditFailed(f"the engine did not apply edit {outcome.edit!r}: {outcome.error}")
         return list(outcomes.values())
 
     async def responses(self, plan_id: str, wanted: Mapping[int, int], timeout: float) -> dict[int, Response]:  # noqa: ASYNC109 - a deadline is part of the contract

@@ -36,6 +36,20 @@ _BEAM = re.compile(r"-beam-\d+(-[0-9a-f]+)?$")
 """How vLLM's beam search ends the ids of its requests (0.32 `entrypoints/generate/beam_search`), and what vLLM adds."""
 
 
+def _is_beam(request: Request) -> bool:
+    """Whether vLLM's beam search made this request, out of one whose plan it dropped.
+
+    A client may send an id that looks like it (`X-Request-Id`); a beam also asks for one token and its rivals.
+    """
+    parameters = request.sampling_params
+    return (
+        parameters is not None
+        and parameters.max_tokens == 1
+        and bool(parameters.logprobs)
+        and _BEAM.search(request.request_id) is not None
+    )
+
+
 def plan_of(request: Any) -> Plan | None:
     """The plan of a vLLM request or of its `NewRequestData`; None when it is unsteered.
 
@@ -204,7 +218,7 @@ class SteeringScheduler:
     def _checked_plan(self, request: Request) -> Plan | None:
         plan = plan_of(request)
         if plan is None:
-            if _BEAM.search(request.request_id):
+            if _is_beam(request):
                 raise NotSupported("vLLM's beam search drops the plan of a request; a steering engine runs none")
             return None
         plan.end_of_prompt(request.num_prompt_tokens)

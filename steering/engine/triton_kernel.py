@@ -1,7 +1,7 @@
 """The steering ops in Triton, for CUDA devices and for Triton's interpreter.
 
-Same contract as `kernels.edit_reference`. Imported only where Triton is needed: at import Triton decides, by
-`TRITON_INTERPRET`, whether kernels are compiled or interpreted.
+Same contract as `compiled.run`, which `kernels` describes. Imported only where Triton is needed: at import Triton
+decides, by `TRITON_INTERPRET`, whether kernels are compiled or interpreted.
 
 There is no path over matrix products (`tl.dot`) for blocks of tokens that share one edit. A program reads the
 directions of its token's edit, R · 2 · D floats: 1 MB at rank 32 and width 4096, which stays in the L2 cache, so 2 GB
@@ -32,7 +32,7 @@ PITCH: tl.constexpr = tl.constexpr(40)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def decide(x, columns, inside, row, table, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`kernels._latch` for one token: let the gate of `row` decide, write the latch, give back edit and strength."""
+    """`compiled._decide` for one token: let the gate of `row` decide, write the latch, give back edit and strength."""
     gate = tl.load(row + 3).to(tl.int64)
     head = table + gate * (2 * WIDTH + 8) + 2 * WIDTH
     edit = tl.load(row)

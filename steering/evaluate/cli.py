@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from steering.fit.cli import DtypeName
+
 app = typer.Typer(help="Measure refusal through a served API.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Option(help="Root of a served API.")]
@@ -58,6 +60,12 @@ def run(
     sweep: Annotated[
         list[str] | None, typer.Option(help="Thresholds of the curve, comply_below:refuse_above; repeatable.")
     ] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Of that model's weights in memory.")] = DtypeName.FLOAT32,
+    device_map: Annotated[str | None, typer.Option(help="Of that model, as transformers takes it.")] = None,
+    refusal_wordings: Annotated[
+        Path | None,
+        typer.Option(help="File of sentences with which this model refuses, one a line: a judge of the text."),
+    ] = None,
     judge_url: Annotated[str | None, typer.Option(help="Root of an OpenAI-compatible API of a model judge.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="Its model.")] = None,
     judge_concurrency: Annotated[int, typer.Option(help="Requests to it at once.", min=1)] = 16,
@@ -80,6 +88,7 @@ def run(
     from steering.evaluate.report import summary
     from steering.evaluate.run import Settings
     from steering.evaluate.suites import SUITES, find_suite, suite_from_option
+    from steering.evaluate.wordings import Wordings
     from steering.fit.datasets import DataDirectory
 
     bars: list[Any] = []
@@ -110,10 +119,13 @@ def run(
             settings=Settings(max_tokens=max_tokens, texts=None if all_prompts else texts, concurrency=concurrency),
             bundle=bundle,
             model=model,
+            dtype=dtype.value,
+            device_map=device_map,
             extra=[arm_from_option(text) for text in arm or ()],
             only=only,
             sweep=[pair_from_option(text) for text in sweep] if sweep else SWEEP,
             judge=judge,
+            wordings=None if refusal_wordings is None else Wordings.read(refusal_wordings),
         )
         report = asyncio.run(go(order))
     except TrimtabError as error:

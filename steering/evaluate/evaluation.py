@@ -25,7 +25,8 @@ from steering.evaluate.run import Settings, ask_all, count
 from steering.evaluate.served_bundle import ServedBundle, open_served
 from steering.evaluate.server import Server, describe
 from steering.evaluate.suites import Suite, gather
-from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, Row, judged
+from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, WORDING, Row, judged
+from steering.evaluate.wordings import Wordings
 from steering.fit.datasets import DataDirectory, Record
 
 CHECKED = 300
@@ -35,6 +36,9 @@ PROBE_ERROR = (
     "a linear probe of the served bundle on the first generated tokens; its error on held answers is in the bundle's "
     "report"
 )
+
+
+WORDING_ERROR = "not measured against people: it knows the openings in the file it was given and no others"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +52,12 @@ class Order:
         out: folder of the answers and the report.
         bundle: folder of the served bundle; None leaves out what needs it.
         model: folder of the served model; None leaves out what needs its residuals.
+        dtype, device_map: of that model in memory, as `load_model` takes them.
         extra: arms of the command line.
         only: names of arms to ask; None for all.
         sweep: thresholds of the curve.
         judge: a model judge beside those that cost nothing.
+        wordings: how the served model is known to begin its refusals; a judge of its own.
     """
 
     data: DataDirectory
@@ -61,10 +67,13 @@ class Order:
     settings: Settings
     bundle: Path | None = None
     model: Path | None = None
+    dtype: str = "float32"
+    device_map: str | None = None
     extra: Sequence[Arm] = ()
     only: Sequence[str] | None = None
     sweep: Sequence[tuple[float, float]] = SWEEP
     judge: LlmJudge | None = None
+    wordings: Wordings | None = None
 
 
 Progress = Callable[[str, int], Callable[[int], object]]
@@ -94,15 +103,17 @@ async def evaluate(
     with Journal(order.out / "answers.jsonl") as journal:
         step = progress("answers", count(gathered.prompts, arms))
         answers = await ask_all(client, server, gathered.prompts, arms, journal, order.settings, on_progress=step)
-    rows = judged(answers, has_decision_tokens=server.has_decision_tokens)
+    rows = judged(answers, has_decision_tokens=server.has_decision_tokens, wordings=order.wordings)
     judges: dict[str, Any] = {KEYWORD: keyword_calibration(order.data)}
     if server.has_decision_tokens:
         judges[TOKEN] = {"error": EXACT}
     if any(PROBE in row.verdicts for row in rows):
         judges[PROBE] = {"error": PROBE_ERROR}
+    if order.wordings is not None:
+        judges[WORDING] = {"error": WORDING_ERROR}
     if order.judge is not None:
         verdicts, judges[MODEL] = await _by_model(order.judge, order, rows, progress)
-        rows = judged(answers, has_decision_tokens=server.has_decision_tokens, model=verdicts)
+        rows = judged(answers, has_decision_tokens=server.has_decision_tokens, model=verdicts, wordings=order.wordings)
     extra: dict[str, Any] = {}
     if condition is not None:
         extra["cast"] = condition
@@ -148,11 +159,13 @@ def _cast(
     """The loaded model, where CAST's condition fires or why that is not known, and what the report says of it."""
     if order.model is None:
         return None, "needs the residuals of the served model: give its folder with --model", None
+    import torch
+
     from steering.evaluate.cast import fires, fit_condition
     from steering.fit.activations import load_model
     from steering.fit.categories import CATEGORIES
 
-    loaded = load_model(order.model, CATEGORIES)
+    loaded = load_model(order.model, CATEGORIES, dtype=getattr(torch, order.dtype), device_map=order.device_map)
     if order.only is not None and CAST not in order.only:
         return loaded, "left out on the command line", None
     say("CAST: choosing layer and threshold of its condition")

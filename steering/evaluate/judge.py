@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 OPENING = 240
 """Characters of an answer in which a refusal has to show; what comes later is hedging or a moral at the end."""
 
+STUTTER = 12
+"""Letters of a word from which on it is looked into: longer words of a language have more than three different ones."""
+
+_ON_END = re.compile(r"(.{2,6}?)\1{3}")
+
 SHORTEST_JUDGED = 12
 """Words below which the looks of a text say nothing of its being broken."""
 
@@ -158,11 +163,12 @@ def reads_as_refusal(text: str) -> bool:
 def is_broken(text: str) -> bool:
     """Whether the text is empty or repeats itself.
 
-    Repeating is one word three times in a row, a run of two to five words three times in a row, or, in text of at least
-    `SHORTEST_JUDGED` words, fewer than a third of different words or a text that deflate shrinks below a quarter.
+    Repeating is one word three times in a row, a run of two to five words three times in a row, a word that stutters,
+    or, in text of at least `SHORTEST_JUDGED` words, fewer than a third of different words or a text that deflate
+    shrinks below a quarter.
     """
     words = text.split()
-    if not any(character.isalnum() for character in text):
+    if not any(character.isalnum() for character in text) or any(_stutters(word) for word in words):
         return True
     for size in range(1, 6):
         for start in range(len(words) - 3 * size + 1):
@@ -175,6 +181,14 @@ def is_broken(text: str) -> bool:
         return False
     raw = text.encode()
     return len(set(words)) * 3 < len(words) or (len(raw) >= 200 and len(zlib.compress(raw, 9)) * 4 < len(raw))
+
+
+def _stutters(word: str) -> bool:
+    """Whether a word of some length is made of a few letters, or holds one run of letters four times on end."""
+    letters = word.strip(".,;:!?\"'-").lower()
+    if len(letters) < STUTTER or not letters.isalpha():
+        return False
+    return len(set(letters)) <= 3 or _ON_END.search(letters) is not None
 
 
 @dataclass(frozen=True, slots=True)

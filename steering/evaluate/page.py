@@ -282,7 +282,9 @@ def _judges(report: Report) -> str:
 
 
 def _under_judges(report: Report) -> str:
-    names = [name for name in ("refusal_token", "llm", "response_probe", "keyword") if name in report["judges"]]
+    names = [
+        name for name in ("refusal_token", "llm", "response_probe", "wording", "keyword") if name in report["judges"]
+    ]
     rows = []
     for arm, by_group in report["pooled"].items():
         for group, tallied in by_group.items():

@@ -23,7 +23,7 @@ from steering.evaluate.server import Server
 from steering.evaluate.suites import Group, Suite
 from steering.evaluate.table1 import table1
 from steering.evaluate.table1_topics import topics_table1
-from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, Row, Rows, paired, tally
+from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, WORDING, Row, Rows, paired, tally
 from steering.fit.intervals import Rate
 
 FORMAT = 1
@@ -60,7 +60,7 @@ def build_report(rows: Rows, setting: Setting) -> dict[str, Any]:
     by_arm: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_arm[row.asked.arm].append(row)
-    judges = [judge for judge in (TOKEN, MODEL, PROBE, KEYWORD) if any(judge in row.verdicts for row in rows)]
+    judges = [judge for judge in (TOKEN, MODEL, PROBE, WORDING, KEYWORD) if any(judge in row.verdicts for row in rows)]
     judge = judges[0] if judges else KEYWORD
     shown = [arm for arm in setting.arms if arm.is_shown]
     results = {
@@ -111,7 +111,8 @@ def build_report(rows: Rows, setting: Setting) -> dict[str, Any]:
         "ability": {
             name: found for name in (AUTO, CAST) if name in by_arm and (found := kept_ability(by_arm, name, judge))
         },
-        "table1": table1(results, setting.server.model, judge),
+        # The paper's judge is a model; where none was asked the report's own tells.
+        "table1": table1(results, setting.server.model, MODEL if MODEL in judges else judge),
         "table1_topics": topics_table1(results, setting.server.model, judge),
         "bundle_report": dict(setting.bundle),
         **setting.extra,

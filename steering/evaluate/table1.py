@@ -92,18 +92,30 @@ DISCREPANCY = (
 )
 
 _FOLDER = "zephyr-llama3-8b-refusal-tokens"
-_ASKING = "--all-prompts --max-tokens 512 --judge-url URL --judge-model MODEL"
+_ON_GPU = "--device-map auto --dtype bfloat16"
+_ASKING = f"--all-prompts --max-tokens 512 --judge-url URL --judge-model MODEL {_ON_GPU}"
+
+
+def _transferred(model: str, folder: str) -> tuple[str, ...]:
+    """Commands for the columns of a model that the paper carried its low-rank vector over to."""
+    return (
+        f"hf download {model} --local-dir {folder}",
+        f"trimtab bundle transfer {_FOLDER}-bundle --model {folder} --out {folder}-bundle --accept-transfer",
+        f"trimtab serve --model {folder} --bundle {folder}-bundle --accept-transfer --served-model-name {model}",
+        f"trimtab eval run --bundle {folder}-bundle --model {folder} {_ASKING} --out {folder}-table",
+    )
+
+
 COMMANDS = (
     f"hf download {P1_MODEL} --local-dir {_FOLDER}",
-    f"trimtab fit control --preset paper --model {_FOLDER} --bundle {_FOLDER}-bundle",
+    f"trimtab fit control --preset paper --model {_FOLDER} {_ON_GPU} --name p1 --bundle {_FOLDER}-bundle",
     f"trimtab serve --model {_FOLDER} --bundle {_FOLDER}-bundle --served-model-name {P1_MODEL}",
     f"trimtab eval run --bundle {_FOLDER}-bundle --model {_FOLDER} {_ASKING} --out p1-table",
-    f"hf download {LLAMA} --local-dir llama3-8b-instruct",
-    f"trimtab bundle transfer {_FOLDER}-bundle --model llama3-8b-instruct --out llama3-8b-bundle",
-    f"trimtab serve --model llama3-8b-instruct --bundle llama3-8b-bundle --accept-transfer --served-model-name {LLAMA}",
-    f"trimtab eval run --bundle llama3-8b-bundle --model llama3-8b-instruct {_ASKING} --out llama3-table",
+    *_transferred(LLAMA, "llama3-8b-instruct"),
+    *_transferred(DISTILLED, "r1-distill-llama-8b"),
 )
-"""On a host with a GPU. The paper's judge is Llama-3.3-70B-Instruct without the prompts; here it sees both."""
+"""On a host with a GPU. The paper's judge is Llama-3.3-70B-Instruct, which reads answers without their prompts; the
+model that `--judge-model` names reads both, and its verdicts fill the table."""
 
 
 def table1(results: Mapping[str, Mapping[str, Any]], model: str, judge: str) -> dict[str, Any]:

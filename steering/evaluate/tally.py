@@ -13,9 +13,10 @@ from typing import Any
 from steering.evaluate.judge import Verdict, is_broken, keyword_verdict, told_verdict
 from steering.evaluate.paired import Paired
 from steering.evaluate.run import TOO_LONG, Asked
+from steering.evaluate.wordings import Wordings
 from steering.fit.intervals import Rate
 
-TOKEN, PROBE, KEYWORD, MODEL = "refusal_token", "response_probe", "keyword", "llm"
+TOKEN, PROBE, KEYWORD, MODEL, WORDING = "refusal_token", "response_probe", "keyword", "llm", "wording"
 """Names of judges; the first two are the server's detectors, by its own names."""
 
 
@@ -35,11 +36,13 @@ def judged(
     *,
     has_decision_tokens: bool,
     model: Mapping[tuple[str, str], Verdict] | None = None,
+    wordings: Wordings | None = None,
 ) -> list[Row]:
     """Each answer with its verdicts.
 
     Args:
         model: a model judge's verdicts by prompt and text.
+        wordings: how the served model is known to refuse.
     """
     found = []
     for asked in answers:
@@ -51,6 +54,8 @@ def judged(
                 verdicts[PROBE if is_probe else TOKEN] = told
             if asked.has_text:
                 verdicts[KEYWORD] = keyword_verdict(asked.answer.text)
+                if wordings is not None:
+                    verdicts[WORDING] = wordings.verdict(asked.answer.text)
                 by_model = (model or {}).get((asked.record.prompt, asked.answer.text))
                 if by_model is not None:
                     verdicts[MODEL] = by_model

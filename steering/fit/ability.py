@@ -70,7 +70,7 @@ def of_common_length(prompts: Sequence[list[int]], most: int) -> list[list[int]]
 
 
 def well_formed(openings: Openings, answers: Sequence[Sequence[int]]) -> Rate:
-    """Share of answers that do not run in circles and, where the model decides by a token, begin with one."""
+    """Share of answers that do not run in circles or stutter and, where the model decides by a token, begin so."""
     decisions = {opening.tokens[0] for opening in openings.refusals} | {openings.respond}
     good = sum(
         bool(answer) and (not openings.is_tokens or answer[0] in decisions) and not _circles(answer)
@@ -80,5 +80,7 @@ def well_formed(openings: Openings, answers: Sequence[Sequence[int]]) -> Rate:
 
 
 def _circles(answer: Sequence[int], run: int = 4, times: int = 3) -> bool:
+    if len(answer) >= run * times and len(set(answer)) * 3 < len(answer):
+        return True
     runs = [tuple(answer[start : start + run]) for start in range(len(answer) - run + 1)]
     return any(runs.count(found) >= times for found in set(runs))

@@ -139,9 +139,25 @@ def last_residuals(loaded: LoadedModel, sequences: Sequences) -> Tensor:
     """Residuals at the last token of each sequence, at the output of every block.
 
     Returns:
-        [N, L, D] float32 on the CPU.
+        [N, L, D] float32 on the CPU: for a few sequences at a time, as all layers of many are gigabytes.
     """
     return last_residuals_and_tokens(loaded, sequences)[0].transpose(0, 1).float()
+
+
+@torch.inference_mode()
+def last_residuals_at(loaded: LoadedModel, sequences: Sequences, layer: int) -> Tensor:
+    """Residuals at the last token of each sequence, at the output of one block.
+
+    Returns:
+        [N, D] float32 on the CPU.
+    """
+    residuals = torch.empty(len(sequences), loaded.width)
+    for indices, ids in by_length(sequences):
+        kept: dict[int, Tensor] = {}
+        with _removed_after(loaded.blocks[layer].register_forward_hook(_keeper(kept, layer))):
+            loaded.model.get_decoder()(input_ids=ids.to(loaded.model.device), use_cache=False)
+        residuals[indices] = kept[layer].to("cpu", torch.float32)
+    return residuals
 
 
 @torch.inference_mode()

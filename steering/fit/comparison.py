@@ -20,7 +20,7 @@ from steering.fit.gating import PlainEdits, Readings, evidence_of, family_codes,
 from steering.fit.openings import Openings
 from steering.fit.probes import Array
 from steering.fit.prompts import GROUP_KINDS, Kind, Prompts
-from steering.fit.thresholds import Choice, choose, threshold_curve
+from steering.fit.thresholds import Choice, choose, keeps, threshold_curve
 from steering.terms import Edit
 
 COMPLY_SOURCES = (CATEGORY, REPOSITION, BENIGN_REFUSAL, POOLED)
@@ -237,13 +237,17 @@ class _Trial:
         return choice, codes
 
     def _graded(self, setup: Setup) -> _Result:
-        """Graded strength depends on the thresholds, so a few pairs are run: the full-strength one, and wider ones."""
+        """Graded strength depends on the thresholds, so a few pairs are run: the full-strength one, and wider ones; and
+        the pair that decides nothing, which alone is sure to keep the margins.
+        """
         full = self.judge(setup._replace(is_graded=False)).choice
         family = {"graded": self._family(setup)}
         results: list[tuple[Choice, Codes, Array]] = []
         unsteered = self.codes["unsteered"]
-        for low in (full.comply_below, 0.5 * (full.comply_below + full.refuse_above), full.refuse_above):
-            shares = graded_shares(self.readings.probability, low, full.refuse_above)
+        middle = 0.5 * (full.comply_below + full.refuse_above)
+        pairs = [(low, full.refuse_above) for low in (full.comply_below, middle, full.refuse_above)]
+        for low, high in [*pairs, (0.0, 1.0)]:
+            shares = graded_shares(self.readings.probability, low, high)
             strengths = torch.from_numpy(shares).to(torch.float32)
             codes = family_codes(
                 self.fit, self.openings, self.prompts.ids, self.readings, family, self.edits, strengths
@@ -251,19 +255,22 @@ class _Trial:
             evidence = evidence_of(
                 self.prompts, self.readings.probability, unsteered, codes["graded/comply"], codes["graded/refuse"]
             )
-            rates = evidence.rates(low, full.refuse_above)
-            choice = Choice(comply_below=low, refuse_above=full.refuse_above, rates=rates)
+            choice = Choice(comply_below=low, refuse_above=high, rates=evidence.rates(low, high))
             behind = gated(
                 self.readings.probability,
                 unsteered,
                 codes["graded/comply"],
                 codes["graded/refuse"],
                 low,
-                full.refuse_above,
+                high,
             )
             results.append((choice, behind, shares))
-        floor = evidence.rates(0.0, 1.0)["refuse"] - self.fit.settings.safety_margin
-        allowed = [result for result in results if result[0].rates["refuse"] >= floor - 1e-12] or results[:1]
+        margins = {
+            "safety_margin": self.fit.settings.safety_margin,
+            "plain_margin": self.fit.settings.plain_margin,
+        }
+        nothing = results[-1][0].rates
+        allowed = [result for result in results if keeps(result[0], nothing, **margins)]
         choice, behind, shares = min(allowed, key=lambda result: result[0].rates["over"])
         return _Result(choice, behind, self._plain(setup, choice, shares))
 

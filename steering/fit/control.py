@@ -87,7 +87,8 @@ class Settings:
         comply_target: share of refusals that a `comply` dose must remove on calibration prompts.
         refuse_target: share of prompts that a `refuse` dose must have refused on calibration prompts.
         strengths: multipliers of a dose that are tested for the certified range.
-        headroom: a dose is lowered until this strength is still certified.
+        headroom: a dose is lowered until this strength is still certified; of an edit that lowers refusal, of one that
+            raises it. The second meets attacks, which are like no calibration prompt.
         most_spoiled: share of answers that a certified strength may spoil, against no steering.
         divergence_budget: mean KL(p_base ‖ p_steer) of the first token on plain prompts that a comply edit may have.
         loss_budgets: by how much a refuse and a comply edit may raise the next-token loss of given answers to plain
@@ -114,7 +115,7 @@ class Settings:
     has_templates: bool = True
     calibration: int = 60
     gated: int = 600
-    ranged: int = 24
+    ranged: int = 64
     held: int = 200
     held_contested: int = 2000
     penalty: float = 0.02
@@ -136,9 +137,9 @@ class Settings:
     multiples: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5)
     comply_target: float = 0.9
     refuse_target: float = 0.75
-    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-    headroom: float = 1.25
-    most_spoiled: float = 0.15
+    strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    headroom: tuple[float, float] = (1.25, 2.0)
+    most_spoiled: float = 0.03
     divergence_budget: float = 1.0
     loss_budgets: tuple[float, float] = (1.0, 0.5)
     covariance: Covariance = Covariance.PAPER
@@ -170,7 +171,7 @@ QUICK: Mapping[str, Any] = {
     "trained": 16,
     "multiples": (0.5, 1.0),
     "strengths": (1.0,),
-    "headroom": 1.0,
+    "headroom": (1.0, 1.0),
 }
 """Settings that try a fit out in a minute; their numbers mean nothing."""
 

@@ -115,7 +115,9 @@ def _manifest(contents: Contents, used: Mapping[str, Edit], *, name: str, versio
                     "purpose": dose["purpose"],
                     "category": dose["category"],
                     "dose": f"{dose['multiple']:.4g} times {dose['unit']}",
-                    "strength": _strength(fit, dose["purpose"], dose["maximum"], results),
+                    "strength": _strength(
+                        fit, dose["purpose"], dose["maximum"], results, is_beyond=dose["is_beyond_budget"]
+                    ),
                     "provenance": _provenance(contents, key),
                 }
             )
@@ -196,8 +198,13 @@ def _response_records(contents: Contents) -> list[dict[str, Any]]:
     return [response_record(contents.results["response"], provenance)]
 
 
-def _strength(fit: Fit, purpose: str, maximum: float, results: Mapping[str, Any]) -> dict[str, Any]:
+def _strength(
+    fit: Fit, purpose: str, maximum: float, results: Mapping[str, Any], *, is_beyond: bool = False
+) -> dict[str, Any]:
     settings = fit.settings
+    if is_beyond:
+        told = "not certified: a fixed dose, beyond what the budgets of this fit allow"
+        return {"minimum": 0.0, "maximum": maximum, "measured": told}
     measured = (
         f"largest strength tried that spoiled at most {settings.most_spoiled:.0%} of "
         f"{results['doses']['prompts']['ranged']} greedy answers to calibration prompts"

@@ -67,7 +67,9 @@ class Trials:
         plain: prompts that are mostly answered.
         plain_codes: what the model does with them unsteered.
         answered: (prompt, answer) tokens of plain prompts, the answers all of one length.
-        ranged: prompts that are answered in full, of few lengths.
+        ranged: prompts that are answered in full, of few lengths, to see what edits spoil.
+        guarded: per category such prompts for the edits that raise refusal: those that are to be refused, since it is
+            they that are edited.
     """
 
     own: dict[str, list[list[int]]]
@@ -76,6 +78,7 @@ class Trials:
     plain_codes: Codes
     answered: list[tuple[list[int], list[int]]]
     ranged: list[list[int]]
+    guarded: dict[str, list[list[int]]]
 
 
 def trials_of(fit: Fit, openings: Openings, prompts: Prompts) -> Trials:
@@ -96,7 +99,8 @@ def trials_of(fit: Fit, openings: Openings, prompts: Prompts) -> Trials:
     ]
     # Of lengths that are common, so that few passes are small; doses differ far more than lengths do.
     ids = of_common_length([prompt.ids for prompt in plain], most)
-    wanted = [prompts.items[index].ids for index in prompts.where(Kind.REFUSE)]
+    to_refuse = [prompts.items[index] for index in prompts.where(Kind.REFUSE)]
+    wanted = [prompt.ids for prompt in to_refuse]
     refused = arm_codes(fit.loaded, openings, fit.categories, wanted, [UNSTEERED])[0]
     shared = Counter(len(prompt) for prompt, _ in answered)
     return Trials(
@@ -106,6 +110,12 @@ def trials_of(fit: Fit, openings: Openings, prompts: Prompts) -> Trials:
         plain_codes=arm_codes(fit.loaded, openings, fit.categories, ids, [UNSTEERED])[0],
         answered=sorted(answered, key=lambda pair: -shared[len(pair[0])])[: fit.settings.ranged],
         ranged=of_common_length(borderline + harmful, fit.settings.ranged),
+        guarded={
+            name: of_common_length(
+                [prompt.ids for prompt in to_refuse if prompt.category == name] or wanted, fit.settings.ranged
+            )
+            for name in fit.categories
+        },
     )
 
 
@@ -238,9 +248,7 @@ def certified_ranges(
     """Strengths at which answers stay well formed under edits whose dose is given, such as a control's."""
 
     def make() -> dict[str, Any]:
-        answers = greedy(fit.loaded, trials.ranged, new_tokens=ANSWER_TOKENS)
-        baseline = {"well_formed": well_formed(openings, answers)}
-        return {"edits": {key: _certified(fit, openings, edit, trials, baseline) for key, edit in edits.items()}}
+        return {"edits": {key: _certified(fit, openings, edit, trials.ranged) for key, edit in edits.items()}}
 
     return fit.stage(name, make, of=("strengths", "most_spoiled", "ranged"), after=after)
 
@@ -255,6 +263,7 @@ def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, baseline
         concerned, known = trials.missed, False
     before = trials.plain_codes if known else arm_codes(fit.loaded, openings, fit.categories, concerned, [UNSTEERED])[0]
     multiples: Sequence[float] = settings.multiples
+    is_fixed = settings.doses is not None and bool(recipe.length)
     if settings.doses is not None and recipe.length:
         wanted = settings.doses[1] if is_comply else settings.doses[0]
         multiples = (abs(wanted) * recipe.natural / recipe.length,)
@@ -271,12 +280,15 @@ def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, baseline
     within = [row for row in rows if row["is_within_budget"]]
     chosen = _smallest(within or rows[:1], settings.comply_target if is_comply else settings.refuse_target)
     multiple = float(chosen["multiple"])
-    ranges = _certified(fit, openings, recipe.make(multiple), trials, baseline)
-    # Fixed doses are taken as they are; a dose of our own is lowered until `headroom` is certified.
-    share = 1.0 if settings.doses is not None else min(1.0, ranges["maximum"] / settings.headroom)
-    maximum = ranges["maximum"] / share if share else 0.0
-    if not within:
-        maximum = 0.0
+    spoilt = trials.ranged if is_comply else trials.guarded[recipe.category or settings.default_category]
+    ranges = _certified(fit, openings, recipe.make(multiple), spoilt)
+    # Fixed doses are taken as they are, whatever they spoil; one of our own is lowered until `headroom` is certified.
+    share = 1.0 if settings.doses is not None else min(1.0, ranges["maximum"] / settings.headroom[not is_comply])
+    maximum = ranges["maximum"] / share if share and within else 0.0
+    is_beyond = is_fixed and maximum < 1.0
+    if is_beyond:
+        fit.say(f"  {recipe.purpose} {recipe.category or 'all'}: the fixed dose is beyond the budgets, and kept")
+        maximum = 1.0
     after = chosen
     if share and share < 1.0:
         after = _effects(
@@ -289,6 +301,7 @@ def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, baseline
         "length": recipe.length * multiple * share,
         "multiple": multiple * share,
         "maximum": maximum,
+        "is_beyond_budget": is_beyond,
         "before": refusals(before).to_json(),
         "refused": after["refused"],
         "malformed": after["malformed"],
@@ -363,16 +376,18 @@ def best_layer(swept: Mapping[str, Any], settings: Settings, *, at_least: int = 
     return int(min(near, key=lambda row: row["loss_added"])["layer"])
 
 
-def _certified(fit: Fit, openings: Openings, edit: Edit, trials: Trials, baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """The largest strength up to which answers stay well formed, and the share of such answers at each one tried.
+def _certified(fit: Fit, openings: Openings, edit: Edit, prompts: Sequences) -> dict[str, Any]:
+    """The largest strength up to which answers to these prompts stay well formed, and the share of such answers at each
+    one tried.
 
     Strength 1 is tried first, then larger ones until one fails, or smaller ones until one does not.
     """
-    floor = baseline["well_formed"].value - fit.settings.most_spoiled
+    unsteered = well_formed(openings, greedy(fit.loaded, prompts, new_tokens=ANSWER_TOKENS))
+    floor = unsteered.value - fit.settings.most_spoiled
     rates: dict[str, Any] = {}
 
     def passes(strength: float) -> bool:
-        answers = greedy(fit.loaded, trials.ranged, edit, strength, new_tokens=ANSWER_TOKENS)
+        answers = greedy(fit.loaded, prompts, edit, strength, new_tokens=ANSWER_TOKENS)
         rate = well_formed(openings, answers)
         rates[f"{strength:g}"] = rate.to_json()
         return bool(rate.value >= floor)

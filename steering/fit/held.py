@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steering.fit.activations import last_residuals
+from steering.fit.activations import last_residuals_at
 from steering.fit.arms import Codes
 from steering.fit.comparison import graded_shares
 from steering.fit.control import Fit
@@ -91,7 +91,7 @@ def held_stage(
         kept = [row for row, prompt in enumerate(ids) if len(prompt) <= LONGEST]
         places = np.array([chosen[row][0] for row in kept])
         ids = [ids[row] for row in kept]
-        residuals = last_residuals(fit.loaded, ids)[:, probe.layer]
+        residuals = last_residuals_at(fit.loaded, ids, probe.layer)
         probability, head = read(probe, residuals)
         readings = Readings(probability=probability, head=head, tokens=token_categories(fit, openings, ids))
         result: dict[str, Any] = {"sets": {}, "pools": {}, "decisions": {}}

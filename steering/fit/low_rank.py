@@ -65,7 +65,7 @@ def whitening(residuals: Tensor, method: Covariance, epsilon: float) -> Whitenin
     if float(values[0]) <= 0.0:
         raise OperatorError(
             f"the covariance of benign residuals is singular (smallest eigenvalue {float(values[0]):.3g}) and "
-            f"{method} does not lift it; raise epsilon or take --covariance ledoit-wolf"
+            f"{method} does not lift it; take --covariance ledoit-wolf or relative"
         )
     return Whitening(vectors @ torch.diag(values.rsqrt()) @ vectors.T, added, shrinkage)
 

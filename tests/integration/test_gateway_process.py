@@ -138,31 +138,40 @@ def test_verify_says_what_a_bundle_is(tiny_served_model: tuple[Path, Path]) -> N
 
 
 def test_sigterm_lets_streams_finish(tiny_arguments: tuple[str, ...]) -> None:
-    """Not ready at once, no new work, the stream in flight complete, exit code 0."""
+    """Not ready at once, new work taken until balancers have seen that and then no more, the streams in flight
+    complete, exit code 0.
+    """
     body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True}
-    body |= {"max_tokens": 300, "ignore_eos": True, "n": 8, "steering": {"mode": "comply"}}
-    with serving(*tiny_arguments, TRIMTAB_DRAIN_DELAY="2") as server:
-        lines: list[str] = []
-        begun = threading.Event()
+    body |= {"max_tokens": 450, "ignore_eos": True, "n": 8, "steering": {"mode": "comply"}}
+    with serving(*tiny_arguments, TRIMTAB_DRAIN_DELAY="1") as server:
+        streams: list[list[str]] = [[] for _ in range(4)]  # so many that they last longer than the delay
 
-        def read() -> None:
+        def read(lines: list[str]) -> None:
             with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=120) as response:
-                for line in response.iter_lines():
-                    lines.append(line)
-                    begun.set()
+                lines.extend(filter(None, response.iter_lines()))
 
-        reader = threading.Thread(target=read)
-        reader.start()
-        assert begun.wait(60)
+        readers = [threading.Thread(target=read, args=(lines,)) for lines in streams]
+        for reader in readers:
+            reader.start()
+        deadline = time.monotonic() + 60
+        while not all(streams):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        time.sleep(0.2)
         assert httpx.get(f"{server.url}/readyz").status_code == 503
-        refusal = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "stream": False})
+        short = {"model": MODEL, "messages": body["messages"], "max_tokens": 1}
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=short, timeout=60).status_code == 200
+        while (refusal := httpx.post(f"{server.url}/v1/chat/completions", json=short, timeout=60)).status_code == 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "1")
-        reader.join(timeout=120)
+        for reader in readers:
+            reader.join(timeout=120)
         assert server.process.wait(timeout=60) == 0
-    assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert sum('"finish_reason":"length"' in line for line in lines) == 8
+    for lines in streams:
+        assert lines[-1] == "data: [DONE]"
+        assert sum('"finish_reason":"length"' in line for line in lines) == 8
 
 
 def test_death_of_the_engine_ends_the_server(tiny_arguments: tuple[str, ...]) -> None:

@@ -33,7 +33,13 @@ STEERING_CORE = (
     "steering.bundle",
 )
 SERVER_CORE = ("server.service", "server.policy")
-VLLM_IS_NAMED_IN = ("steering.engine", "server.vllm_engine", "server.vllm_options", "server.bench.resident")
+VLLM_IS_NAMED_IN = (
+    "steering.engine",
+    "server.vllm_engine",
+    "server.vllm_metrics",
+    "server.vllm_options",
+    "server.bench.resident",
+)
 
 IMPORT_EACH = """
 import importlib, json, sys

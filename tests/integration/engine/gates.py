@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from torch import Tensor
 
 from steering.bundle import Bundle, save_bundle
 from steering.engine.outcomes import sample_of
-from steering.gate import rule
+from steering.gate import Ruling, rule
 from steering.plan import Decision, GateOrder
 from steering.response import response_score
 from tests.integration.engine.checks import check_against_oracle, prompt_of
@@ -49,18 +50,27 @@ class Gated:
         if ask.gate is None:
             return ask
         order = GateOrder(**ask.gate)
+        ruling, edit = self.ruled(ask.prompt, order)
+        edit = None if order.is_observed else edit
+        return replace(ask, gate=None, edit=edit, strength=ask.strength * ruling.share if edit else 1.0)
+
+    def ruled(self, prompt: Sequence[int], order: GateOrder) -> tuple[Ruling, str | None]:
+        """What the reference decides, and the edit of that side and category; None where the profile has none."""
         probe = self.bundle.probes[order.profile]
-        ruling = rule(probe.logits(self.tiny.oracle.residual(ask.prompt, probe.layer)), order, probe.categories)
+        ruling = rule(self.logits(prompt, order.profile), order, probe.categories)
         assert ruling is not None
         profile = self.bundle.manifest.profile(order.profile)
         side = {Decision.REFUSE: profile.refuse, Decision.COMPLY: profile.comply, Decision.ABSTAIN: {}}
-        edit = None if order.is_observed else side[ruling.decision].get(probe.categories[ruling.category])
-        return replace(ask, gate=None, edit=edit, strength=ask.strength * ruling.share if edit else 1.0)
+        return ruling, side[ruling.decision].get(probe.categories[ruling.category])
+
+    def logits(self, prompt: Sequence[int], profile: str = "gate") -> Tensor:
+        """Scores [1 + C] of a prompt, by the reference."""
+        probe = self.bundle.probes[profile]
+        return probe.logits(self.tiny.oracle.residual(prompt, probe.layer))
 
     def score(self, prompt: Sequence[int], profile: str = "gate") -> float:
         """The refusal probability of a prompt, by the reference."""
-        probe = self.bundle.probes[profile]
-        return float(probe.logits(self.tiny.oracle.residual(prompt, probe.layer))[0].sigmoid())
+        return float(self.logits(prompt, profile)[0].sigmoid())
 
 
 def make_gated(model: Tiny, folder: Path) -> Gated:
@@ -157,10 +167,14 @@ def check_outcomes(gated: Gated, asks: Sequence[Ask], outcomes: Sequence[dict[st
             assert outcome["error"] == ""
             assert (outcome["edit"], outcome["applied"]) == (expected.edit, expected.edit is not None)
             assert outcome["strength"] == pytest.approx(expected.strength if expected.edit else 0.0, abs=1e-4)
-            score = gated.score(ask.prompt, order.profile)
-            assert outcome["scores"]["refusal"] == pytest.approx(score, abs=1e-4)
-            assert sum(outcome["scores"]["categories"].values()) == pytest.approx(1.0)
-            assert outcome["category"] in (order.categories or CATEGORIES)
+            ruling, edit = gated.ruled(ask.prompt, order)
+            # A side without an edit for the category leaves the request alone, and says so.
+            assert outcome["decision"] == (ruling.decision if edit is not None else Decision.ABSTAIN)
+            assert outcome["category"] == CATEGORIES[ruling.category]
+            logits = gated.logits(ask.prompt, order.profile)
+            assert outcome["scores"]["refusal"] == pytest.approx(float(logits[0].sigmoid()), abs=1e-4)
+            shares = dict(zip(CATEGORIES, logits[1:].softmax(dim=0).tolist(), strict=True))
+            assert outcome["scores"]["categories"] == pytest.approx(shares, abs=1e-4)
 
 
 FEW_BLOCKS: dict[str, Any] = {

@@ -57,7 +57,7 @@ class Case:
 
 
 def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: bool = False) -> Case:
-    """A mixed batch: untouched tokens, several edits of ranks 1 to 8, one without terms at this layer, several rows,
+    """A mixed batch: untouched tokens, several edits of ranks 1 to 32, one without terms at this layer, several rows,
     gates that decide at this layer or at another, with every kind of order, on residuals of which some are NaN, and a
     response probe that reads at this layer or at another; some tokens are muted.
     """
@@ -65,7 +65,7 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
     generator = torch.Generator().manual_seed(seed)
     edits: dict[str, Edit] = {
         f"e{number}": random_edit(
-            f"e{number}", ranks={LAYER: draw.randint(1, 8), 1: 1}, width=width, seed=seed + number
+            f"e{number}", ranks={LAYER: draw.choice((1, 2, 3, 5, 8, 32)), 1: 1}, width=width, seed=seed + number
         )
         for number in range(draw.randint(1, 4))
     }
@@ -80,7 +80,7 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
         gates[name] = (probe, refuse, comply)
     reader = random_probe("response", layer=draw.choice([LAYER, 1]), categories=(), width=width, seed=seed, scale=5.0)
     bundle = bundle_in_memory(edits, width=width, gates=gates, response=(reader, MAX_RESPONSE_TOKENS))
-    bank = Bank(layers=(LAYER, 1), width=width, terms=48, device=torch.device("cpu"))
+    bank = Bank(layers=(LAYER, 1), width=width, terms=160, device=torch.device("cpu"))
     bank.load(bundle)
     tokens = draw.randint(1, 24)
     rows = Rows(bank=bank, requests=20, tokens=tokens + draw.randint(0, 5), device=torch.device("cpu"))

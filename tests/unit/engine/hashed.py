@@ -17,6 +17,8 @@ class Parameters:
     """vLLM's `SamplingParams`, as far as it is read."""
 
     extra_args: dict[str, object] | None = None
+    max_tokens: int | None = None
+    logprobs: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -47,6 +47,18 @@ def test_a_plain_server_is_accepted() -> None:
     check_configuration(configuration(), NOTHING)
 
 
+def test_a_later_rank_of_a_dense_model_is_refused() -> None:
+    """VLLM tells each that it is alone (`reconfigure_for_independent_dp_rank`); its index says that it is not, and one
+    rank that does not start ends the start of all.
+    """
+    alone = configuration(data_parallel_size=1)
+    alone.parallel_config.data_parallel_index = 0
+    check_configuration(alone, NOTHING)
+    alone.parallel_config.data_parallel_index = 1
+    with pytest.raises(UnsupportedConfiguration, match=r"data_parallel_size=more than 1 \(this is rank 1\): start one"):
+        check_configuration(alone, NOTHING)
+
+
 REFUSED = {
     "pipeline_parallel_size": 2,
     "decode_context_parallel_size": 2,

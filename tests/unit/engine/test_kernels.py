@@ -1,4 +1,4 @@
-"""The steering op in plain torch: it is the algebra of `steering.terms` on x = hidden + residual, and nothing more."""
+"""The steering op on the CPU: it is the algebra of `steering.terms` on x = hidden + residual, and nothing more."""
 
 from __future__ import annotations
 

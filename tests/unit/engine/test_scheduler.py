@@ -289,7 +289,16 @@ def test_a_broken_request_is_ended_without_its_token_and_alone(has_ended: bool) 
 @pytest.mark.parametrize("name", ["chatcmpl-1-0f3a-beam-0", "cmpl-1-0f3a-beam-12-9b2e0c1d"])
 def test_beams_of_vllms_own_search_end_with_an_error(name: str) -> None:
     """VLLM's beam search makes its own parameters, without the plan of the request: it would run unsteered."""
-    request, scheduler = FakeRequest(tokens=TOKENS[:10], request_id=name), Scheduler()
+    asked = Parameters(max_tokens=1, logprobs=4)
+    request, scheduler = FakeRequest(tokens=TOKENS[:10], request_id=name, sampling_params=asked), Scheduler()
     scheduler.add_request(request)
     assert_rejected(scheduler, request)
     assert accepted(None).request_id == "r"
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_client_may_send_an_id_like_a_beams() -> None:
+    """VLLM's own server makes a request's id of its `X-Request-Id`; an answer of several tokens is no beam."""
+    request, scheduler = FakeRequest(tokens=TOKENS[:10], request_id="chatcmpl-job-beam-3-0a1b2c3d"), Scheduler()
+    scheduler.add_request(request)
+    assert scheduler.accepted == [request]

@@ -52,6 +52,9 @@ def test_keyword_judge(text: str, expected: Verdict) -> None:
 def test_numbers_and_lists_are_not_broken() -> None:
     """A table of digits repeats itself as tables do."""
     assert not is_broken("0 0 0 0 0")
+    for stuttered in ("ISISIIISIIIISISISISSSIS", "I amaveaveaveaveaveaveaveave", "No. SSSSSSSSSSSSSS!"):
+        assert is_broken(stuttered)
+    assert not is_broken("Mississippi, 10000000000000, uncharacteristically; yes, a loooong way. AAAAAAAA")
     assert not is_broken("First take two eggs, then beat them well, then add sugar and bake for ten minutes.")
 
 

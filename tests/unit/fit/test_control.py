@@ -202,16 +202,19 @@ def test_a_run_stops_after_the_stage_it_is_told_and_goes_on_later(fit: Fit, tmp_
     assert not (tmp_path / "bundle").exists()
 
 
-def test_the_paper_s_preset_is_used_as_it_is_where_the_layer_is_given(fit: Fit, tmp_path: Path) -> None:
-    """Layer clipped to the tiny model: fixed doses of +4 and -6, a hard sign at 0.535, AdamW of 1e-5, ε 1e-4."""
+@pytest.mark.parametrize("budget", [1e9, -1e9], ids=["within budgets", "beyond budgets"])
+def test_the_paper_s_preset_is_used_as_it_is_where_the_layer_is_given(fit: Fit, tmp_path: Path, budget: float) -> None:
+    """Layer clipped to the tiny model: fixed doses of +4 and -6, a hard sign at 0.535, AdamW of 1e-5, ε 1e-4. What the
+    doses do to answers changes none of it; the bundle says where they are beyond what a fit of our own allows.
+    """
     settings = replace(
         preset_settings(Preset.PAPER, layer=1),
         **{key: value for key, value in QUICK.items() if key not in ("trained", "multiples")},
         categories=(SAFETY, POLITICAL),
         trained=3,
         most_spoiled=1.0,
-        divergence_budget=1e9,
-        loss_budgets=(1e9, 1e9),
+        divergence_budget=budget,
+        loss_budgets=(budget, budget),
     )
     paper = _fit(fit.loaded, tmp_path / "paper", settings)
     saved = fit_control(paper, tmp_path / "bundle", name="paper", version="1")
@@ -225,6 +228,9 @@ def test_the_paper_s_preset_is_used_as_it_is_where_the_layer_is_given(fit: Fit, 
     for profile in saved.manifest.profiles:
         assert profile.gate is not None
         assert profile.gate.comply_below == profile.gate.refuse_above == PAPER_THRESHOLD
+    record = saved.manifest.edit("p1-comply-political")
+    assert record.strength.measured.startswith("largest strength" if budget > 0 else "not certified: a fixed dose")
+    assert record.strength.maximum >= 1.0
     provenance = saved.manifest.edit("refuse-low-rank").provenance
     assert (provenance["training"]["rate"], provenance["training"]["epochs"]) == (1e-5, 5)
     assert (provenance["added"], provenance["scale"]) == (1e-4, 1.0)
@@ -303,11 +309,14 @@ def test_of_layers_that_control_as_well_the_one_that_spoils_least_is_taken() -> 
 
 
 def test_answers_that_run_in_circles_or_begin_with_text_are_not_well_formed(tiny: LoadedModel) -> None:
-    """A run of four tokens three times is a circle; the first token must be a decision where the model has tokens."""
+    """A run of four tokens three times is a circle, and so are a few tokens in any order; the first token must be a
+    decision where the model has tokens.
+    """
     assert tiny.respond is not None
     good, circle, text = [tiny.respond, 30, 31, 32, 33], [tiny.respond, *[40, 41, 42, 43] * 3], [40, 41]
-    rate = well_formed(token_openings(tiny), [good, circle, text, []])
-    assert (rate.count, rate.n) == (1, 4)
+    stutter = [tiny.respond, 40, 41, 41, 40, 40, 41, 40, 41, 40, 40, 40, 41, 41, 41]
+    rate = well_formed(token_openings(tiny), [good, circle, text, [], stutter])
+    assert (rate.count, rate.n) == (1, 5)
 
 
 def test_prompts_of_common_length_come_first() -> None:

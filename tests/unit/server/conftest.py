@@ -72,6 +72,14 @@ def value(found: Samples, name: str, **labels: str) -> float:
     return sum(amount for given, amount in found.get(name, []) if labels.items() <= given.items())
 
 
+def unapplied(spoken: Spoken) -> dict[str, float]:
+    """Requests whose edit was not confirmed, by the reason they are counted by."""
+    (family,) = spoken.gateway.metrics.unapplied.collect()
+    return {
+        sample.labels["reason"]: sample.value for sample in family.samples if sample.name == "steering_unapplied_total"
+    }
+
+
 def content_of(events: list[dict[str, Any]], index: int = 0) -> str:
     """All text of one choice."""
     return "".join(

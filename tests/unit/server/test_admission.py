@@ -208,9 +208,24 @@ async def test_an_answer_is_no_longer_than_the_key_allows(keyed: Spoken) -> None
     assert engine.calls[-1].fields["max_tokens"] == 3
     await keyed.client.post("/v1/chat/completions", json=chat_body(max_completion_tokens=2), headers=headers)
     assert "max_tokens" not in engine.calls[-1].fields
+    await keyed.client.post("/v1/responses", json={"model": MODEL, "input": "Hello"}, headers=headers)
+    assert engine.calls[-1].fields["max_tokens"] == 3
     body = {"model": MODEL, "prompt": "Hello", "max_tokens": 4}
     refused = await keyed.client.post("/v1/completions", json=body, headers=headers)
     assert (refused.status_code, refused.json()["error"]["param"]) == (403, "max_tokens")
+
+
+async def test_a_key_that_allows_more_than_the_context_can_be_used(make: Make, keys: Path) -> None:
+    """What asks for no length gets what the model has room for, and no number that the engine would refuse; also more
+    than the server's own.
+    """
+    write_keys(keys, record("plain", limits={"max_tokens": 100_000}), record("user", limits={"max_tokens": 200}))
+    engine = FakeEngine()
+    spoken = make(engine, keys_file=keys, default_max_tokens=100)
+    for name in ("plain", "user"):
+        answer = await spoken.client.post("/v1/chat/completions", json=chat_body(), headers=bearer_of(name))
+        assert answer.status_code == 200
+    assert [call.fields["max_tokens"] for call in engine.calls] == [512, 200]
 
 
 async def test_a_graded_strength_tells_its_share_to_those_who_may_read_scores(

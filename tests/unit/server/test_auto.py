@@ -12,7 +12,7 @@ from server.engine import Call
 from steering.errors import EngineError
 from steering.plan import GateOrder
 from tests.fakes import POLITICAL, RESPOND, SAFETY, FakeEngine, make_catalog, make_gated_bundle, read
-from tests.unit.server.conftest import Make, Spoken, chat_body, content_of, read_events
+from tests.unit.server.conftest import Make, Spoken, chat_body, content_of, read_events, unapplied
 
 TOKENS = {"category_source": "refusal_tokens"}
 
@@ -78,6 +78,22 @@ async def test_full_report_carries_scores_and_thresholds(auto: Make, stream: boo
     assert steering["strength"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_scores_are_told_rounded_and_decided_on_whole(auto: Make, stream: bool) -> None:
+    """Four digits, of what follows from a score too; the decision is that of the score as it was read."""
+    engine = FakeEngine(scores=[read(0.599960001, safety=0.712345678)])
+    full = {"report": "full"}
+    steering, header = await told(auto(engine), stream, steering=full)
+    assert steering["scores"] == {"refusal": 0.6, "categories": {"Safety": 0.7123, "Political": 0.2877}}
+    assert header == steering["decision"] == "abstain"
+    engine = FakeEngine(scores=[read(0.812345678)])
+    steering, _ = await told(auto(engine), stream, steering={**full, "graded": True})
+    assert steering["strength"] == 0.5309
+    (call,) = engine.calls
+    assert call.plan is not None
+    assert engine._apply(call.plan, 0).strength == pytest.approx(0.530864195)
+
+
 async def test_report_none_still_has_the_header(auto: Make) -> None:
     """Asked for nothing, told the decision only."""
     for stream in (False, True):
@@ -122,13 +138,14 @@ async def test_sides_can_still_be_named(auto: Make) -> None:
 async def test_a_decision_that_is_not_confirmed_withholds_the_answer(
     auto: Make, engine: FakeEngine, stream: bool
 ) -> None:
-    """An abstention is an answer; an error, a silence or a contradiction is none."""
+    """An abstention is an answer; an error, a silence or a contradiction is none, and is counted as what it was."""
     spoken = auto(engine)
     response = await spoken.chat(stream=stream)
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "steering_not_applied"
     assert "Hello" not in response.text
-    assert b"steering_unapplied_total 1.0" in spoken.gateway.metrics.exposition()
+    reason = "unconfirmed" if not engine.confirms else "failed" if "error" in engine.tampered else "contradicted"
+    assert unapplied(spoken) == {"unconfirmed": 0, "failed": 0, "contradicted": 0, reason: 1}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -236,5 +253,5 @@ async def test_decisions_scores_and_categories_are_counted(auto: Make) -> None:
     assert found["steering_probe_score_bucket", ("le", "0.4"), ("profile", "refusal-control")] == 3
     assert found["steering_probe_categories_total", ("category", "Safety"), ("source", "probe")] == 2
     assert found["steering_probe_categories_total", ("category", "Political"), ("source", "refusal_tokens")] == 1
-    assert found["steering_unapplied_total",] == 0
+    assert sum(count for (name, *_), count in found.items() if name == "steering_unapplied_total") == 0
     assert found["steering_tokens_total", ("kind", "completion"), ("steered", "true")] == 8

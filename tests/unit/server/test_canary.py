@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.engine import Call, Completion
 from server.observe import canary
-from server.observe.canary import SHIPPED, Canary, CanaryOrder, CanaryPrompt, read_prompts, tokens_to_tell
-from steering.errors import EngineError, OperatorError
+from server.observe.canary import (
+    JUDGED_TOKENS,
+    SHIPPED,
+    Canary,
+    CanaryOrder,
+    CanaryPrompt,
+    read_prompts,
+    tokens_to_tell,
+)
+from steering.errors import EngineError, EngineOverloaded, OperatorError
+from steering.evaluate.judge import Verdict
 from tests.fakes import (
     FakeEngine,
     make_bundle,
@@ -22,6 +34,7 @@ from tests.fakes import (
     read,
 )
 from tests.unit.server.conftest import Make, Spoken, scrape, value
+from tests.unit.server.test_judging import FakeJudge
 
 PROMPTS = (
     *(CanaryPrompt(set="harmful", prompt=f"harmful {number}") for number in range(3)),
@@ -32,9 +45,10 @@ PROMPTS = (
 def canary_of(spoken: Spoken, **changes: Any) -> Canary:
     """A canary of a gateway, not begun."""
     gateway = spoken.gateway
+    judge = changes.pop("judge", None)
     order = CanaryOrder(**{"prompts": PROMPTS, "interval": 3600.0, **changes})
     registry, labels = gateway.metrics.registry, gateway.metrics.labels
-    return Canary(order, gateway.service, gateway.catalog, gateway.engine.model.name, registry, labels)
+    return Canary(order, gateway.service, gateway.catalog, gateway.engine.model.name, registry, labels, judge)
 
 
 async def test_a_run_tells_refusals_by_profile_and_set(make: Make) -> None:
@@ -103,37 +117,194 @@ async def test_the_response_probe_gets_the_tokens_it_reads(make: Make) -> None:
     assert all(wait == ({0: 4}, 0.05) for wait in engine.waits)
 
 
-async def test_it_waits_while_the_server_is_busy_and_gives_up_at_last(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run among too many other requests waits; after its patience it is given up and counted."""
-    monkeypatch.setattr(canary, "LOOK", 0.001)
-    monkeypatch.setattr(canary, "PATIENCE", 0.02)
-    gate = asyncio.Event()
-    engine = FakeEngine(gate=gate)
-    spoken = make(engine, make_catalog(make_gated_bundle()))
-    busy = [asyncio.create_task(spoken.chat()) for _ in range(3)]
-    while spoken.gateway.service.inflight < 3:
+@dataclass
+class BusyEngine(FakeEngine):
+    """Clients wait for their answers until `rest`; the canary's come.
+
+    Attributes:
+        most: prompts of the canary that were answered at once.
+    """
+
+    rest: asyncio.Event = field(default_factory=asyncio.Event)
+    most: int = 0
+    _asked: int = 0
+
+    async def complete(self, call: Call) -> Completion:
+        if not call.request_id.startswith("canary"):
+            await self.rest.wait()
+            return await super().complete(call)
+        self._asked += 1
+        self.most = max(self.most, self._asked)
+        try:
+            await asyncio.sleep(0.002)
+            return await super().complete(call)
+        finally:
+            self._asked -= 1
+
+
+async def keep_busy(spoken: Spoken, count: int) -> list[asyncio.Task[Any]]:
+    """So many requests in flight."""
+    tasks = [asyncio.create_task(spoken.chat()) for _ in range(count)]
+    while spoken.gateway.service.inflight < count:
         await asyncio.sleep(0)
-    runs = canary_of(spoken, most_inflight=2)
+    return tasks
+
+
+async def test_it_waits_while_the_server_is_busy(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run among too many other requests asks nothing until they are fewer, and is then whole."""
+    monkeypatch.setattr(canary, "LOOK", 0.001)
+    engine = BusyEngine()
+    spoken = make(engine, make_catalog(make_gated_bundle()))
+    busy = await keep_busy(spoken, 3)
+    run = asyncio.create_task(canary_of(spoken, most_inflight=2).run())
+    await asyncio.sleep(0.05)
+    assert not engine.calls
+    engine.rest.set()
+    await asyncio.gather(run, *busy)
+    found = await scrape(spoken)
+    assert value(found, "steering_canary_skipped_total") == 0
+    assert value(found, "steering_canary_prompts", profile="none") == len(PROMPTS)
+    assert engine.most == 2
+
+
+async def test_on_a_server_that_is_always_busy_it_goes_on_slowly(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put off for a whole interval, a run comes to its end all the same, with one prompt at a time."""
+    monkeypatch.setattr(canary, "LOOK", 0.001)
+    engine = BusyEngine()
+    spoken = make(engine, make_catalog(make_gated_bundle()))
+    busy = await keep_busy(spoken, 3)
+    async with asyncio.timeout(20):
+        await canary_of(spoken, most_inflight=2, interval=0.05).run()
+    found = await scrape(spoken)
+    assert value(found, "steering_canary_skipped_total") == 0
+    for profile in ("none", "refusal-control"):
+        assert value(found, "steering_canary_prompts", profile=profile) == len(PROMPTS)
+    assert engine.most == 1
+    assert not any(task.done() for task in busy)
+    engine.rest.set()
+    await asyncio.gather(*busy)
+
+
+async def test_a_server_that_is_full_is_asked_again_for_a_while(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for a prompt it comes again; without any for long the run is given up, and counted."""
+    monkeypatch.setattr(canary, "LOOK", 0.001)
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
+    engine = BusyEngine()
+    spoken = make(engine, make_catalog(make_gated_bundle()), max_inflight=3)
+    busy = await keep_busy(spoken, 3)
+    runs = canary_of(spoken, most_inflight=5)
     await runs.run()
     assert value(await scrape(spoken), "steering_canary_skipped_total", reason="busy") == 1
-    assert len(engine.calls) == 3
+    monkeypatch.setattr(canary, "PATIENCE", 60.0)
     run = asyncio.create_task(runs.run())
-    await asyncio.sleep(0.005)
-    gate.set()
+    await asyncio.sleep(0.02)
+    engine.rest.set()
     await asyncio.gather(run, *busy)
     found = await scrape(spoken)
     assert value(found, "steering_canary_skipped_total") == 1
     assert value(found, "steering_canary_prompts", profile="none") == len(PROMPTS)
 
 
+async def test_who_was_never_asked_through_is_told_since_when(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an alert knows a first run that does not end from a canary that is off; an unloaded profile is not waited
+    for.
+    """
+    monkeypatch.setattr(canary, "PATIENCE", 0.01)
+    monkeypatch.setattr(canary, "LOOK", 0.001)
+    first, gated = make_bundle(), make_gated_bundle()
+    spoken = make(FakeEngine(bundles=[first, gated]), make_catalog(first, gated))
+    engine = spoken.gateway.engine
+    assert isinstance(engine, FakeEngine)
+    engine.fails = EngineOverloaded("full")
+    runs = canary_of(spoken)
+    await runs.run()
+    found = await scrape(spoken)
+    assert "steering_canary_last_run_timestamp_seconds" not in found
+    since = {labels["profile"]: at for labels, at in found["steering_canary_since_timestamp_seconds"]}
+    assert since.keys() == {"none", "refusal-control"}
+    assert min(since.values()) > 1e9
+    await runs.run()
+    assert value(await scrape(spoken), "steering_canary_since_timestamp_seconds", profile="none") == since["none"]
+    spoken.gateway.catalog.remove(gated.digest)
+    await runs.run()
+    assert len((await scrape(spoken))["steering_canary_since_timestamp_seconds"]) == 1
+
+
+async def test_a_run_that_breaks_is_counted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As given up, like one for which there was no room."""
+    spoken = make(FakeEngine(), make_catalog(make_gated_bundle()))
+    runs = canary_of(spoken, interval=0.001)
+    monkeypatch.setattr(runs, "_asked", lambda: 1 / 0)
+    runs.start()
+    async with asyncio.timeout(20):
+        while not value(await scrape(spoken), "steering_canary_skipped_total", reason="broken"):
+            await asyncio.sleep(0)
+    await runs.stop()
+
+
+async def test_a_judge_tells_of_what_no_detector_can(make: Make) -> None:
+    """A bundle with neither refusal tokens nor a response probe: the configured judge reads how answers begin, and n
+    and ratio rest on what it says; broken text is neither side.
+    """
+    bundle = make_reading_bundle(response=None)
+    engine = FakeEngine(words=["word"] * 200, bundles=[bundle])
+    spoken = make(engine, make_catalog(bundle))
+    said = iter(["refusal", "refusal", "comply", "comply", "broken"])
+    shown: list[tuple[str, str]] = []
+
+    async def judge(prompt: str, answer: str) -> str:
+        shown.append((prompt, answer))
+        return next(said)
+
+    await canary_of(spoken, judge=judge, concurrency=1).run()
+    found = await scrape(spoken)
+    assert value(found, "steering_canary_prompts", set="harmful") == 3
+    assert value(found, "steering_canary_refusal_ratio", set="harmful") == pytest.approx(2 / 3)
+    assert value(found, "steering_canary_prompts", set="plain") == 1
+    assert value(found, "steering_canary_outcomes_total", set="plain", outcome="broken") == 1
+    assert [prompt for prompt, _ in shown] == [prompt.prompt for prompt in PROMPTS]
+    assert all(answer.count("word") == JUDGED_TOKENS - 1 for _, answer in shown)
+
+
+async def test_the_configured_judge_is_the_canarys_too(make: Make) -> None:
+    """Its budget is shared, its counts of live answers are not touched, and one that is out of reach is an error."""
+    bundle = make_reading_bundle(response=None)
+    judged = {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "judge", "judge_profiles": ("*",)}
+    spoken = make(FakeEngine(bundles=[bundle]), make_catalog(bundle), canary_interval=3600, **judged)
+    judging = spoken.gateway.observation.judging
+    assert judging is not None
+    judge = FakeJudge(verdicts=(Verdict.ANSWER,))
+    judging._judge = judge
+    assert await judging.outcome_of("prompt", "answer") == "comply"
+    assert judge.asked == [("prompt", "answer")]
+    judge.fails = OperatorError("gone")
+    assert await judging.outcome_of("prompt", "answer") == "error"
+    assert judging._allowed < 59
+    found = await scrape(spoken)
+    assert "steering_judged_total" not in found
+    assert "steering_judge_failures_total" not in found
+
+
+async def test_a_blind_canary_says_so_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a judge: in a warning for each profile of which nothing will be known, and of no other."""
+    bundle = make_reading_bundle(response=None)
+    spoken = make(FakeEngine(bundles=[bundle, make_gated_bundle()]), make_catalog(bundle, make_gated_bundle()))
+    runs = canary_of(spoken)
+    with caplog.at_level(logging.WARNING, logger="trimtab"):
+        await runs.run()
+        await runs.run()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert "profile none" in said[0]
+    assert "TRIMTAB_JUDGE_URL" in said[0]
+
+
 async def test_it_does_not_keep_a_server_from_its_end(make: Make) -> None:
-    """Draining, no more is asked, and what was told of whole runs stays."""
+    """From the order to end on no more is asked, and what was told of whole runs stays."""
     spoken = make(FakeEngine(), make_catalog(make_gated_bundle()))
     runs = canary_of(spoken)
     await runs.run()
-    spoken.gateway.service.is_draining = True
+    spoken.gateway.service.is_leaving = True
     await runs.run()
     found = await scrape(spoken)
     assert value(found, "steering_canary_skipped_total", reason="not_ready") == 1

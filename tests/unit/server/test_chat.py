@@ -16,7 +16,7 @@ from steering.errors import (
 )
 from steering.plan import Scope
 from tests.fakes import DIGEST, MODEL, RESPOND, FakeEngine, failing, make_bundle, make_catalog
-from tests.unit.server.conftest import Make, chat_body
+from tests.unit.server.conftest import Make, chat_body, scrape, unapplied, value
 
 LABEL = make_bundle().label
 
@@ -138,7 +138,8 @@ async def test_unconfirmed_edit_withholds_the_answer(make: Make, engine: FakeEng
     assert response.json()["error"]["code"] == "steering_not_applied"
     assert response.headers["x-should-retry"] == "false"
     assert "Hello" not in response.text
-    assert b"steering_unapplied_total 1.0" in spoken.gateway.metrics.exposition()
+    reason = "unconfirmed" if not engine.confirms else "failed" if "error" in engine.tampered else "contradicted"
+    assert unapplied(spoken) == {"unconfirmed": 0, "failed": 0, "contradicted": 0, reason: 1}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -203,6 +204,65 @@ async def test_more_than_the_limit_in_flight_is_refused(make: Make) -> None:
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     assert [response.status_code for response in await asyncio.gather(*waiting)] == [200, 200]
     assert spoken.gateway.service.inflight == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_answer_of_a_request_takes_a_place(make: Make, stream: bool) -> None:
+    """The limit is on what the engine generates: `n` answers count as so many, prompts each, and what they took is
+    given back.
+    """
+    gate = asyncio.Event()
+    spoken = make(FakeEngine(gate=gate), max_inflight=5)
+    waiting = [asyncio.create_task(spoken.chat(n=2)) for _ in range(2)]
+    while spoken.gateway.service.inflight < 2:
+        await asyncio.sleep(0)
+    assert value(await scrape(spoken), "steering_inflight_answers") == 4
+    refused = await spoken.chat(n=2, stream=stream)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_is_overloaded")
+    assert "5 answers at once, each of the n of a request counted" in refused.json()["error"]["message"]
+    last = asyncio.create_task(spoken.chat(n=1))
+    while spoken.gateway.service.inflight < 3:
+        await asyncio.sleep(0)
+    gate.set()
+    assert [response.status_code for response in await asyncio.gather(*waiting, last)] == [200] * 3
+    assert value(await scrape(spoken), "steering_inflight_answers") == 0
+    assert (await spoken.chat(n=5, stream=stream)).status_code == 200
+
+
+async def test_more_answers_than_there_can_be_is_no_matter_of_time(make: Make) -> None:
+    """Asked for more at once than the server ever generates, it is told so and not to come back."""
+    response = await make(max_inflight=2).chat(n=3)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "n")
+    assert "2 answers at once" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("settings", "most"), [({}, 512), ({"default_max_tokens": 100}, 100)])
+async def test_the_engine_is_always_told_how_long_an_answer_may_be(
+    make: Make, settings: dict[str, Any], most: int, stream: bool
+) -> None:
+    """Where a client names no number it is the server's, within the context; completions have OpenAI's own."""
+    engine = FakeEngine()
+    spoken = make(engine, **settings)
+    await spoken.chat(stream=stream)
+    await spoken.client.post("/v1/responses", json={"model": MODEL, "input": "hi", "stream": stream})
+    await spoken.client.post("/v1/completions", json={"model": MODEL, "prompt": "hi", "stream": stream})
+    assert [call.fields["max_tokens"] for call in engine.calls] == [most, most, 16]
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("asked", [1, 300, 100_000])
+async def test_what_a_client_asks_for_is_left_to_the_engine(make: Make, name: str, asked: int) -> None:
+    """Less or more than the server's own number, more than the context too, which the engine refuses."""
+    engine = FakeEngine()
+    await make(engine, default_max_tokens=100).chat(**{name: asked})
+    (call,) = engine.calls
+    assert {field: call.fields.get(field) for field in ("max_tokens", "max_completion_tokens")} == {
+        "max_tokens": None,
+        "max_completion_tokens": None,
+        name: asked,
+    }
 
 
 async def test_bad_request_loses_nothing_for_others(make: Make) -> None:

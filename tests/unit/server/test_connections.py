@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import httpx
 import pytest
 
+from server.connections import SURPLUS
 from tests.fake_server import RUNNING, FakeServer, fake_serving
 from tests.fakes import MODEL
 
@@ -22,6 +23,7 @@ HEADERS = 0.5
 STALL = 1.0
 BEAT = 0.2
 FIRST = 1.0
+IDLE = 1
 PATIENCE = 15.0
 
 
@@ -35,6 +37,13 @@ def server() -> Iterator[FakeServer]:
         TRIMTAB_KEEP_ALIVE_INTERVAL=str(BEAT),
         TRIMTAB_FIRST_TOKEN_TIMEOUT=str(FIRST),
     ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def crowded() -> Iterator[FakeServer]:
+    """A server that has room for two connections, and keeps those that nobody uses for a second."""
+    with fake_serving("--quiet", TRIMTAB_MAX_CONNECTIONS="2", TRIMTAB_KEEP_ALIVE_TIMEOUT=str(IDLE)) as running:
         yield running
 
 
@@ -305,3 +314,64 @@ def test_what_fails_before_the_first_byte_keeps_its_status(server: FakeServer) -
         f"{server.url}/v1/chat/completions", json={"model": MODEL, "stream": True, "messages": say("#fail:0")}
     )
     assert answer.status_code == 500
+
+
+def occupied(server: FakeServer, stack: ExitStack, script: str = "#tokens:3 #pace:1") -> list[socket.socket]:
+    """Two connections on which answers are awaited, which is all that there is room for."""
+    connections = [stack.enter_context(connect(server)) for _ in range(2)]
+    for connection in connections:
+        connection.sendall(ask(messages=say(script), stream=False))
+    deadline = time.monotonic() + PATIENCE
+    while metric(server, RUNNING) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return connections
+
+
+@pytest.mark.parametrize("request_", [b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n", b"no HTTP", b"x" * 1_000_000])
+def test_one_connection_too_many_is_told_so_in_the_envelope(crowded: FakeServer, request_: bytes) -> None:
+    """503, to be tried again soon, and closed, whatever is asked and however much is sent; others are answered, and
+    operators reach their own port.
+    """
+    with ExitStack() as stack:
+        refused = metric(crowded, "steering_connections_refused_total")
+        held = occupied(crowded, stack)
+        with connect(crowded) as connection:
+            send(connection, request_)
+            head, _, body = everything(connection).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1" in head
+        assert b"connection: close" in head
+        error = json.loads(body)["error"]
+        assert (error["code"], error["type"]) == ("server_is_overloaded", "server_error")
+        assert "2 connections" in error["message"]
+        assert metric(crowded, "steering_connections_refused_total") == refused + 1
+        assert httpx.get(f"{crowded.admin}/readyz").status_code == 200
+        for each in held:
+            with each.makefile("rb") as answers:
+                assert next_answer(answers)[0] == 200
+    deadline = time.monotonic() + PATIENCE
+    while httpx.get(f"{crowded.url}/livez").status_code != 200:
+        assert time.monotonic() < deadline, "room is not given back"
+
+
+def test_silent_connections_beyond_the_most_are_not_kept(crowded: FakeServer) -> None:
+    """Some wait for a moment, so that what they ask can be answered; those beyond them are closed at once."""
+    with ExitStack() as stack:
+        occupied(crowded, stack)
+        waiting = [stack.enter_context(connect(crowded)) for _ in range(SURPLUS)]
+        assert everything(stack.enter_context(connect(crowded))) == b""
+        send(waiting[-1], b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert everything(waiting[-1]).startswith(b"HTTP/1.1 503 ")
+        assert everything(waiting[0]) == b""
+
+
+def test_an_idle_connection_is_closed_after_the_time_that_is_set(crowded: FakeServer) -> None:
+    """Kept for the next request for so long, and no longer."""
+    with connect(crowded) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+        with connection.makefile("rb") as answers:
+            assert next_answer(answers)[0] == 200
+        began = time.monotonic()
+        assert everything(connection) == b""
+        assert IDLE * 0.8 < time.monotonic() - began < IDLE + 5

@@ -57,14 +57,23 @@ def reading(server: FakeServer, script: str, count: int = 1) -> Iterator[list[Re
 
 
 def test_fifty_streams_finish_before_the_end() -> None:
-    """Not ready and no new work from the signal on, all answers complete, exit code 0."""
-    with fake_serving("--quiet", TRIMTAB_DRAIN_DELAY="0.5", TRIMTAB_DRAIN_GRACE="120") as server:
-        with reading(server, "#tokens:60 #pace:0.1", count=50) as readers:
+    """Not ready from the signal on; new work is taken until balancers had their time to see that, and then refused; all
+    answers complete, exit code 0.
+    """
+    with fake_serving("--quiet", TRIMTAB_DRAIN_DELAY="3", TRIMTAB_DRAIN_GRACE="120") as server:
+        url, body = f"{server.url}/v1/chat/completions", {"model": MODEL, "messages": say("x")}
+        with reading(server, "#tokens:120 #pace:0.1", count=50) as readers:
             server.process.send_signal(signal.SIGTERM)
+            signalled = time.monotonic()
             time.sleep(0.2)
             assert httpx.get(f"{server.url}/readyz").json()["error"]["code"] == "draining"
             assert httpx.get(f"{server.url}/livez").status_code == 200
-            refused = httpx.post(f"{server.url}/v1/chat/completions", json={"model": MODEL, "messages": say("x")})
+            assert httpx.post(url, json=body).status_code == 200
+            assert time.monotonic() < signalled + 3, "this machine is too slow to tell"
+            while (refused := httpx.post(url, json=body)).status_code == 200:
+                assert time.monotonic() < signalled + PATIENCE
+                time.sleep(0.1)
+            assert time.monotonic() > signalled + 2.9
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert server.process.wait(PATIENCE) == 0
     assert [reader.lines[-1] for reader in readers] == ["data: [DONE]"] * 50

@@ -112,6 +112,18 @@ async def test_what_a_server_counted_becomes_a_reference(make: Make) -> None:
     assert (counts[0], counts[8], counts[19]) == (3, 1, 2)
 
 
+async def test_scores_near_the_ends_have_buckets_of_their_own(make: Make) -> None:
+    """Where probes are sure most scores lie, and thresholds are chosen: 1 and 99 % are edges."""
+    engine = FakeEngine()
+    spoken = make(engine, make_catalog(make_gated_bundle()))
+    for refusal in (0.005, 0.03, 0.97, 0.995):
+        engine.scores = [read(refusal)]
+        await spoken.chat(max_tokens=1)
+    found = await scrape(spoken)
+    below = {labels["le"]: count for labels, count in found["steering_probe_score_bucket"]}
+    assert [below[edge] for edge in ("0.01", "0.05", "0.95", "0.99", "1.0")] == [1, 2, 2, 3, 4]
+
+
 async def test_the_command_writes_what_the_server_reads(make: Make, tmp_path: Path) -> None:
     """From a scrape to a reference that a server starts with; nothing is written of a server that has read nothing."""
     spoken = make(FakeEngine(scores=[read(0.97)]), make_catalog(make_gated_bundle()))

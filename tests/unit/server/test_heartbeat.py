@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 
 import pytest
 
+from server.engine import Call
 from server.gateway import Gateway
 from steering.errors import CapacityExceeded, EngineError
 from tests.fakes import FakeEngine, make_catalog, make_gated_bundle
 from tests.unit.server.conftest import Make, Spoken
+
+
+@dataclass
+class FullEngine(FakeEngine):
+    """Slow, and all its room is taken by clients: what the server asks itself waits for ever.
+
+    Attributes:
+        has_room_for: requests of its own that are answered all the same.
+    """
+
+    has_room_for: int = 0
+
+    async def _tokens(self, call: Call) -> AsyncGenerator[tuple[int, int, str], None]:
+        if call.request_id.startswith("selfcheck"):
+            self.has_room_for -= 1
+            if self.has_room_for < 0:
+                await asyncio.Event().wait()
+        async for piece in super()._tokens(call):
+            yield piece
+            await asyncio.sleep(0.01)
 
 
 async def states(spoken: Spoken) -> tuple[int, int, int]:
@@ -78,6 +101,37 @@ async def test_a_full_engine_is_not_a_broken_one(make: Make) -> None:
     spoken = make(FakeEngine(fails=CapacityExceeded("full")))
     await spoken.gateway.heartbeat.beat()
     assert spoken.gateway.heartbeat.failure is None
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_an_engine_that_gives_tokens_to_others_is_not_lost(make: Make, stream: bool) -> None:
+    """However many beats wait in its queue in vain, with no answer complete meanwhile; once it gives nothing to anybody
+    as many beats as ever find it out.
+    """
+    engine = FullEngine(words=["word"] * 400)
+    spoken = make(engine, heartbeat_timeout=0.15)
+    heartbeat = spoken.gateway.heartbeat
+    asked = asyncio.create_task(spoken.chat(stream=stream, max_tokens=400))
+    while not engine.generated:
+        await asyncio.sleep(0.001)
+    for _ in range(4):
+        await heartbeat.beat()
+        assert (heartbeat.failure, heartbeat.is_lost) == (None, False)
+    assert not asked.done()
+    engine.gate = asyncio.Event()
+    for _ in range(3):
+        assert not heartbeat.is_lost
+        await heartbeat.beat()
+    assert heartbeat.is_lost
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+
+
+async def test_its_own_tokens_do_not_make_an_engine_live(make: Make) -> None:
+    """One that answers unsteered and hangs under an edit fails the beat, though a token has come."""
+    spoken = make(FullEngine(has_room_for=1), heartbeat_timeout=0.1)
+    await spoken.gateway.heartbeat.beat()
+    assert spoken.gateway.heartbeat.failure is not None
 
 
 async def test_traffic_spares_beats(make: Make) -> None:

@@ -163,7 +163,9 @@ async def test_request_ids_are_ours(make: Make) -> None:
 
 
 async def test_states_of_readiness(make: Make) -> None:
-    """Not armed, draining and dead are all not ready; only dead is not live."""
+    """Not armed, leaving, draining and dead are all not ready; only dead is not live, and one that leaves still answers
+    those whom balancers send to it meanwhile.
+    """
     engine = FakeEngine()
     spoken = make(engine, is_armed=False)
     gateway, client = spoken.gateway, spoken.client
@@ -178,9 +180,12 @@ async def test_states_of_readiness(make: Make) -> None:
     assert await states() == (200, 503, 503)
     gateway.is_armed = True
     assert await states() == (200, 200, 200)
+    gateway.service.is_leaving = True
+    assert await states() == (200, 503, 200)
+    assert (await client.get("/readyz")).json()["error"]["code"] == "draining"
     gateway.service.is_draining = True
     assert await states() == (200, 503, 503)
-    gateway.service.is_draining = False
+    gateway.service.is_leaving = gateway.service.is_draining = False
     engine.is_alive = False
     assert await states() == (503, 503, 503)
     assert (await client.get("/health")).status_code == 503

@@ -197,6 +197,17 @@ def test_near_miss_is_suggested() -> None:
         parse(ChatRequest, body(temprature=1))
 
 
+def test_of_a_long_key_the_beginning_is_compared_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither looking for what was meant nor the error grows with a key of two megabytes."""
+    compared: list[str] = []
+    monkeypatch.setattr("difflib.get_close_matches", lambda word, *_, **__: compared.append(word) or [])
+    with pytest.raises(CallerError) as caught:
+        parse(ChatRequest, body(**{"temperature" * 180_000: 1}))
+    assert [len(word) for word in compared] == [100]
+    assert (len(caught.value.parameter or ""), caught.value.code) == (100, "unknown_parameter")
+    assert len(caught.value.message) < 200
+
+
 def test_harmless_fields_are_ignored() -> None:
     """Fields that SDKs send for other servers are accepted and do not reach the engine."""
     ignored = {
@@ -315,8 +326,9 @@ def test_escaped_backslash_before_u0000_is_text() -> None:
         HEAD + b"," + b",".join(b'"a%d":0' % i for i in range(150_000)) + b"}",
         HEAD + b',"logit_bias":{' + b",".join(b'"%d":"x"' % i for i in range(150_000)) + b"}}",
         body(messages=[{"role": "user", "content": [1] * 400}] * 2000),
+        body(**{"temperature " * 160_000: 1}),
     ],
-    ids=["unknown keys", "wrong values", "wrong parts"],
+    ids=["unknown keys", "wrong values", "wrong parts", "a long key"],
 )
 def test_a_body_made_of_errors_is_refused_quickly(payload: bytes) -> None:
     """Telling of hundreds of thousands of errors would hold up every other request for many seconds."""
@@ -324,6 +336,17 @@ def test_a_body_made_of_errors_is_refused_quickly(payload: bytes) -> None:
     with pytest.raises(CallerError):
         parse(ChatRequest, payload)
     assert time.perf_counter() - began < 2.0
+
+
+def test_a_nul_is_looked_for_quickly() -> None:
+    """In a million values far inside; where it is, is put together once it is found."""
+    deep = b"[" * 190 + b",".join([b"0"] * 900_000) + b"]" * 190
+    answer = b'{"role":"assistant","content":"x","annotations":%s},{"role":"user","content":"\\u0000"}' % deep
+    began = time.process_time()
+    with pytest.raises(CallerError) as caught:
+        parse(ChatRequest, b'{"model":"m","messages":[%s]}' % answer)
+    assert time.process_time() - began < 0.6
+    assert caught.value.parameter == "messages[1].content"
 
 
 JSON = st.recursive(

@@ -36,7 +36,7 @@ async def test_scores_come_without_an_answer(make: Make, score: float, decision:
     engine = FakeEngine(scores=[read(score)])
     spoken = make(engine, make_catalog(make_gated_bundle()))
     found = (await probe(spoken)).json()
-    assert found["scores"] == {"refusal": score, "categories": {"Safety": 0.7, "Political": pytest.approx(0.3)}}
+    assert found["scores"] == {"refusal": score, "categories": {"Safety": 0.7, "Political": 0.3}}
     assert (found["profile"], found["decision"], found["category"], found["edit"]) == (
         "refusal-control",
         decision,
@@ -53,6 +53,14 @@ async def test_scores_come_without_an_answer(make: Make, score: float, decision:
     assert call.plan.gate is not None
     assert call.plan.gate.is_observed
     assert engine.forgotten == [call.plan.id]
+
+
+async def test_scores_are_told_rounded_and_decided_on_whole(make: Make) -> None:
+    """Four digits: what lies just below a threshold is told as the threshold, and decided by what was read."""
+    engine = FakeEngine(scores=[read(0.599960001, safety=0.712345678)])
+    found = (await probe(make(engine, make_catalog(make_gated_bundle())))).json()
+    assert found["scores"] == {"refusal": 0.6, "categories": {"Safety": 0.7123, "Political": 0.2877}}
+    assert found["decision"] == "abstain"
 
 
 async def test_prompts_of_either_kind_are_read(gated: Spoken) -> None:

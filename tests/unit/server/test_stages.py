@@ -66,8 +66,10 @@ async def test_errors_are_counted_by_code(make: Make) -> None:
     assert value(found, "steering_errors_total") == 4
 
 
-async def test_rows_in_use_are_the_answers_that_hold_one(make: Make) -> None:
-    """Each sample of a steered request holds a row while it runs, one that is left alone holds none."""
+async def test_rows_wanted_are_the_answers_that_need_one(make: Make) -> None:
+    """Each sample of a steered request in flight, also while it waits in the engine's queue, which the gateway does
+    not see; none of one that is left alone.
+    """
     gate = asyncio.Event()
     engine = FakeEngine(gate=gate)
     spoken = make(engine)
@@ -76,9 +78,9 @@ async def test_rows_in_use_are_the_answers_that_hold_one(make: Make) -> None:
     asked = [asyncio.create_task(spoken.chat(n=3, steering=steering)) for steering in ({"mode": "comply"}, False)]
     while gateway.service.inflight < 2:
         await asyncio.sleep(0)
-    assert value(await scrape(spoken), "steering_rows_in_use") == 3
+    assert value(await scrape(spoken), "steering_rows_wanted") == 3
     gate.set()
     await asyncio.gather(*asked)
     found = await scrape(spoken)
-    assert value(found, "steering_rows_in_use") == 0
+    assert value(found, "steering_rows_wanted") == 0
     assert value(found, "steering_rows_limit") == 256

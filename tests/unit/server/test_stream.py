@@ -11,7 +11,7 @@ import pytest
 
 from steering.errors import EngineError
 from tests.fakes import FakeEngine
-from tests.unit.server.conftest import Make, Spoken, chat_body, content_of, read_events
+from tests.unit.server.conftest import Make, Spoken, chat_body, content_of, read_events, scrape
 
 
 async def test_chunks_come_in_openais_order(make: Make) -> None:
@@ -139,7 +139,9 @@ class Wire:
 
 @pytest.mark.parametrize(("stream", "after"), [(False, 0), (False, 2), (True, 0), (True, 2)])
 async def test_client_that_leaves_ends_the_generation(make: Make, stream: bool, after: int) -> None:
-    """Before the first token and in mid-answer, streamed or not: the engine's work is aborted and counted once."""
+    """Before the first token and in mid-answer, streamed or not: the engine's work is aborted, and it is counted once,
+    by how far its answer had come.
+    """
     engine = FakeEngine(gate=asyncio.Event(), gate_after=after)
     spoken = make(engine)
     wire = Wire(spoken, stream=stream, steering={"mode": "comply"})
@@ -150,7 +152,9 @@ async def test_client_that_leaves_ends_the_generation(make: Make, stream: bool, 
     await asyncio.wait_for(request, 1)
     assert engine.aborted == [engine.calls[0].request_id]
     assert spoken.gateway.service.inflight == 0
-    assert b"steering_client_disconnects_total 1.0" in spoken.gateway.metrics.exposition()
+    left = {"before_first_byte": 0, "streaming": 0, "streaming" if stream and after else "before_first_byte": 1}
+    found = await scrape(spoken)
+    assert {labels["phase"]: count for labels, count in found["steering_client_disconnects_total"]} == left
     assert engine.forgotten == [call.plan.id for call in engine.calls if call.plan]
 
 

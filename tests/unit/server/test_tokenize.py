@@ -17,6 +17,11 @@ from tests.unit.server.conftest import Make
 CONVERSATION = [{"role": "user", "content": "a b"}]
 
 
+def tool(**parameters: Any) -> list[dict[str, Any]]:
+    """A list of one tool with these parameters."""
+    return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+
 @pytest.mark.parametrize(
     ("fields", "parameter", "code"),
     [
@@ -25,6 +30,13 @@ CONVERSATION = [{"role": "user", "content": "a b"}]
         ({"prompt": [1, 2]}, "prompt", "invalid_type"),
         ({"prompt": "x" * (MAX_CHARACTERS + 1)}, "prompt", "invalid_value"),
         ({"messages": [{"role": "user", "content": "x" * MAX_CHARACTERS}]}, "messages", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 70_000}], "tools": tool(x="y" * 62_000)},
+            "messages",
+            "invalid_value",
+        ),
+        ({"messages": CONVERSATION, "tools": tool(enum=[0] * 30_000) * 3}, "tools", "invalid_value"),
+        ({"messages": CONVERSATION, "tools": tool(**{"x" * 60_000: 0}) * 3}, "tools", "invalid_value"),
         ({"prompt": "x", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "invalid_value"),
         ({"messages": CONVERSATION, "add_special_tokens": True}, "add_special_tokens", "invalid_value"),
         ({"messages": CONVERSATION, "chat_template": "x"}, "chat_template", "unknown_parameter"),
@@ -37,6 +49,18 @@ def test_bad_body_is_refused_with_its_field(fields: dict[str, Any], parameter: s
     with pytest.raises(CallerError) as caught:
         parse(TokenizeRequest, json.dumps(fields).encode())
     assert (caught.value.parameter, caught.value.code) == (parameter, code)
+
+
+def test_as_much_as_is_counted_at_once_is_taken() -> None:
+    """A text up to the bound, and a conversation whose JSON is: numbers count as the characters they are shown by, and
+    others than ASCII as one each.
+    """
+    for fields in (
+        {"prompt": "x" * MAX_CHARACTERS},
+        {"messages": [{"role": "user", "content": "字" * (MAX_CHARACTERS - 100)}]},
+        {"messages": CONVERSATION, "tools": tool(enum=[0] * 30_000) * 2},
+    ):
+        parse(TokenizeRequest, json.dumps(fields).encode())
 
 
 def test_the_fields_of_a_prompt_reach_the_engine() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Counter
 
+from server.engine import Call
 from server.errors import reply_to
 from server.vllm_engine import VllmEngine
+from server.vllm_metrics import TOKENS
 from steering.bundle import load_bundle
 from steering.engine.outcome_sender import OutcomeSender
 from steering.engine.outcomes import OutcomeListener
@@ -86,6 +92,39 @@ async def test_a_sample_that_never_reports_is_given_up(listener: OutcomeListener
     with pytest.raises(EditNotApplied):
         await engine.outcomes("p", (0,), 0.2)
     assert asyncio.get_running_loop().time() - began < 1
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """VLLM's count of tokens, in a registry of its own."""
+    registry = CollectorRegistry()
+    module = ModuleType("prometheus")
+    monkeypatch.setattr(module, "get_prometheus_registry", lambda: registry, raising=False)
+    monkeypatch.setitem(sys.modules, "vllm.v1.metrics.prometheus", module)
+    return Counter(TOKENS, "Tokens.", ("engine",), registry=registry)
+
+
+async def test_tokens_are_known_as_they_are_made(listener: OutcomeListener, counter: Counter) -> None:
+    """Those of streams as they pass, and all others, of answers that come whole too, by vLLM's own counter."""
+
+    async def events() -> AsyncGenerator[str, None]:
+        for tokens in ([], [5], [6, 7]):
+            choice = {"index": 0, "delta": {"content": "x"}, "token_ids": tokens, "finish_reason": None}
+            yield f"data: {json.dumps({'choices': [choice]})}"
+        yield "data: [DONE]"
+
+    async def answer(_call: Call, *, stream: bool) -> AsyncGenerator[str, None]:
+        assert stream
+        return events()
+
+    engine = engine_over(listener)
+    engine._given, engine._error_class, engine._answer = 0, type(None), answer  # type: ignore[method-assign]
+    counter.labels("0").inc(2)
+    assert engine.generated == 2
+    assert [len(chunk.tokens) async for chunk in engine.stream(Call(request_id="r", fields={}))] == [0, 1, 2]
+    assert engine.generated == 3
+    counter.labels("0").inc(40)
+    assert engine.generated == 42
 
 
 class FakeCore:
