@@ -9,6 +9,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
 BAD = "faults/test_bad_inputs.py::test_bad_body_is_answered"
+GRAMMARS = "integration/test_gateway_grammars.py::test_a_costly_schema_is_answered_and_so_is_everyone_else"
 HARMLESS = "faults/test_bad_inputs.py::test_harmless_body_is_answered"
 DRAIN = "unit/server/test_drain.py"
 PROCESS, OPERATIONS = "integration/test_gateway_process.py", "integration/test_gateway_operations.py"
@@ -74,8 +75,17 @@ BAD_INPUTS = {
     "both max_tokens and max_completion_tokens": [f"{BAD}[both max_tokens and max_completion_tokens]"],
     "fields of the engine": [f"{INPUTS}::test_field_of_the_engine_is_refused"],
     "two requests with one request id": [f"{INPUTS}::test_two_requests_with_one_request_id"],
-    "recursive $ref": [f"{BAD}[recursive $ref]", f"{HARMLESS}[recursive but finite schema]"],
-    "catastrophic regex in pattern": [f"{HARMLESS}[catastrophic pattern]", f"{BAD}[long pattern]"],
+    "recursive $ref": [
+        f"{BAD}[recursive $ref]",
+        f"{HARMLESS}[recursive but finite schema]",
+        f"{GRAMMARS}[recursive but finite schema]",
+    ],
+    "catastrophic regex in pattern": [
+        f"{HARMLESS}[catastrophic pattern]",
+        f"{BAD}[long pattern]",
+        f"{GRAMMARS}[catastrophic pattern]",
+        f"{GRAMMARS}[nested repeats]",
+    ],
 }
 
 INJECTED = {

@@ -63,12 +63,11 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
     """
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    edits: dict[str, Edit] = {
-        f"e{number}": random_edit(
-            f"e{number}", ranks={LAYER: draw.choice((1, 2, 3, 5, 8, 32)), 1: 1}, width=width, seed=seed + number
-        )
-        for number in range(draw.randint(1, 4))
-    }
+    edits: dict[str, Edit] = {}
+    for number in range(draw.randint(1, 4)):
+        drawn = draw.randint(1, 8)
+        rank = 32 if number == 0 and seed % 4 == 0 else drawn
+        edits[f"e{number}"] = random_edit(f"e{number}", ranks={LAYER: rank, 1: 1}, width=width, seed=seed + number)
     edits["elsewhere"] = random_edit("elsewhere", ranks={1: 2}, width=width, seed=seed)
     gates = {}
     for name, layer, offered in (("here", LAYER, list(edits)), ("above", 1, ["elsewhere"])):
