@@ -64,8 +64,8 @@ def test_an_error_of_an_unknown_class_is_still_one_of_ours() -> None:
 
 @pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
 def test_every_error_has_a_code_and_a_meaning_of_its_own(error: type[TrimtabError]) -> None:
-    """Clients act on codes, so no two errors share one, but for kinds of one that only we tell apart; each class says in
-    words what happened.
+    """Clients act on codes, so no two errors share one, but for kinds of one that only we tell apart; each class says
+    in words what happened.
     """
     assert error.__doc__
     assert re.fullmatch(r"[a-z]+(_[a-z]+)*", error.code)
