@@ -5,9 +5,15 @@ Knows nothing of HTTP, vLLM or torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 from server.effects import Effect
 from server.engine import Chunk
 from server.verdicts import UNKNOWN, MarkerStripper, Verdict, VerdictTable
+
+CONTENT, REASONING = "content", "reasoning"
+SPOKEN = (CONTENT, REASONING)
+"""Texts of a choice that clients read."""
 
 
 class Progress:
@@ -25,7 +31,7 @@ class Progress:
 
     def __init__(self, table: VerdictTable, samples: int) -> None:
         self._table = table
-        self._strippers: dict[int, MarkerStripper] = {}
+        self._strippers: dict[int, dict[str, MarkerStripper]] = {}
         self._verdicts = [UNKNOWN] * samples
         self._finished: set[int] = set()
         self.effects: dict[int, Effect] = {}
@@ -59,7 +65,7 @@ class Progress:
         if index in self._strippers or not (chunk.tokens or choice.get("finish_reason")):
             return False
         self._verdicts[index] = self._table.verdict(chunk.tokens)
-        self._strippers[index] = MarkerStripper(self._table)
+        self._strippers[index] = {name: MarkerStripper(self._table) for name in SPOKEN}
         return True
 
     def cleaned(self, chunk: Chunk) -> bool:
@@ -70,15 +76,26 @@ class Progress:
         is_last = bool(choice.get("finish_reason"))
         if is_last:
             self._finished.add(index)
-        stripper = self._strippers.get(index)
-        if stripper is not None:
-            stripper.see(chunk.tokens)
-            text = stripper.feed(delta.get("content") or "") + (stripper.flush() if is_last else "")
+        strippers = self._strippers.get(index)
+        if strippers is not None:
+            for stripper in strippers.values():
+                stripper.see(chunk.tokens)
+            # Reasoning is over once the answer begins: what was held back of it comes before.
+            if REASONING in delta or strippers[REASONING].is_holding:
+                _strip(delta, REASONING, strippers[REASONING], is_over=is_last or bool(delta.get(CONTENT)))
+            text = _strip(delta, CONTENT, strippers[CONTENT], is_over=is_last)
             if text:
-                delta["content"] = text
                 self.texts[index].append(text)
-            elif not is_last:
-                delta.pop("content", None)
-            elif delta.get("content"):
-                delta["content"] = ""
         return is_last or bool(delta) or choice.get("logprobs") is not None
+
+
+def _strip(delta: dict[str, Any], name: str, stripper: MarkerStripper, *, is_over: bool) -> str:
+    """Take markers out of one text of a chunk, and out of the chunk what is left of none; the text that is."""
+    text = stripper.feed(delta.get(name) or "") + (stripper.flush() if is_over else "")
+    if text:
+        delta[name] = text
+    elif not is_over:
+        delta.pop(name, None)
+    elif delta.get(name):
+        delta[name] = ""
+    return text

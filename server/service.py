@@ -25,7 +25,7 @@ from server.observe.metrics import Metrics, flag
 from server.observe.stages import Stage
 from server.policy import Resolution, resolve
 from server.probing import Reading, check_probing, observed
-from server.progress import Progress
+from server.progress import SPOKEN, Progress
 from server.rollout import Rollout
 from server.run import Run
 from server.verdicts import MarkerStripper, Verdict, VerdictTable, read_verdict
@@ -364,10 +364,11 @@ class Service:
     def _reported(self, completion: Completion, run: Run) -> dict[str, Any]:
         table, body = self._table(run), completion.body
         for tokens, choice in zip(completion.tokens, body["choices"], strict=True):
-            if content := choice["message"].get("content"):
-                stripper = MarkerStripper(table)
-                stripper.see(tokens)
-                choice["message"]["content"] = stripper.feed(content) + stripper.flush()
+            for name in SPOKEN:
+                if text := choice["message"].get(name):
+                    stripper = MarkerStripper(table)
+                    stripper.see(tokens)
+                    choice["message"][name] = stripper.feed(text) + stripper.flush()
         run.contents = tuple(choice["message"].get("content") or "" for choice in body["choices"])
         run.is_complete = True
         self._count_tokens(body.get("usage"), run)

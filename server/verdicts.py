@@ -130,6 +130,11 @@ class MarkerStripper:
         self._held = text[len(text) - kept :]
         return released + text[: len(text) - kept]
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether something was held back that may be the beginning of a marker."""
+        return bool(self._held)
+
     def flush(self) -> str:
         """What is still held back when the choice ends."""
         released, self._held = self._held, ""

@@ -12,11 +12,18 @@ from urllib.parse import unquote
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError, to_json
 
+from server.wire.patterns import fault_of
 from server.wire.strict import Identifier, Strict
 
-MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_PATTERN_CHARACTERS = 64 * 1024, 16, 512
+MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH = 64 * 1024, 16
 MAX_SCHEMAS_BYTES = 512 * 1024
 """Of all schemas of one body together: each is looked through at once, while every other request waits."""
+
+MAX_ITEMS = 10_000
+"""Of `minItems` and `maxItems`: compilers write them out."""
+
+MAX_COUNTED_PROPERTIES = 1000
+"""Properties of an object, times how many of them `minProperties` or `maxProperties` counts."""
 
 _MOST_DIGITS = 6
 """Of an index in a reference; no list of a schema is as long."""
@@ -38,7 +45,7 @@ class SchemaAllowance:
 
 
 def _bounded_schema(schema: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-    """Limits on what becomes a grammar: size, depth and the length of regular expressions; then where it refers to.
+    """Limits on what becomes a grammar: size, depth, regular expressions and counts; then where it refers to.
 
     Takes time in proportion to the schema's size, whatever is in it.
     """
@@ -55,18 +62,14 @@ def _bounded_schema(schema: dict[str, Any], info: ValidationInfo) -> dict[str, A
 
 
 def _referring(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every object of a schema that has a reference; raises where it is too deep, or a pattern too long."""
+    """Every object of a schema that has a reference; raises where it is too deep, or a pattern or count too costly."""
     referring: list[dict[str, Any]] = []
     level: list[Any] = [schema]
     for _ in range(MAX_SCHEMA_DEPTH * 2):  # a level of a schema is an object and the map of its properties
         deeper: list[Any] = []
         for node in level:
             if isinstance(node, dict):
-                pattern = node.get("pattern")
-                if isinstance(pattern, str) and len(pattern) > MAX_PATTERN_CHARACTERS:
-                    raise PydanticCustomError(
-                        "pattern_too_long", f"a pattern must have at most {MAX_PATTERN_CHARACTERS} characters"
-                    )
+                _check_costs(node)
                 if isinstance(node.get("$ref"), str):
                     referring.append(node)
                 deeper.extend(node.values())
@@ -76,6 +79,31 @@ def _referring(schema: dict[str, Any]) -> list[dict[str, Any]]:
             return referring
         level = deeper
     raise PydanticCustomError("schema_too_deep", f"schema must be at most {MAX_SCHEMA_DEPTH} levels deep")
+
+
+def _check_costs(node: dict[str, Any]) -> None:
+    """Refuse patterns and counts of one object that cost a compiler too much.
+
+    Where it is a map of properties and no schema, their names may be those of keywords; what is below them is looked at
+    as a schema anyway, and a property called `pattern` is no string here.
+    """
+    named = node.get("patternProperties")
+    for pattern in (node.get("pattern"), *(named if isinstance(named, dict) else ())):
+        fault = fault_of(pattern) if isinstance(pattern, str) else None
+        if fault is not None:
+            raise PydanticCustomError("pattern_too_costly", f"a pattern {fault}")
+    for name in ("minItems", "maxItems"):
+        if isinstance(count := node.get(name), int | float) and count > MAX_ITEMS:
+            raise PydanticCustomError("too_many_items", f"{name} must be at most {MAX_ITEMS}")
+    properties = node.get("properties")
+    counts = [node.get(name) for name in ("minProperties", "maxProperties")]
+    counted = max((count for count in counts if isinstance(count, int | float)), default=0)
+    if isinstance(properties, dict) and len(properties) * min(counted, len(properties)) > MAX_COUNTED_PROPERTIES:
+        raise PydanticCustomError(
+            "too_many_counted_properties",
+            "properties, times minProperties or maxProperties where there are such, must be at most "
+            f"{MAX_COUNTED_PROPERTIES}",
+        )
 
 
 def _refers_to_itself(schema: dict[str, Any], referring: list[dict[str, Any]]) -> bool:

@@ -59,13 +59,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "type": "array",
         "items": {"type": "string", "minLength": 1, "maxLength": 10**9},
         "minItems": 1,
-        "maxItems": 10**9,
+        "maxItems": 10**4,
     },
     "at the limit of depth": nested(15),
 }
 
 
-STALLS = pytest.mark.skip(reason="stalls the engine for everyone, or is too much for its compiler: needs a limit")
 TOO_COSTLY: dict[str, dict[str, Any]] = {
     # Each generated token takes seconds of the engine's only loop, once there are about a hundred of them.
     "large nested repeats": matching("(.{1,999}){1,999}"),
@@ -80,7 +79,7 @@ TOO_COSTLY: dict[str, dict[str, Any]] = {
     # The compiler fails a check of its own, which is told as an error of the server.
     "many counted repeats": matching("[ab]{1,250}c" * 40),
 }
-"""What must be refused, and is not yet."""
+"""What is refused before anything compiles it; without, each did what is said of it."""
 
 
 def post(gateway: Server, **fields: Any) -> httpx.Response:
@@ -104,7 +103,6 @@ def test_a_costly_schema_is_answered_and_so_is_everyone_else(gateway: Server, na
         assert answer.json()["choices"][0]["finish_reason"] in ("stop", "length")
 
 
-@STALLS
 @pytest.mark.parametrize("name", TOO_COSTLY)
 def test_a_schema_that_costs_too_much_is_refused(gateway: Server, name: str) -> None:
     """Before it reaches a compiler."""

@@ -199,10 +199,9 @@ def test_reasoning_that_is_not_asked_for_is_not_told(thinker: Server, stream: bo
 
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-LEAKS = pytest.mark.xfail(reason="markers are taken out of content alone")
 
 
-@pytest.mark.parametrize("tools", [None, pytest.param(TOOLS, marks=LEAKS)], ids=["without", "with tools"])
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["without", "with tools"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_markers_show_in_neither(thinker: Server, stream: bool, tools: Any) -> None:
     """Tokens that mark a refusal are kept out of reasoning as well, also where a tool parser asks to see them."""
