@@ -194,7 +194,7 @@ def _main() -> None:
             except BaseException:  # noqa: BLE001 - whatever it is, the waiting test must hear of it
                 fields = {"error": traceback.format_exc()}
             partial = answer.with_suffix(".partial")
-            partial.write_text(json.dumps(fields))
+            partial.write_text(json.dumps(fields, default=msgspec.to_builtins))
             partial.rename(answer)
 
 
