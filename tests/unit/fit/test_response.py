@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from steering.errors import ActivationsNotFinite, TooFewPrompts
-from steering.fit.activations import LoadedModel, generated_residuals, greedy, last_residuals, steered
+from steering.fit.activations import (
+    LoadedModel,
+    generated_residuals,
+    greedy,
+    last_residuals,
+    last_residuals_at,
+    steered,
+)
 from steering.fit.openings import Opening, Openings
 from steering.fit.response import (
     CALIBRATE,
@@ -186,3 +193,11 @@ def test_few_layers_of_a_deep_model_are_tried() -> None:
     assert candidate_layers(6) == [0, 1, 2, 3, 4, 5]
     found = candidate_layers(48)
     assert (len(found), found[0], found[-1]) == (MOST_LAYERS, 12, 47)
+
+
+def test_one_layer_is_read_as_among_all(tiny: LoadedModel) -> None:
+    """Prompts of several lengths, in the order they were given, at every layer."""
+    prompts = tiny.prompts(["what is tea", "tea", "how do I make bread at home", "bread"])
+    every = last_residuals(tiny, prompts)
+    for layer in range(len(tiny.blocks)):
+        assert torch.allclose(last_residuals_at(tiny, prompts, layer), every[:, layer], atol=1e-5)
