@@ -6,6 +6,7 @@ and flat lists). Knows nothing of HTTP, models or vLLM.
 
 from __future__ import annotations
 
+import functools
 from enum import StrEnum
 from typing import Final, Literal
 
@@ -187,7 +188,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if not isinstance(text, str):
             raise InvalidSpec(f"a plan is one JSON string, got {type(text).__name__}")
         try:
-            return _DECODER.decode(text).plan
+            return _decoded(text) if len(text) <= _LONGEST_KEPT else _DECODER.decode(text).plan
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise InvalidSpec(
                 f"a plan is one line of JSON of version {PLAN_VERSION} with finite numbers: {error}"
@@ -203,3 +204,12 @@ class _Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 _ENCODER = msgspec.json.Encoder(order="deterministic")
 _DECODER = msgspec.json.Decoder(_Wire)
+
+_LONGEST_KEPT = 4096
+"""Characters of a plan that is kept once it has been read."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _decoded(text: str) -> Plan:
+    """A plan, read once in a process: its scheduler and its worker both ask, as does each of a request's samples."""
+    return _DECODER.decode(text).plan

@@ -60,7 +60,7 @@ def run(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, tabl
     """
     if hidden.dtype == torch.bfloat16 and hidden.stride(1) == residual.stride(1) == 1:
         # Addresses: to have torch and NumPy make views of five tensors takes longer than to edit a few tokens.
-        _steer_at(
+        steer_at(
             hidden.data_ptr(),
             hidden.stride(0),
             residual.data_ptr(),
@@ -204,10 +204,11 @@ def _add(x: Any, row: Any, table: Any, new: Any) -> None:
 
 
 _COUNTS = numba.types.Array(numba.int64, 1, "C")
+_STEP = numba.types.Array(numba.int32, 1, "A", readonly=True)
 _TOKENS = numba.types.Array(numba.int32, 1, "C")
 
 
-@_compiled(numba.types.UniTuple(numba.int64, 2)(_TOKENS, _COUNTS, _COUNTS, _COUNTS, _COUNTS, numba.int64))
+@_compiled(numba.types.UniTuple(numba.int64, 2)(_TOKENS, _COUNTS, _COUNTS, _STEP, _STEP, numba.int64))
 def fill(target: Any, of_request: Any, first_edited: Any, tokens: Any, computed: Any, written: Any) -> Any:
     """Write the row of every token of a step: that of its request from the first edited position on, else 0.
 
@@ -215,8 +216,8 @@ def fill(target: Any, of_request: Any, first_edited: Any, tokens: Any, computed:
         target: [M] int32, written up to the step's number of tokens.
         of_request: [B] row of each request.
         first_edited: [S] position of the first edited token, by row.
-        tokens: [B] tokens of each request in this step.
-        computed: [B] tokens of each request computed before it.
+        tokens: [B] int32, tokens of each request in this step.
+        computed: [B] int32, tokens of each request computed before it.
         written: leading entries of `target` that are not 0 after the last step; those beyond this one's become so.
 
     Returns:
@@ -304,7 +305,7 @@ def _pointer(_typing: Any, address: Any, kind: Any) -> Any:
 
 
 @_compiled(numba.void(*[_COUNT] * 11))
-def _steer_at(  # noqa: PLR0917 - plain numbers are what is fast to hand over
+def steer_at(  # noqa: PLR0917 - plain numbers are what is fast to hand over
     hidden: Any,
     hidden_stride: Any,
     residual: Any,

@@ -97,6 +97,9 @@ class Latch(IntEnum):
     FAILED = 5
 
 
+PREPARED = "steering_prepared"
+"""Attribute of a table on the CPU: its layer's `PreparedEdit`, which edits as this op does and asks for less."""
+
 _LIBRARY = torch.library.Library("trimtab", "FRAGMENT")
 
 assert BROKEN < ROW_WIDTH
@@ -112,7 +115,10 @@ def edit_compiled(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Te
     """The CPU's: leaves at once where no token is steered, else one compiled loop over them, or matrix products where
     they share one edit.
     """
-    if token_rows.numpy()[-2]:
+    prepared = getattr(table, PREPARED, None)
+    if prepared is not None:
+        prepared(hidden, residual)
+    elif token_rows.numpy()[-2]:
         block, compiled = _on_cpu()
         if len(hidden) < block.SHORTEST or not block.edit_block(hidden, residual, token_rows, rows, table):
             compiled.run(hidden, residual, token_rows, rows, table)

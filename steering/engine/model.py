@@ -22,6 +22,7 @@ from steering.engine.loads import Loads
 from steering.engine.options import SteeringOptions, enter_compile_key, options_from
 from steering.engine.outcome_sender import OutcomeSender
 from steering.engine.prefix_cache import plan_of
+from steering.engine.prepared import PreparedEdit, prepare
 from steering.engine.rows import Rows
 from steering.engine.steered import Due
 from steering.engine.uploads import RowDownload
@@ -157,11 +158,15 @@ class SteeredLayer(nn.Module):
     steering_token_rows: Tensor
     steering_rows: Tensor
     steering_table: Tensor
+    steering_prepared: PreparedEdit | None = None
 
     def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """Arguments and result are those of the block."""
         hidden, residual = super().forward(*arguments, **named)
-        torch.ops.trimtab.edit(hidden, residual, self.steering_token_rows, self.steering_rows, self.steering_table)
+        if self.steering_prepared is None:
+            torch.ops.trimtab.edit(hidden, residual, self.steering_token_rows, self.steering_rows, self.steering_table)
+        else:
+            self.steering_prepared(hidden, residual)
         return hidden, residual
 
 
@@ -216,6 +221,9 @@ class SteeredModel(nn.Module):
             block.register_buffer("steering_token_rows", steering.rows.token_rows, persistent=False)
             block.register_buffer("steering_rows", steering.rows.rows, persistent=False)
             block.register_buffer("steering_table", steering.bank.tables[layer], persistent=False)
+            prepared = prepare(steering.rows.token_rows, steering.rows.rows, steering.bank.tables[layer])
+            if config.model_config.enforce_eager:
+                cast("SteeredLayer", block).steering_prepared = prepared
         self.steering = steering
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, *arguments: Any, **named: Any) -> Tensor | Any:

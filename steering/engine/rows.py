@@ -9,7 +9,6 @@ Shapes: `B` requests of a step, `T` tokens of a step, `S` rows, `W` columns of a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -194,8 +193,8 @@ class Rows:
             target,
             np.array(of_request, dtype=np.int64),
             self._first_edited,
-            np.asarray(tokens, dtype=np.int64),
-            np.asarray(computed, dtype=np.int64),
+            np.asarray(tokens, dtype=np.int32),
+            np.asarray(computed, dtype=np.int32),
             self._written,
         )
         for place in deciding:
@@ -267,19 +266,14 @@ class Rows:
         return due, deciding
 
 
-class _Span(NamedTuple):
-    """A request's tokens in a step: where they begin in it, the position of the first, and how many they are."""
-
-    request_id: str
-    start: int
-    first: int
-    length: int
+_Span = tuple[str, int, int, int]
+"""A request's id and its tokens in a step: where they begin in it, the position of the first, and how many they are."""
 
 
 def _spans(request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]) -> list[_Span]:
     """Every request's span."""
     spans, start = [], 0
     for request_id, first, count in zip(request_ids, computed.tolist(), tokens.tolist(), strict=True):
-        spans.append(_Span(request_id, start, first, count))
+        spans.append((request_id, start, first, count))
         start += count
     return spans

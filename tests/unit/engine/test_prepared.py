@@ -1,0 +1,66 @@
+"""A layer's prepared edit is the op, with less asked for."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from steering.engine import kernels
+from steering.engine.prepared import PreparedEdit, prepare
+from tests.unit.engine.cases import DTYPES, check, random_case
+
+
+@pytest.mark.parametrize("is_called_by_op", [False, True], ids=["called", "called by the op"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("is_strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("seed", range(12))
+def test_prepared_edit_is_the_algebra(dtype: torch.dtype, is_strided: bool, is_called_by_op: bool, seed: int) -> None:
+    """Mixed batches of edits, gates and probes, as the op does them; untouched tokens keep every bit."""
+    case = random_case(seed, dtype=dtype, is_strided=is_strided)
+    prepared = prepare(*case.arguments[2:])
+    assert prepared is not None
+    if is_called_by_op:
+        torch.ops.trimtab.edit(*case.arguments)
+    else:
+        prepared(*case.arguments[:2])
+    check(case, f"seed {seed}")
+
+
+def test_the_op_asks_the_prepared_edit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that has one is edited by it, also in compiled code, where the op is all that calls."""
+    case, calls = random_case(0, dtype=torch.bfloat16), []
+    prepare(*case.arguments[2:])
+    monkeypatch.setattr(PreparedEdit, "__call__", lambda *given: calls.append(given))
+    torch.ops.trimtab.edit(*case.arguments)
+    torch.compile(lambda *given: torch.ops.trimtab.edit(*given), fullgraph=True, backend="aot_eager")(*case.arguments)
+    assert len(calls) == 2
+
+
+def test_nothing_is_touched_when_no_token_is_steered() -> None:
+    """A count of 0 in the last entry but one ends it at once."""
+    case = random_case(1, dtype=torch.bfloat16)
+    case.arguments[2][-2:] = 0
+    prepared = prepare(*case.arguments[2:])
+    assert prepared is not None
+    prepared(*case.arguments[:2])
+    assert torch.equal(case.hidden, case.before)
+    assert case.arguments[4][0, 2 * 48 + kernels.FIRST] == 0.0
+
+
+def test_tables_end_with_their_engine() -> None:
+    """What hangs on a table does not keep it alive: an engine that ends gives its memory back."""
+    table = random_case(0, dtype=torch.float32).arguments[4].clone()
+    prepare(torch.zeros(10, dtype=torch.int32), torch.zeros(3, kernels.ROW_WIDTH), table)
+    gone = weakref.ref(table)
+    del table
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_triton_kernel_is_never_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the Triton kernel is asked for on the CPU, nothing is prepared."""
+    monkeypatch.setenv("TRIMTAB_KERNEL", "triton")
+    assert prepare(*random_case(0, dtype=torch.float32).arguments[2:]) is None
