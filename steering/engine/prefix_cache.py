@@ -119,6 +119,8 @@ class SteeringScheduler:
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
+        if not hasattr(self, "hash_block_size"):  # vLLM 0.25 takes it and does not keep it
+            self.hash_block_size = arguments.get("hash_block_size") or arguments["block_size"]
         end_with_parent()  # of the engine's own process, which may hold no worker
         self._rejected: list[Request] = []
         self._numbers = itertools.count()
