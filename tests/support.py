@@ -39,6 +39,11 @@ SUPPORT = (
     ),
     Row("torch.compile, its cache", "test_runners::test_compiled_engine_is_right_on_any_cache"),
     Row(
+        "CUDA graphs, full and piecewise",
+        "test_runners::test_the_op_cuts_no_graph",
+        limits="by the graphs they are made of, cut as on a GPU; none was captured here",
+    ),
+    Row(
         "model runner V2",
         "test_runners::TestModelRunnerV2::test_each_request_is_edited_as_the_oracle_says",
         limits="on Triton's interpreter",
@@ -60,7 +65,7 @@ SUPPORT = (
     Row(
         "asynchronous scheduling",
         "test_support::test_scheduling_ahead_changes_nothing",
-        limits="runner V2, on Triton's interpreter; off: every other test",
+        limits="runner V1 and, on Triton's interpreter, V2; off: every other test",
     ),
     Row("structured output", "test_gateway::test_vllms_features_pass_through"),
     Row("tools", "test_gateway::test_a_tool_that_must_be_called_is_called"),

@@ -174,7 +174,7 @@ def _serve_triton_without_gpu() -> None:
 def _main() -> None:
     """Play scenarios until the standard input ends: one line each, the files of question and answer."""
     from steering.engine.outcomes import OutcomeInbox
-    from tests.integration.engine import configurations, loading, offline, talks
+    from tests.integration.engine import configurations, loading, offline, pieces, talks
 
     if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
         _serve_triton_without_gpu()
@@ -183,6 +183,7 @@ def _main() -> None:
         players = {
             offline.KIND: offline.run_offline,
             configurations.KIND: configurations.run_configurations,
+            pieces.KIND: pieces.run_pieces,
             loading.KIND: functools.partial(loading.run_loading, inbox=inbox),
             talks.KIND: functools.partial(talks.run_talks, inbox=inbox),
         }
@@ -225,22 +226,22 @@ def _run(question: Path, inbox: Any) -> Result:
         as_asked({**steering, **scenario.arguments}),
         running(scenario.model, {**steering, **scenario.arguments}) as engine,
     ):
-        played, steps = [], [steps_of(engine)]
+        played, steps, preempted = [], [steps_of(engine)], [preemptions_of(engine)]
         for number, round_ in enumerate(rounds):
             played.append(_ask(engine, round_, digest, number))
             steps.append(steps_of(engine))
+            preempted.append(preemptions_of(engine))
         told, read = inbox.drain()
         outcomes = msgspec.to_builtins(told)
         responses = [[each.plan_id, each.request_id, each.tokens, each.score] for each in read]
         report = engine.collective_rpc("steering_report")[0] if steering else {}
-        taken = [after - before for before, after in itertools.pairwise(steps)]
         return Result(
             rounds=played,
-            steps=taken,
+            steps=[after - before for before, after in itertools.pairwise(steps)],
+            preempted=[after - before for before, after in itertools.pairwise(preempted)],
             outcomes=outcomes,
             responses=responses,
             report=report,
-            preemptions=preemptions_of(engine),
             scheduler=type(engine.llm_engine.engine_core.engine_core.scheduler).__name__,
         )
 

@@ -7,7 +7,7 @@ some are refused, some complied with and some left alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,8 @@ class Gated:
 
     tiny: Tiny
     bundle: Bundle
+    known: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Scores by gate and prompt: several checks ask for the same, and the oracle takes a forward pass for each."""
 
     def expected(self, ask: Ask) -> Ask:
         """The request as the oracle scores it: with the edit and strength the reference decides."""
@@ -65,8 +67,11 @@ class Gated:
 
     def logits(self, prompt: Sequence[int], profile: str = "gate") -> Tensor:
         """Scores [1 + C] of a prompt, by the reference."""
-        probe = self.bundle.probes[profile]
-        return probe.logits(self.tiny.oracle.residual(prompt, probe.layer))
+        key = (profile, tuple(prompt))
+        if key not in self.known:
+            probe = self.bundle.probes[profile]
+            self.known[key] = probe.logits(self.tiny.oracle.residual(prompt, probe.layer))
+        return self.known[key]
 
     def score(self, prompt: Sequence[int], profile: str = "gate") -> float:
         """The refusal probability of a prompt, by the reference."""
@@ -191,6 +196,13 @@ FEW_BLOCKS: dict[str, Any] = {
 def few_gated(gated: Gated) -> list[Ask]:
     """Some of the crowd with short answers, for an engine that is slow or compiles."""
     return [replace(ask, count=min(ask.count, 6)) for ask in gated_crowd(gated, 6) if len(ask.prompt) <= 70][3:]
+
+
+def longer_than_fit(count: int, order: dict[str, Any]) -> list[Ask]:
+    """Gated requests that have all decided when there is no block for the next token of one of them, in an engine that
+    holds 2 blocks of 32 tokens for each of `count` and fewer than 3.
+    """
+    return [Ask(prompt=prompt_of(60, 180 + number), count=14, gate=order) for number in range(count)]
 
 
 def check_gated(gated: Gated, asks: Sequence[Ask], result: Result, round_number: int) -> None:

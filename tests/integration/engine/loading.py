@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from steering.engine.outcomes import sample_of
 from tests.integration.engine import driver
 from tests.integration.engine.scenario import Ask, Got
 
@@ -21,7 +22,8 @@ class Step:
 
     Attributes:
         do: "ask" adds a request, "run" takes so many engine steps or, with 0, all there are; "load", "unload" and
-            "report" are the workers', "order" is given to the scheduler.
+            "report" are the workers', "order" is given to the scheduler. "crowd" puts a bundle into the bank of the
+            last rank alone, behind the back of the others, and "clear" takes it out.
         name: of the request.
         ask: the request.
         bundle: folder of the bundle that is meant.
@@ -63,11 +65,51 @@ class LoadingScenario:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingResult:
-    """What each step came to, requests' answers by name, and the outcomes that the worker sent."""
+    """What came of it.
+
+    Attributes:
+        steps: what each came to, by rank where workers did it.
+        answers: requests', by name.
+        outcomes: that the worker sent.
+        in_time, late: requests that are to be told of, a name for each sample: those whose outcome could be read when
+            the engine gave their first token, and the others.
+        preemptions: of all requests.
+        scheduler: its class.
+    """
 
     steps: list[Any]
     answers: dict[str, Got]
     outcomes: list[dict[str, Any]]
+    in_time: list[str]
+    late: list[str]
+    preemptions: int
+    scheduler: str
+
+
+class _Played:
+    """An engine and what has come of its requests so far."""
+
+    def __init__(self, engine: Any, inbox: Any) -> None:
+        self.engine, self._inbox = engine, inbox
+        self.asked: dict[str, Ask] = {}
+        self.answers: dict[str, Got] = {}
+        self.outcomes: list[Any] = []
+        self.begun: dict[tuple[str, int], bool] = {}
+        """By name and sample, whether its outcome came no later than its first token."""
+
+    def run(self) -> None:
+        """Take one engine step."""
+        outputs = self.engine.llm_engine.step()
+        self.outcomes += self._inbox.drain()[0]
+        told = {(outcome.plan_id, sample_of(outcome.request_id)) for outcome in self.outcomes}
+        for output in outputs:
+            ask = self.asked[output.request_id]
+            for sample in output.outputs:
+                place = (output.request_id, sample.index)
+                if sample.token_ids and (ask.edit is not None or ask.gate is not None):
+                    self.begun.setdefault(place, place in told)
+            if output.finished:
+                self.answers[output.request_id] = driver.got_of(output)
 
 
 def play_loading(scenario: LoadingScenario, folder: Path) -> LoadingResult:
@@ -80,62 +122,68 @@ def play_loading(scenario: LoadingScenario, folder: Path) -> LoadingResult:
 
 def run_loading(question: Path, inbox: Any) -> LoadingResult:
     """Play a scenario in this process, which has the environment it asks for."""
-    import gc
-
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    from steering.engine.compat import startable
     from steering.engine.plugin import engine_arguments
+    from tests.integration.engine.ahead import as_asked
 
     fields = json.loads(question.read_text())
     steps = [
         Step(**{**step, "ask": step["ask"] and Ask(**{**step["ask"], "prompt": tuple(step["ask"]["prompt"])})})
         for step in fields["steps"]
     ]
-    options = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "seed": 0, **fields["arguments"]}
-    with startable():
-        engine = LLM(
-            model=fields["model"],
-            skip_tokenizer_init=True,
-            **engine_arguments(
-                [Path(fields["bundle"])], terms_per_layer=fields["terms"], check_finite=fields["check_finite"]
-            ),
-            **options,
+    steering = engine_arguments(
+        [Path(fields["bundle"])], terms_per_layer=fields["terms"], check_finite=fields["check_finite"]
+    )
+    options = {**steering, **fields["arguments"]}
+    with as_asked(options), driver.running(fields["model"], options) as engine:
+        played = _Played(engine, inbox)
+        results = [_done(played, step) for step in steps]
+        return LoadingResult(
+            steps=results,
+            answers=played.answers,
+            outcomes=msgspec.to_builtins(played.outcomes),
+            in_time=[name for (name, _), is_in_time in played.begun.items() if is_in_time],
+            late=[name for (name, _), is_in_time in played.begun.items() if not is_in_time],
+            preemptions=driver.preemptions_of(engine),
+            scheduler=type(engine.llm_engine.engine_core.engine_core.scheduler).__name__,
         )
-    try:
-        answers: dict[str, Got] = {}
-        results = [_done(engine, step, answers) for step in steps]
-        told, _ = inbox.drain()
-        return LoadingResult(steps=results, answers=answers, outcomes=msgspec.to_builtins(told))
-    finally:
-        engine.llm_engine.engine_core.shutdown()
-        del engine
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
-def _done(engine: Any, step: Step, answers: dict[str, Got]) -> Any:
+def _done(played: _Played, step: Step) -> Any:
     from steering.bundle import load_bundle
     from steering.engine.roster import BundleNames
 
+    engine = played.engine
     bundle = load_bundle(Path(step.bundle)) if step.bundle else None
     digest = bundle.digest if bundle is not None else ""
     if step.do == "ask":
         assert step.ask is not None
+        played.asked[step.name] = step.ask
         parameters = driver.parameters_of(step.ask, digest, step.name)
         engine.llm_engine.add_request(step.name, {"prompt_token_ids": list(step.ask.prompt)}, parameters)
         return None
     if step.do == "run":
         count = 0
         while count < step.count or (not step.count and engine.llm_engine.has_unfinished_requests()):
-            for output in engine.llm_engine.step():
-                if output.finished:
-                    answers[output.request_id] = driver.got_of(output)
+            played.run()
             count += 1
         return count
     if step.do == "order":
         names = BundleNames.of(bundle).to_fields() if bundle is not None and step.order == "open" else None
         return engine.llm_engine.engine_core.engine_core.scheduler(step.order, digest, names)
+    if step.do in {"crowd", "clear"}:
+        return engine.collective_rpc(_on_last_rank, args=(step.do, step.bundle, digest))
     arguments = {"load": (step.bundle, digest), "unload": (digest,), "report": ()}[step.do]
     return engine.collective_rpc(f"steering_{step.do}", args=arguments)
+
+
+def _on_last_rank(worker: Any, do: str, path: str, digest: str) -> None:
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    from steering.bundle import load_bundle
+
+    if get_tensor_model_parallel_rank() == get_tensor_model_parallel_world_size() - 1:
+        bank = worker.model_runner.get_model().steering.bank
+        if do == "crowd":
+            bank.load(load_bundle(Path(path)))
+        else:
+            bank.unload(digest)

@@ -66,14 +66,19 @@ class Got:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Answers and engine steps by round, outcomes the worker sent, what its response probe read ([plan, request,
-    tokens, score] each), the worker's report, preemptions, and the scheduler's class.
+    """Answers, engine steps and preemptions by round, outcomes the worker sent, what its response probe read ([plan,
+    request, tokens, score] each), the worker's report, and the scheduler's class.
     """
 
     rounds: list[list[Got]]
     steps: list[int]
+    preempted: list[int]
     outcomes: list[dict[str, Any]]
     responses: list[list[Any]]
     report: dict[str, Any]
-    preemptions: int
     scheduler: str
+
+    @property
+    def preemptions(self) -> int:
+        """Of all rounds."""
+        return sum(self.preempted)

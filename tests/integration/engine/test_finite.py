@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.integration.engine.checks import check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
 from tests.integration.engine.loading import LoadingScenario, Step, play_loading
 from tests.integration.engine.scenario import Ask
 
 
-def test_only_the_request_that_overflows_is_ended(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("runner", "is_ahead"), [("v1", False), ("v1", True), ("v2", True)])
+def test_only_the_request_that_overflows_is_ended(
+    tiny: Callable[[str], Tiny], runner: str, is_ahead: bool, tmp_path: Path
+) -> None:
     """At a strength at which what is added exceeds float32 its residuals are infinite: no token of that reaches the
-    client. Its neighbours, steered by the same edit or not at all, are as the oracle says; so is a later request.
+    client. Its neighbours, steered by the same edit or not at all, are as the oracle says; so is a later request. On
+    either runner, and where the next step of such a request is prepared before its residuals are known.
     """
     model = tiny("llama")
     asks = {
@@ -32,7 +38,14 @@ def test_only_the_request_that_overflows_is_ended(tiny: Callable[[str], Tiny], t
     # An engine tells its workers of a request that ended with the next step.
     steps += [ask("last"), Step(do="run"), Step(do="report")]
     scenario = LoadingScenario(
-        model=str(model.model), bundle=model.bundle_path, terms=32, steps=steps, check_finite=True
+        model=str(model.model),
+        bundle=model.bundle_path,
+        terms=32,
+        steps=steps,
+        check_finite=True,
+        arguments={"async_scheduling": is_ahead, "max_num_seqs": 8},
+        environment={"TRIMTAB_KERNEL": "triton"} if runner == "v2" else {},
+        v2_interpreted=runner == "v2",
     )
     result = play_loading(scenario, tmp_path)
     for name in ("guilty", "ends at once"):
@@ -42,4 +55,6 @@ def test_only_the_request_that_overflows_is_ended(tiny: Callable[[str], Tiny], t
     told = {outcome["plan_id"]: (outcome["applied"], outcome["error"]) for outcome in result.outcomes}
     wrong = (False, "the residuals are not finite")
     assert told == {"same edit": (True, ""), "later": (True, ""), "guilty": wrong, "ends at once": wrong}
-    assert result.steps[-1][0]["live"] == 0
+    assert result.scheduler == ("SteeringAsyncScheduler" if is_ahead else "SteeringScheduler")
+    report = result.steps[-1][0]
+    assert (report["live"], report["runner"]) == (0, runner)

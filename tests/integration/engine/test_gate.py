@@ -22,10 +22,14 @@ from tests.integration.engine.gates import (
     check_responses,
     few_gated,
     gated_crowd,
+    longer_than_fit,
     thresholds,
 )
 from tests.integration.engine.scenario import Ask, Result, Scenario
 from tests.integration.engine.test_parity import every_edit
+
+TRITON = {"TRIMTAB_KERNEL": "triton"}
+"""Environment of an interpreted engine with the kernel that a GPU has."""
 
 STRANGE = 255
 """A token that no prompt of these tests holds."""
@@ -100,7 +104,8 @@ class TestGate:
         assert list(crowded[1].report["gates"].values()) == [["gate", "late"]]
 
 
-def test_many_requests_decide_in_one_step(gated: Gated, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_many_requests_decide_in_one_step(gated: Gated, runner: str, tmp_path: Path) -> None:
     """64 prompts decided in one step; beside them, plans for unknown names and a prompt of NaN end or fail alone."""
     prompts = [prompt_of(4, 300 + number) for number in range(64)]
     low, high = thresholds(gated, prompts)
@@ -115,9 +120,12 @@ def test_many_requests_decide_in_one_step(gated: Gated, tmp_path: Path) -> None:
         model=str(_with_a_token_of_nan(gated.tiny.model, tmp_path / "model")),
         bundle=str(gated.bundle.path),
         rounds=[[*asks, *odd]],
-        arguments={"max_num_seqs": 80, "max_num_batched_tokens": 512},
+        arguments={"max_num_seqs": 80, "max_num_batched_tokens": 512, "max_model_len": 128},
+        environment=TRITON if runner == "v2" else {},
+        v2_interpreted=runner == "v2",
     )
     result = play(scenario, tmp_path)
+    assert result.report["runner"] == runner
     check_against_oracle(gated.tiny.oracle, [gated.expected(ask) for ask in asks], result.rounds[0][:64])
     check_outcomes(gated, asks, result.outcomes, 0)
     assert [got.finish for got in result.rounds[0][64:66]] == [["error"], ["error"]]
@@ -140,24 +148,37 @@ def _with_a_token_of_nan(model: Path, folder: Path) -> Path:
 def test_gates_on_the_other_runner_and_on_two_ranks(gated: Gated, how: str, tmp_path: Path) -> None:
     """Model Runner V2 with the Triton kernel, interpreted; two tensor-parallel ranks.
 
-    Decisions, answers, response probes, preemption and every kind of edit; each sample is told once. An edit that one
-    rank of two made would leave their residual streams apart, and the answers wrong.
+    Decisions, answers, n = 2, response probes, preemption and every kind of edit; each sample is told once. Then a
+    request that is preempted after its gate has decided, and goes on as decided; and a prompt of which the cache holds
+    all but the token that the gate reads, with n = 2 as well, decided alike. An edit that one rank of two made would
+    leave their residual streams apart, and the answers wrong.
     """
     asks = few_gated(gated)
+    assert any(ask.gate and ask.samples > 1 for ask in asks)
     is_v2 = how == "v2"
+    prompt = prompt_of(2 * FEW_BLOCKS["block_size"] + 1, 90)
+    above, below = (gated.score(prompt) + sign * 1e-3 for sign in (1, -1))
+    sides = [{"profile": "gate", "comply_below": at, "refuse_above": at} for at in (above, below)]
+    again = [Ask(prompt=prompt, count=3, gate=order, samples=samples) for samples in (1, 2) for order in sides]
+    squeezed = longer_than_fit(3, {"profile": "gate", "comply_below": 0.5, "refuse_above": 0.5})
     scenario = Scenario(
         model=str(gated.tiny.model),
         bundle=str(gated.bundle.path),
-        rounds=[asks, every_edit(3)],
+        rounds=[asks, every_edit(3), squeezed, *([ask] for ask in again)],
         arguments={**FEW_BLOCKS, "tensor_parallel_size": 1 if is_v2 else 2},
-        environment={"TRIMTAB_KERNEL": "triton"} if is_v2 else TWO_RANKS,
+        environment=TRITON if is_v2 else TWO_RANKS,
         v2_interpreted=is_v2,
     )
     result = play(scenario, tmp_path)
-    assert result.preemptions > 0
+    assert result.preempted[0] > 0 < result.preempted[2]
     assert result.report["runner"] == ("v2" if is_v2 else "v1")
     check_gated(gated, asks, result, 0)
     check_against_oracle(gated.tiny.oracle, every_edit(3), result.rounds[1])
+    for number, round_ in enumerate((squeezed, *([ask] for ask in again)), start=2):
+        expected = [gated.expected(ask) for ask in round_]
+        check_against_oracle(gated.tiny.oracle, expected, result.rounds[number])
+        check_outcomes(gated, round_, result.outcomes, number)
+    assert [round_[0].cached for round_ in result.rounds[4:]] == [len(prompt) - 1] * 3
     told = [outcome["request_id"] for outcome in result.outcomes]
     # To the V2 runner a sample that was preempted is a new request, and may be told again.
     assert len(told) - len(set(told)) <= (result.preemptions if is_v2 else 0)

@@ -1,4 +1,6 @@
-"""Bundles come and go while requests run: none runs unsteered, others notice nothing, what they took is free again."""
+"""Bundles come and go while requests run, on one rank and on two: none runs unsteered, others notice nothing, what they
+took is free again.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from steering.fingerprint import fingerprint_of
 from steering.terms import Edit
 from tests.integration.engine.checks import check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny, all_kinds_of_edits
+from tests.integration.engine.driver import TWO_RANKS
 from tests.integration.engine.loading import LoadingResult, LoadingScenario, Step, play_loading
 from tests.integration.engine.scenario import Ask
 from tests.oracle import Oracle
@@ -27,8 +30,9 @@ EDITS = ("first", "second")
 
 @dataclass(frozen=True)
 class Turn:
-    """Requests by name, and what came of the scenario's steps, by name or number."""
+    """Requests by name, and what came of the scenario's steps, by name; a worker's by rank."""
 
+    ranks: int
     model: Tiny
     oracle: Oracle
     asks: dict[str, Ask]
@@ -74,6 +78,11 @@ def scripted(model: Tiny, folders: list[str]) -> tuple[dict[str, Ask], dict[str,
         "ask plain": ask("plain"),
         "ask own": ask("own", own),
         "run 1": Step(do="run", count=3),
+        "crowd last rank": Step(do="crowd", bundle=third),
+        "load second on one rank": Step(do="load", bundle=second),
+        "report crowded": Step(do="report"),
+        "clear last rank": Step(do="clear", bundle=third),
+        "report cleared": Step(do="report"),
         "ask too early": ask("too early", second),
         "load second": Step(do="load", bundle=second),
         "open second": Step(do="order", order="open", bundle=second),
@@ -106,14 +115,14 @@ def scripted(model: Tiny, folders: list[str]) -> tuple[dict[str, Ask], dict[str,
     }
 
 
-@pytest.fixture(scope="module")
-def turn(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> Turn:
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def turn(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Turn:
     """One engine of three places, to which all of this is done."""
-    return play_turn(tiny("llama"), tmp_path_factory.mktemp("loading"))
+    return play_turn(tiny("llama"), tmp_path_factory.mktemp("loading"), request.param)
 
 
-def play_turn(model: Tiny, folder: Path, **changed: Any) -> Turn:
-    """Do all of it to an engine."""
+def play_turn(model: Tiny, folder: Path, ranks: int) -> Turn:
+    """Do all of it to an engine of so many tensor-parallel ranks."""
     edits = {name: low_rank_of(name, scale) for name, scale in zip(EDITS, (0.5, -0.7), strict=True)}
     folders = [model.bundle_path]
     for name, edit in edits.items():
@@ -134,12 +143,12 @@ def play_turn(model: Tiny, folder: Path, **changed: Any) -> Turn:
         bundle=model.bundle_path,
         terms=TERMS,
         steps=list(steps.values()),
-        arguments={"max_num_seqs": 3, "enable_prefix_caching": True, **changed.pop("arguments", {})},
-        **changed,
+        arguments={"max_num_seqs": 3, "enable_prefix_caching": True, "tensor_parallel_size": ranks},
+        environment=TWO_RANKS if ranks > 1 else {},
     )
     result = play_loading(scenario, folder)
     oracle = Oracle(model.model, {**model.bundle.edits, **edits})
-    return Turn(model, oracle, asks, result, dict(zip(steps, result.steps, strict=True)))
+    return Turn(ranks, model, oracle, asks, result, dict(zip(steps, result.steps, strict=True)))
 
 
 class TestLoading:
@@ -147,7 +156,7 @@ class TestLoading:
 
     def test_a_loaded_bundle_is_used_and_those_that_ran_do_not_notice(self, turn: Turn) -> None:
         """Requests that ran before, unsteered and steered, and one under the new bundle: all as the oracle says."""
-        assert turn.steps["load second"] == [{"error": None}]
+        assert turn.steps["load second"] == [{"error": None}] * turn.ranks
         turn.check("plain", "own", "running")
 
     def test_before_it_is_loaded_a_bundle_is_refused(self, turn: Turn) -> None:
@@ -155,11 +164,25 @@ class TestLoading:
         got = turn.result.answers["too early"]
         assert (got.finish, got.tokens) == (["error"], [[]])
 
+    def test_one_rank_that_has_no_room_keeps_a_bundle_off_all(self, turn: Turn) -> None:
+        """That rank says what is missing, the others that one could not; each has what it had before, and what ran
+        meanwhile is not touched.
+        """
+        *others, failed = turn.steps["load second on one rank"]
+        assert failed["error"]["class"] == "CapacityExceeded"
+        assert [answer["error"]["class"] for answer in others] == ["EngineError"] * (turn.ranks - 1)
+        taken = [report["taken"]["1"] for report in turn.steps["report crowded"]]
+        assert taken == [*[13] * (turn.ranks - 1), 21]
+        (own,) = turn.steps["report cleared"][0]["bundles"]
+        for report in turn.steps["report cleared"]:
+            assert (report["taken"]["1"], list(report["bundles"]), report["live"]) == (13, [own], 1)
+
     def test_a_full_bank_is_said_by_name_and_changes_nothing(self, turn: Turn) -> None:
         """The third bundle does not fit beside the second; what is loaded is served on."""
-        (answer,) = turn.steps["load third in vain"]
-        assert answer["error"]["class"] == "CapacityExceeded"
-        assert len(turn.steps["report in use"][0]["bundles"]) == 2
+        for answer in turn.steps["load third in vain"]:
+            assert answer["error"]["class"] == "CapacityExceeded"
+        for report in turn.steps["report in use"]:
+            assert len(report["bundles"]) == 2
 
     def test_unloaded_while_in_use_it_serves_what_was_accepted_and_nothing_else(self, turn: Turn) -> None:
         """One request was running and one waiting: both are edited to their end, and keep the slots; a later one is
@@ -167,24 +190,27 @@ class TestLoading:
         """
         turn.check("running", "waiting")
         assert turn.result.answers["too late"].finish == ["error"]
-        assert turn.steps["unload in use"][0]["error"]["class"] == "InvalidSpec"
-        assert turn.steps["report in use"][0]["taken"]["1"] == 21
+        assert [answer["error"]["class"] for answer in turn.steps["unload in use"]] == ["InvalidSpec"] * turn.ranks
+        assert [report["taken"]["1"] for report in turn.steps["report in use"]] == [21] * turn.ranks
 
     def test_its_slots_are_free_after_its_last_request(self, turn: Turn) -> None:
         """Without another request: the engine takes a step for that alone. Another bundle takes them."""
-        free = turn.steps["report free"][0]
-        assert (free["taken"]["1"], len(free["bundles"]), free["live"]) == (13, 1, 0)
+        assert len(turn.steps["report free"]) == turn.ranks
+        for free in turn.steps["report free"]:
+            assert (free["taken"]["1"], len(free["bundles"]), free["live"]) == (13, 1, 0)
         assert turn.steps["revive in vain"] is False
-        assert turn.steps["load third"] == [{"error": None}]
+        assert turn.steps["load third"] == [{"error": None}] * turn.ranks
         turn.check("third")
 
     def test_one_loaded_again_before_its_last_request_ended_stays(self, turn: Turn) -> None:
         """Closed and revived: its running request and a new one are edited, and its slots stay its own."""
         assert turn.steps["revive own"] is True
         turn.check("revived", "last")
-        assert len(turn.steps["report last"][0]["bundles"]) == 2
+        for report in turn.steps["report last"]:
+            assert len(report["bundles"]) == 2
 
     def test_every_accepted_request_is_reported_as_edited(self, turn: Turn) -> None:
-        """One outcome each of those that were steered, none of those that were refused."""
-        applied = {outcome["plan_id"] for outcome in turn.result.outcomes if outcome["applied"]}
-        assert applied == {"own", "running", "waiting", "third", "revived", "last"}
+        """One outcome each of those that were steered, none of those that were refused; and before the first token."""
+        applied = [outcome["plan_id"] for outcome in turn.result.outcomes if outcome["applied"]]
+        assert sorted(applied) == sorted(["own", "running", "waiting", "third", "revived", "last"])
+        assert sorted(turn.result.in_time) == sorted(applied)

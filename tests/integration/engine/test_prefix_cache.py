@@ -17,7 +17,8 @@ moves log-probabilities by less than `checks.FLOAT32_TOLERANCE`. Where the best 
 either is right; such places are counted, reported and must be rare. In the tiny model the median distance is 0.37, and
 in 8,000 random places the smallest was 7e-5.
 
-`TRIMTAB_CACHE_REQUESTS` sets how many requests are made, 560 by default; `--log-cli-level=INFO` shows the log.
+`TRIMTAB_CACHE_REQUESTS` sets how many requests are made, 560 by default; `--log-cli-level=INFO` shows the counts, and a
+folder in `TRIMTAB_RESULTS` keeps them as a file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from steering.fingerprint import fingerprint_of
 from steering.plan import Decision
 from tests.integration.engine.checks import FLOAT32_TOLERANCE, prompt_of
 from tests.integration.engine.conftest import all_kinds_of_edits
+from tests.integration.engine.counts import keep
 from tests.integration.engine.gates import Gated
 from tests.integration.engine.scenario import Ask
 from tests.integration.engine.talks import Heard, TalkResult, TalkScenario, Turn, play_talks
@@ -79,6 +81,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 KEEPING = [kind for kind in KINDS if kind != "gate" and not kind.endswith("generated")]
 """Kinds whose next turn may find blocks of the answer; that of the others does only where the kind has changed."""
+
+
+@pytest.fixture(scope="module")
+def counts() -> Iterator[dict[str, Any]]:
+    """What this module's tests counted, by what they claim; kept where a folder is named."""
+    counted: dict[str, Any] = {}
+    yield counted
+    keep("prefix-cache", "the prefix cache's proof: random talks of several turns, eager, float32, V1 runner", counted)
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,11 @@ class Compared:
     wrong: list[str]
     near_ties: int
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """As numbers."""
+        return {"answers": self.answers, "wrong": len(self.wrong), "places_as_good": self.near_ties}
+
 
 def compared_with_oracle(model: TwoBundles, talks: Sequence[Sequence[Turn]], result: TalkResult) -> Compared:
     """Whether each answer is what its request gets alone."""
@@ -211,7 +226,7 @@ def proof(two_bundles: TwoBundles, tmp_path_factory: pytest.TempPathFactory) -> 
 class TestRandomTalks:
     """Interleaved talks of every kind in an engine that preempts."""
 
-    def test_the_load_is_what_it_claims(self, proof: Proof) -> None:
+    def test_the_load_is_what_it_claims(self, proof: Proof, counts: dict[str, Any]) -> None:
         """Enough requests, preemptions in both, all decisions; every kind finds blocks, and answers that it may."""
         hits: Counter[str] = Counter()
         count: Counter[str] = Counter()
@@ -223,27 +238,20 @@ class TestRandomTalks:
                 count[kind] += 1
                 prompt += len(heard.prompt)
                 read_on[kind] += place > 0 and heard.cached > len(heard_talk[place - 1].prompt)
-        decided = Counter(one for talk in proof.cached.decisions for turn in talk for one in turn)
-        LOG.info(
-            "%d requests, %d prompt tokens, %d of them cached; preemptions %d (without caching %d); steps %d (%d); "
-            "decisions %s",
-            count.total(),
-            prompt,
-            hits.total(),
-            proof.cached.preemptions,
-            proof.plain.preemptions,
-            proof.cached.steps,
-            proof.plain.steps,
-            dict(decided),
-        )
-        for kind in KINDS:
-            LOG.info(
-                "%s: %d requests, %d cached tokens, %d found blocks of the answer before",
-                kind,
-                count[kind],
-                hits[kind],
-                read_on[kind],
-            )
+        decided = Counter(one or "no gate" for talk in proof.cached.decisions for turn in talk for one in turn)
+        counts["random talks"] = {
+            "requests": count.total(),
+            "prompt_tokens": prompt,
+            "cached_tokens": hits.total(),
+            "preemptions": {"cached": proof.cached.preemptions, "without caching": proof.plain.preemptions},
+            "steps": {"cached": proof.cached.steps, "without caching": proof.plain.steps},
+            "decisions": dict(decided),
+            "kinds": {
+                kind: {"requests": count[kind], "cached_tokens": hits[kind], "found_blocks_of_answers": read_on[kind]}
+                for kind in KINDS
+            },
+        }
+        LOG.info("%s", counts["random talks"])
         assert count.total() >= REQUESTS
         assert min(proof.cached.preemptions, proof.plain.preemptions) > 0
         assert all(hits[kind] > 0 for kind in KINDS)
@@ -251,15 +259,18 @@ class TestRandomTalks:
         assert set(Decision) <= set(decided)
         assert all(heard.cached == 0 for talk in proof.plain.talks for heard in talk)
 
-    def test_each_answer_is_that_of_the_request_alone(self, proof: Proof, two_bundles: TwoBundles) -> None:
+    def test_each_answer_is_that_of_the_request_alone(
+        self, proof: Proof, two_bundles: TwoBundles, counts: dict[str, Any]
+    ) -> None:
         """Every token is the best one after those before it, under the request's own edit and nobody else's."""
         found = compared_with_oracle(two_bundles, proof.talks, proof.cached)
-        LOG.info("against the oracle: %d answers, %d places as good", found.answers, found.near_ties)
+        counts["against the request alone"] = found.counts
+        LOG.info("against the request alone: %s", found.counts)
         assert not found.wrong, "\n".join(found.wrong)
         assert found.near_ties <= NEAR_TIES * found.answers
 
     def test_each_answer_is_that_of_an_engine_without_prefix_caching(
-        self, proof: Proof, two_bundles: TwoBundles
+        self, proof: Proof, two_bundles: TwoBundles, counts: dict[str, Any]
     ) -> None:
         """Token for token; where it is not, both are the oracle's best within rounding, and that is rare."""
         other = 0
@@ -270,16 +281,18 @@ class TestRandomTalks:
                     if one != two:
                         other += 1
                         assert max(_worse_than_best(two_bundles, turn, plain, two)) <= 2 * FLOAT32_TOLERANCE
+        counts["against an engine without prefix caching"] = {"other_and_as_good": other}
         LOG.info("against the engine without prefix caching: %d answers differ and are as good", other)
         assert other <= NEAR_TIES * REQUESTS
 
 
-def test_the_proof_fails_without_isolation(two_bundles: TwoBundles, tmp_path: Path) -> None:
+def test_the_proof_fails_without_isolation(two_bundles: TwoBundles, tmp_path: Path, counts: dict[str, Any]) -> None:
     """With vLLM's own keys for all requests, the same kind of load gives wrong answers and the oracle finds them."""
     talks, _ = random_talks(5, talks=20)
     result = played(two_bundles, talks, tmp_path, is_isolated=False)
     found = compared_with_oracle(two_bundles, talks, result)
-    LOG.info("without isolation: %d of %d answers are wrong", len(found.wrong), found.answers)
+    counts["without isolation"] = found.counts
+    LOG.info("without isolation: %s", found.counts)
     assert len(found.wrong) >= found.answers / 10
 
 
@@ -352,7 +365,7 @@ def hit_rates(gated: Gated, load: Load, folder: Path) -> dict[str, list[list[Hea
     return {kind: [next(each) for _ in range(load.talks)] for kind in STEERED_ALIKE}
 
 
-def test_hit_rate_of_steered_talks(gated: Gated, tmp_path: Path) -> None:
+def test_hit_rate_of_steered_talks(gated: Gated, tmp_path: Path, counts: dict[str, Any]) -> None:
     """32 talks of 4 turns over a system prompt of 4,096 tokens find at least 0.99 of what unsteered ones find.
 
     What `scope: generated` and gates lack is what rule 3 forbids and nothing else: an answer was edited when it was
@@ -362,8 +375,11 @@ def test_hit_rate_of_steered_talks(gated: Gated, tmp_path: Path) -> None:
     load = Load()
     heard = hit_rates(gated, load, tmp_path)
     cached = {kind: sum(each.cached for talk in talks for each in talk) for kind, talks in heard.items()}
-    for kind, count in cached.items():
-        LOG.info("%s: %d cached prompt tokens, %.4f of unsteered", kind, count, count / cached["unsteered"])
+    counts["hit rate"] = {
+        kind: {"cached_tokens": count, "of_unsteered": round(count / cached["unsteered"], 4)}
+        for kind, count in cached.items()
+    }
+    LOG.info("%s", counts["hit rate"])
     assert cached["generated"] >= 0.99 * cached["unsteered"]
     assert cached["gate"] >= 0.99 * cached["unsteered"]
     assert cached["all"] == cached["unsteered"]

@@ -13,6 +13,7 @@ from tests.integration.engine.checks import check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
 from tests.integration.engine.driver import play
 from tests.integration.engine.gates import Gated, check_gated, few_gated
+from tests.integration.engine.pieces import PiecesScenario, cut
 from tests.integration.engine.scenario import Ask, Result, Scenario
 from tests.integration.engine.test_parity import BFLOAT16_TOLERANCE, every_edit
 
@@ -126,6 +127,20 @@ def test_compiled_engine_is_right_on_any_cache(gated: Gated, tmp_path: Path) -> 
         assert result.report["witness"] == layers
         if len(rounds) > 1:
             check_gated(gated, rounds[1], result, 1)
+
+
+def test_the_op_cuts_no_graph(gated: Gated, tmp_path: Path) -> None:
+    """Compiled in pieces as on a GPU, with vLLM's own splitting ops: the op is in none of the places the graph is cut
+    at, but in the pieces between them, so that a step stays one traced graph and one FULL CUDA graph can hold it.
+    """
+    found = cut(PiecesScenario(model=str(gated.tiny.model), bundle=str(gated.bundle.path)), tmp_path)
+    plain, steered = found.plain, found.steered
+    assert not [name for name in steered.splitting if name.startswith("trimtab::")]
+    assert "vllm::unified_attention_with_output" in steered.splitting == plain.splitting
+    assert steered.cuts == plain.cuts == [[False, *[True, False] * 4]]
+    edits = [[name for name in piece if name.startswith("trimtab.")] for piece in steered.graphs[0]]
+    assert edits == [[], *[[], ["trimtab.edit"]] * 4]
+    assert steered.tokens == plain.tokens
 
 
 def _bundle_of_one_edit(model: Tiny, edit: str, folder: Path) -> str:

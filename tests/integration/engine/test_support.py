@@ -15,7 +15,15 @@ from steering.plan import Plan
 from tests.integration.engine.checks import FLOAT32_TOLERANCE, check_against_oracle, prompt_of
 from tests.integration.engine.conftest import Tiny
 from tests.integration.engine.driver import play
-from tests.integration.engine.gates import CATEGORIES, SIDES, Gated, check_outcomes, thresholds
+from tests.integration.engine.gates import (
+    CATEGORIES,
+    SIDES,
+    Gated,
+    check_gated,
+    check_outcomes,
+    longer_than_fit,
+    thresholds,
+)
 from tests.integration.engine.quantised import make_quantised_model, round_inputs
 from tests.integration.engine.scenario import Ask, Result, Scenario
 from tests.integration.engine.test_parity import every_edit
@@ -196,20 +204,28 @@ def test_quantised_weights_are_steered(tiny: Callable[[str], Tiny], tmp_path: Pa
     assert result.report["witness"] == [0, 1, 2, 3]
 
 
-def test_scheduling_ahead_changes_nothing(deciding: Gated, tmp_path: Path) -> None:
-    """Model Runner V2 with the next step prepared before the last one's tokens are known: answers are the oracle's."""
-    order = order_of(deciding)
-    asks = [Ask(prompt=prompt, count=5, gate=order) for prompt in PROMPTS[:4]]
-    asks += [replace(ask, samples=1) for ask in crowd(5)]
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_scheduling_ahead_changes_nothing(gated: Gated, runner: str, tmp_path: Path) -> None:
+    """With the next step prepared before the last one's tokens are known, on either model runner: answers are the
+    oracle's, outcomes and what response probes read the reference's, and one that is preempted after its gate has
+    decided goes on as decided. V2 is interpreted and gets few tokens.
+    """
+    order, count = order_of(gated), 20 if runner == "v1" else 8
+    gates = [Ask(prompt=prompt, count=count, gate=order) for prompt in reversed(PROMPTS)]
+    plain = [replace(ask, samples=1) for ask in crowd(count)]
+    asks = [ask for pair in zip(plain, gates, strict=True) for ask in pair]
+    asks = [replace(ask, response=number % 4 > 1) for number, ask in enumerate(asks)]
+    squeezed = [replace(ask, response=True) for ask in longer_than_fit(2, order)]
     scenario = Scenario(
-        model=str(deciding.tiny.model),
-        bundle=str(deciding.bundle.path),
-        rounds=[asks, [Ask(prompt=(1, 2), count=2)]],
-        arguments={**CROWDED, "async_scheduling": True},
-        v2_interpreted=True,
+        model=str(gated.tiny.model),
+        bundle=str(gated.bundle.path),
+        rounds=[asks, squeezed, [Ask(prompt=(1, 2), count=2)]],
+        arguments={**CROWDED, "num_gpu_blocks_override": 6, "async_scheduling": True},
+        v2_interpreted=runner == "v2",
     )
     result = play(scenario, tmp_path)
-    check_against_oracle(deciding.tiny.oracle, [deciding.expected(ask) for ask in asks], result.rounds[0])
-    check_outcomes(deciding, asks, result.outcomes, 0)
+    assert (result.scheduler, result.report["runner"]) == ("SteeringAsyncScheduler", runner)
+    assert min(result.preempted[:2]) > 0
+    check_gated(gated, asks, result, 0)
+    check_gated(gated, squeezed, result, 1)
     assert result.report["live"] <= 1
-    assert result.scheduler == "SteeringAsyncScheduler"
