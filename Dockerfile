@@ -20,6 +20,8 @@ RUN python3 -m pip install --no-cache-dir --break-system-packages --no-deps --no
 USER 10001
 WORKDIR /home/trimtab
 
+# git rev-parse HEAD, for steering_build_info.
+ARG COMMIT=unknown
 # Settings are TRIMTAB_* variables and one file, TRIMTAB_CONFIG (docker/README.md). Models, bundles and keys are mounted.
 ENV HF_HUB_OFFLINE=1 \
     VLLM_NO_USAGE_STATS=1 \
@@ -27,6 +29,7 @@ ENV HF_HUB_OFFLINE=1 \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     TRITON_CACHE_DIR=/cache/triton \
     NUMBA_CACHE_DIR=/cache/numba \
+    TRIMTAB_COMMIT=${COMMIT} \
     TRIMTAB_LOG_FORMAT=json \
     TRIMTAB_MODEL=/models/model
 VOLUME ["/cache", "/audit"]

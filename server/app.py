@@ -21,6 +21,7 @@ from server.engine import Engine
 from server.errors import Rejection, UnknownRoute, WrongMethod
 from server.gateway import Gateway
 from server.heartbeat import Heartbeat
+from server.observe.build import commit_of
 from server.observe.metrics import Metrics, Phase
 from server.observe.observation import Observation
 from server.observe.stages import Stage
@@ -29,7 +30,7 @@ from server.routes import admin, chat, completions, health, metrics, models, res
 from server.service import Service
 from server.settings import Settings
 from steering import __version__
-from steering.errors import CallerError, EngineError, InvalidSpec, TrimtabError
+from steering.errors import CallerError, EngineError, InvalidSpec, TrimtabError, UnsupportedConfiguration
 
 _log = logging.getLogger("trimtab")
 
@@ -45,11 +46,24 @@ def create_gateway(
         settings: how all of it is run.
         engine_version: of vLLM.
         check: of bundles that are to be loaded later.
+
+    Raises:
+        OperatorError: the settings do not go with the model, the bundles or each other.
     """
+    if settings.canary_interval and not engine.model.is_chat:
+        raise UnsupportedConfiguration(
+            f"TRIMTAB_CANARY_INTERVAL asks in messages, and model {engine.model.name!r} has no chat template"
+        )
     rollout = Rollout(shares=settings.enforced_share)
     rollout.check(catalog)
     live = LiveCatalog(catalog)
-    counted = Metrics(live, engine_version=engine_version, rollout=rollout)
+    counted = Metrics(
+        live,
+        engine_version=engine_version,
+        commit=settings.commit or commit_of(),
+        rollout=rollout,
+        has_exemplars=settings.otlp_endpoint is not None,
+    )
     admission = Admission(settings.access, counted)
     observation = Observation(settings, counted, live)
     folder = BundleFolder(settings.bundle_folder)
@@ -118,6 +132,7 @@ def _application(gateway: Gateway, *routers: APIRouter, keyed: Sequence[APIRoute
         observation.ledger,
         tracing=observation.tracing,
         logs_scores=gateway.settings.log_scores,
+        hash_of=None if gateway.audit is None else gateway.audit.hash_of,
     )
 
 

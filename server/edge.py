@@ -90,6 +90,7 @@ class Edge:
         ledger: what the service tells of them.
         tracing: where spans go.
         logs_scores: lines of requests tell what probes read.
+        hash_of: the keyed hash of a prompt, by which lines of one prompt can be told to be of one; None for no hash.
     """
 
     def __init__(
@@ -100,12 +101,14 @@ class Edge:
         *,
         tracing: Tracing | None = None,
         logs_scores: bool = False,
+        hash_of: Callable[[object], str] | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._ledger = Ledger() if ledger is None else ledger  # an empty one is false
         self._tracing = tracing or NoTracing()
         self._logs_scores = logs_scores
+        self._hash_of = hash_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection scope; only HTTP is counted."""
@@ -147,7 +150,8 @@ class Edge:
             facts.error = event.error.code
         metrics = self._metrics
         metrics.requests.labels(endpoint, metrics.labels.profile(facts.profile), str(facts.status)).inc()
-        metrics.duration.labels(endpoint, flag(facts.is_steered)).observe(seconds)
+        took = metrics.duration.labels(endpoint, flag(facts.is_steered))
+        took.observe(seconds, metrics.exemplar(facts.trace))
         metrics.took(facts.stages)
         if facts.error is not None:
             metrics.failed(facts.error)
@@ -175,6 +179,8 @@ class Edge:
         stages = dict(facts.stages)
         if event is not None:
             told |= facts_of(event, has_scores=self._logs_scores)
+            if self._hash_of is not None:
+                told["prompt_hmac"] = self._hash_of(event.generation.prompt)
             stages |= event.stages
         milliseconds = {stage.value: round(taken * 1000, 2) for stage, taken in stages.items()}
         return told | {"seconds": round(seconds, 4), "stages_ms": milliseconds or None}

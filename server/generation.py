@@ -27,6 +27,7 @@ class Generation:
         samples: the `n` of the request.
         wants_usage: the stream is to end with a chunk that carries the usage.
         cache_salt: the client's own, to keep the prefix cache of its requests apart.
+        default_tokens: most tokens of an answer where the client names no number, if the endpoint has one for that.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Generation:
     samples: int = 1
     wants_usage: bool = False
     cache_salt: str | None = None
+    default_tokens: int | None = None
 
     @property
     def prompt(self) -> Sequence[Any] | str:

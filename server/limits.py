@@ -52,15 +52,26 @@ class Places:
         self._on_change = on_change
         self._taken = 0
 
+    def check(self, answers: int) -> None:
+        """Refuse what no waiting helps.
+
+        Raises:
+            InvalidSpec: there are not as many places.
+        """
+        if answers > self._most:
+            raise InvalidSpec(
+                f"this asks for {answers} answers (prompts times n); this server gives {self._most} answers at once",
+                parameter="n",
+            )
+
     def take(self, samples: int) -> None:
-        """Take the places of one request.
+        """Take the places of one prompt.
 
         Raises:
             InvalidSpec: there are not as many, however long it is waited.
             EngineOverloaded: too few are free.
         """
-        if samples > self._most:
-            raise InvalidSpec(f"n is {samples}, and this server generates {self._most} answers at once", parameter="n")
+        self.check(samples)
         if self._taken + samples > self._most:
             raise EngineOverloaded(
                 f"this server generates {self._most} answers at once, each of the n of a request counted; try again"

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from server.catalog import BundleView, Catalog, EditView, GateView, ProfileView, ResponseView
-from server.engine import Call, Engine, WorkerReport
+from server.engine import Call, Engine, Prompting, WorkerReport
 from steering import __version__
 from steering.errors import PluginNotArmed
 from steering.outcome import Outcome
@@ -158,14 +159,17 @@ def _check_report(rank: int, report: WorkerReport, bundle: BundleView) -> None:
 
 def _call(engine: Engine, plan: Plan | None, *, tokens: int) -> Call:
     """A greedy answer of so many tokens, no fewer."""
+    is_chat = engine.model.is_chat
+    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]} if is_chat else {"prompt": "Hello"}
     return Call(
         request_id=f"selfcheck-{secrets.token_hex(8)}",
         fields={
             "model": engine.model.name,
-            "messages": [{"role": "user", "content": "Hello"}],
+            **prompt,
             "max_tokens": tokens,
             "temperature": 0.0,
             **({"min_tokens": tokens} if tokens > 1 else {}),
         },
+        prompting=Prompting.CHAT if is_chat else Prompting.PLAIN,
         plan=plan,
     )

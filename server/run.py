@@ -26,6 +26,7 @@ class Run:
 
     Attributes:
         answer_tokens: most tokens of an answer, where the request names no number.
+        prompt: its tokens, once the engine has told them.
     """
 
     generation: Generation
@@ -36,6 +37,7 @@ class Run:
     effects: dict[int, Effect] = field(default_factory=dict)
     verdicts: Sequence[Verdict] = ()
     contents: tuple[str, ...] = ()
+    prompt: Sequence[int] = ()
     usage: Usage | None = None
     generated: int = 0
     error: TrimtabError | None = None

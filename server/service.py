@@ -6,18 +6,20 @@ Nothing of a steered answer leaves before the engine has confirmed the edit. Kno
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from server.access.audit import AuditLog
 from server.access.caller import Caller, answer_tokens
 from server.access.permissions import check_permitted, check_permitted_to_probe
+from server.access.prompt_tokens import check_prompt
 from server.catalog import BundleView, Catalog, LiveCatalog
+from server.confirmed import Answer, OpenStream
 from server.effects import Effect, attach, effect_of
-from server.engine import Completion, Engine
+from server.engine import Completion, Engine, check_prompting
 from server.generation import Generation, Ticket
 from server.limits import Limits, Places, in_time, within
 from server.observe.events import Observer, Usage
@@ -37,32 +39,6 @@ from steering.errors import (
     TrimtabError,
     UnknownModel,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """A whole answer: a `chat.completion` object with its `steering`, what was done to its first sample, and what each
-    of its choices turned out to be.
-    """
-
-    body: dict[str, Any]
-    effect: Effect
-    verdicts: Sequence[Verdict] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenStream:
-    """A streamed answer whose first piece is confirmed.
-
-    Attributes:
-        effect: what was done to the first sample.
-        first: the first `chat.completion.chunk`.
-        rest: those after it; to be closed by whoever reads it.
-    """
-
-    effect: Effect
-    first: dict[str, Any]
-    rest: AsyncGenerator[dict[str, Any], None]
 
 
 class Service:
@@ -132,7 +108,12 @@ class Service:
                 f"model {generation.model!r} is not served here; models: [{self._engine.model.name!r}]",
                 parameter="model",
             )
+        check_prompting(self._engine.model, generation.prompting)
         return resolve(generation.spec, catalog, plan_id=secrets.token_hex(16))
+
+    def check_room(self, answers: int) -> None:
+        """Refuse so many answers to one request as there can never be at once; see `Places.check`."""
+        self._places.check(answers)
 
     async def complete(self, generation: Generation, resolution: Resolution, ticket: Ticket) -> Answer:
         """Answer in one piece.
@@ -143,6 +124,7 @@ class Service:
         with self._in_flight(generation, resolution, ticket) as run:
             await self._record(run)
             completion = await within(self._limits.total, self._whole(run), "the answer")
+            await self._look_at(run, completion.prompt)
             await self._confirm(run, range(run.samples))
             verdicts = [self._table(run).verdict(tokens) for tokens in completion.tokens]
             run.verdicts = await self._read(run, verdicts, [len(tokens) for tokens in completion.tokens])
@@ -202,6 +184,14 @@ class Service:
         if self._audit is not None and run.resolution.relaxes and not run.ticket.is_internal:
             await self._audit.let_in(run.ticket, run.generation, run.resolution)
 
+    async def _look_at(self, run: Run, prompt: Sequence[int]) -> None:
+        """Refuse, or put on record, a prompt that holds what may lower refusals; before any of its answer is given."""
+        if run.resolution.relaxes or run.ticket.is_internal:
+            return
+        if await check_prompt(run.ticket.caller, run.generation, prompt, self._catalog.now, self._engine):
+            run.resolution = dataclasses.replace(run.resolution, relaxes=True)
+            await self._record(run)
+
     async def _categorise(self, run: Run) -> None:
         """P1.4's first pass, where it is asked for: the most likely refusal token names the category of the gate."""
         candidates = run.resolution.candidates
@@ -237,7 +227,10 @@ class Service:
                             if generation.wants_usage:
                                 yield body
                         continue
+                    run.prompt = run.prompt or chunk.prompt
                     if progress.begins(chunk):
+                        if not run.effects:
+                            await self._look_at(run, run.prompt)
                         await self._confirm_begun(run, body["choices"][0]["index"])
                     if generation.wants_usage:
                         body["usage"] = None
@@ -266,7 +259,8 @@ class Service:
         if is_first:
             run.first_token = clock() - run.began
             if not run.ticket.is_internal:
-                self._metrics.first_token.labels(flag(run.effects[0].applied)).observe(run.first_token)
+                took = self._metrics.first_token.labels(run.ticket.endpoint, flag(run.effects[0].applied))
+                took.observe(run.first_token, self._metrics.exemplar(run.ticket.trace))
 
     async def _confirm(self, run: Run, samples: Sequence[int]) -> None:
         """Take note of what was done to these samples.
@@ -314,7 +308,12 @@ class Service:
         clock = asyncio.get_running_loop().time
         if not ticket.is_internal:  # the server's own requests look at what a profile does
             resolution = self._rollout.apply(resolution, ticket.request_id)
-        most = answer_tokens(ticket.caller, default=self._limits.answer_tokens, context=self._engine.model.context)
+        most = answer_tokens(
+            ticket.caller,
+            default=self._limits.answer_tokens,
+            context=self._engine.model.context,
+            usual=generation.default_tokens,
+        )
         run = Run(generation=generation, resolution=resolution, ticket=ticket, began=clock(), answer_tokens=most)
         rows = run.samples if resolution.order is not None else 0
         self._places.take(run.samples)
@@ -382,9 +381,9 @@ class Service:
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         run.usage = Usage(prompt=usage["prompt_tokens"], completion=usage["completion_tokens"], cached=cached)
         if not run.ticket.is_internal:
-            steered = flag(run.effects[0].applied)
-            self._metrics.tokens.labels("prompt", steered).inc(run.usage.prompt)
-            self._metrics.tokens.labels("completion", steered).inc(run.usage.completion)
+            decision, steered = run.effects[0].decision, flag(run.effects[0].applied)
+            self._metrics.tokens.labels("prompt", decision, steered).inc(run.usage.prompt)
+            self._metrics.tokens.labels("completion", decision, steered).inc(run.usage.completion)
             self._metrics.cached.labels(steered).inc(run.usage.cached)
 
     def _count(self, run: Run) -> None:

@@ -85,6 +85,7 @@ class Settings(BaseSettings):
         enforced_share: of a profile's requests, how many are steered, by profile or `*`; 0 decides and counts alone.
         log_format: lines for people (`text`) or machines (`json`).
         log_scores: lines and spans of requests tell what probes read.
+        commit: that this server was made from, for `steering_build_info`; a checkout tells its own.
         otlp_endpoint: collector that spans go to, the engine's as well; by gRPC unless
             OTEL_EXPORTER_OTLP_TRACES_PROTOCOL says `http/protobuf`.
         drain_delay: from SIGTERM, for load balancers to see `/readyz` answer 503; requests are still taken.
@@ -146,6 +147,7 @@ class Settings(BaseSettings):
     enforced_share: Mapping[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     log_format: LogFormat = LogFormat.TEXT
     log_scores: bool = False
+    commit: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=2048)] | None = None
     drain_delay: Annotated[float, Field(ge=0, le=600)] = 0.5
     drain_grace: Annotated[float, Field(ge=0, le=3600)] = 30.0

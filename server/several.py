@@ -12,10 +12,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
+from server.confirmed import Answer, OpenStream
 from server.effects import Effect
 from server.generation import Generation, Ticket
 from server.policy import Resolution
-from server.service import Answer, OpenStream, Service
+from server.service import Service
 from steering.errors import EngineOverloaded
 
 MIXED = "mixed"

@@ -22,7 +22,7 @@ from pydantic_core import from_json
 from server.cores import go_before_the_scheduler
 from server.engine import Call, Chunk, Completion, Prompting, ServedModel, WorkerReport
 from server.vllm_metrics import exposition, generated_tokens
-from server.vllm_shapes import as_chat, chunk_of, echo_of, plain_chat, plain_completion
+from server.vllm_shapes import as_chat, chunk_of, echo_of, plain_chat, plain_completion, prompt_of, report_of
 from steering.bundle import load_bundle
 from steering.engine.outcomes import OutcomeListener, sample_of
 from steering.engine.plugin import engine_arguments
@@ -113,7 +113,7 @@ class VllmEngine:
             body = plain_chat(result)
         else:
             body = plain_completion(result, await self._echoed(call))
-        return Completion(body=body, tokens=tokens)
+        return Completion(body=body, tokens=tokens, prompt=prompt_of(result))
 
     async def stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
         """Generate an answer piece by piece; see `server.engine.Engine`."""
@@ -191,7 +191,7 @@ class VllmEngine:
 
     async def reports(self) -> Sequence[WorkerReport]:
         """One per worker."""
-        return [_report(facts) for facts in await self._ask("steering_report")]
+        return [report_of(facts) for facts in await self._ask("steering_report")]
 
     async def clear_witness(self) -> None:
         """Forget, in every worker, which layers ran with an edit."""
@@ -222,9 +222,9 @@ class VllmEngine:
             if not await self._order("close", digest):
                 raise UnknownName(f"no bundle {digest} is loaded", parameter="bundle")
 
-    def exposition(self) -> bytes:
-        """VLLM's own metrics."""
-        return exposition()
+    def exposition(self, *, is_open: bool = False) -> bytes:
+        """VLLM's own metrics; see `server.engine.Engine`."""
+        return exposition(is_open=is_open)
 
     async def _answer(self, call: Call, *, stream: bool) -> Any:
         """VLLM's answer to a call: a response, an error response, or a generator of events."""
@@ -329,19 +329,34 @@ async def started(arguments: Namespace, bundles: Sequence[Path], **steering: Any
             raise UnsupportedConfiguration(f"vLLM did not start, its own log says why: {error}") from error
         if state.openai_serving_chat is None or state.openai_serving_completion is None:
             raise UnsupportedConfiguration(f"model {arguments.model} does not generate text")
-        model = ServedModel(
-            name=arguments.served_model_name[0],
-            created=int(time.time()),
-            context=client.vllm_config.model_config.max_model_len,
-        )
         endpoints = Endpoints(
             chat=state.openai_serving_chat,
             completion=state.openai_serving_completion,
             tokenization=state.serving_tokenization,
         )
+        name = arguments.served_model_name[0]
+        model = ServedModel(
+            name=name,
+            created=int(time.time()),
+            context=client.vllm_config.model_config.max_model_len,
+            is_chat=await _has_template(endpoints, name),
+        )
         if client.vllm_config.device_config.device_type == "cpu":
             go_before_the_scheduler()
         yield VllmEngine(client, endpoints, listener, model)
+
+
+async def _has_template(endpoints: Endpoints, model: str) -> bool:
+    """Whether messages can be made a prompt; a template that fails for another reason is left to the self-check."""
+    from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
+    from vllm.renderers.chat_utils import ChatTemplateResolutionError
+
+    request = TokenizeChatRequest.model_validate({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    try:
+        await endpoints.tokenization.create_tokenize(request, None)  # type: ignore[arg-type] # as above
+    except Exception as error:  # noqa: BLE001 - any other is met by the self-check, which tells it
+        return not isinstance(error, ChatTemplateResolutionError)
+    return True
 
 
 def _check_ranks(data_parallel_size: int) -> None:
@@ -361,21 +376,6 @@ def _traced(call: Call) -> Any:
         return None
     headers = [(name.encode(), value.encode("latin-1")) for name, value in call.trace.items()]
     return Request({"type": "http", "method": "POST", "path": "/", "headers": headers, "state": {}})
-
-
-def _report(facts: Mapping[str, Any]) -> WorkerReport:
-    return WorkerReport(
-        version=facts["version"],
-        architecture=facts["architecture"],
-        runner=facts["runner"],
-        hidden_size=facts["hidden_size"],
-        layers=tuple(facts["layers"]),
-        bundles={digest: tuple(names) for digest, names in facts["bundles"].items()},
-        rows=facts["rows"],
-        witness=tuple(facts["witness"]),
-        gates={digest: tuple(names) for digest, names in facts.get("gates", {}).items()},
-        responses=dict(facts.get("responses", {})),
-    )
 
 
 def _from_response(error: Mapping[str, Any]) -> TrimtabError:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from prometheus_client import generate_latest
 
+from server.observe.open_metrics import open_metrics
+
 TOKENS = "vllm:generation_tokens"
 """A counter that grows with every step of the engine, whoever waits for the tokens."""
 
 
-def exposition() -> bytes:
-    """All of them in Prometheus' text format."""
+def exposition(*, is_open: bool = False) -> bytes:
+    """All of them in Prometheus' text format; or in OpenMetrics', but for its last line."""
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-    return generate_latest(get_prometheus_registry())
+    registry = get_prometheus_registry()
+    return open_metrics(registry) if is_open else generate_latest(registry)
 
 
 def generated_tokens() -> float:

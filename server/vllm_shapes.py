@@ -5,9 +5,10 @@ Reads attributes and dictionaries; imports nothing of vLLM.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.engine import Chunk
+from server.engine import Chunk, WorkerReport
 
 
 def plain_chat(response: Any) -> dict[str, Any]:
@@ -67,12 +68,19 @@ def plain_completion(response: Any, echoed: str | None) -> dict[str, Any]:
     }
 
 
+def prompt_of(response: Any) -> Sequence[int]:
+    """Ids of the prompt of a whole answer, of a chat or of a plain prompt."""
+    told = getattr(response, "prompt_token_ids", None) or getattr(response.choices[0], "prompt_token_ids", None)
+    return told or ()
+
+
 def as_chat(body: dict[str, Any]) -> dict[str, Any]:
     """A chunk of a plain prompt's answer in the shape of a chat completion's."""
     body["object"] = "chat.completion.chunk"
     for choice in body["choices"]:
         choice["delta"] = {"content": choice.pop("text")}
-        choice.pop("prompt_token_ids", None)
+        if told := choice.pop("prompt_token_ids", None):
+            body["prompt_token_ids"] = told
     return body
 
 
@@ -86,11 +94,28 @@ def echo_of(body: dict[str, Any], echoed: str) -> Chunk:
 
 def chunk_of(body: dict[str, Any]) -> Chunk:
     """A chunk without what vLLM adds, and the token ids it brings."""
-    for name in ("prompt_token_ids", "prompt_text", "metrics"):
+    prompt = body.pop("prompt_token_ids", None) or ()
+    for name in ("prompt_text", "metrics"):
         body.pop(name, None)
     if not body["choices"]:
         return Chunk(body=body)
     choice = body["choices"][0]
     tokens = choice.pop("token_ids", None) or ()
     choice.pop("stop_reason", None)
-    return Chunk(body=body, tokens=tokens)
+    return Chunk(body=body, tokens=tokens, prompt=prompt)
+
+
+def report_of(facts: Mapping[str, Any]) -> WorkerReport:
+    """What a worker says of itself."""
+    return WorkerReport(
+        version=facts["version"],
+        architecture=facts["architecture"],
+        runner=facts["runner"],
+        hidden_size=facts["hidden_size"],
+        layers=tuple(facts["layers"]),
+        bundles={digest: tuple(names) for digest, names in facts["bundles"].items()},
+        rows=facts["rows"],
+        witness=tuple(facts["witness"]),
+        gates={digest: tuple(names) for digest, names in facts.get("gates", {}).items()},
+        responses=dict(facts.get("responses", {})),
+    )

@@ -34,8 +34,9 @@ def rest(image: str, word: str) -> list[str]:
 
 
 def environment(image: str) -> Iterator[tuple[str, str]]:
-    """The variables that an image sets, with their values."""
+    """The variables that an image sets, with their values; those of build arguments are their defaults."""
+    defaults = dict(line.split("=", 1) for line in rest(image, "ARG") if "=" in line)
     for line in rest(image, "ENV"):
         for pair in line.split():
             name, value = pair.split("=", 1)
-            yield name, value
+            yield name, defaults[value[2:-1]] if value.startswith("${") else value

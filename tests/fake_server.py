@@ -101,7 +101,7 @@ class ScriptedEngine(FakeEngine):
             raise EditNotConfirmed(f"no sample confirmed the edit within {wait:g} s")
         return await super().outcomes(plan_id, samples, wait)
 
-    def exposition(self) -> bytes:
+    def exposition(self, *, is_open: bool = False) -> bytes:
         return f"# TYPE {RUNNING} gauge\n{RUNNING} {float(self.running)}\n".encode()
 
     @contextmanager

@@ -29,9 +29,8 @@ from steering import __version__
 from steering.errors import BundleFormatError, EditNotConfirmed, TrimtabError, UnknownName
 from steering.outcome import Outcome, Response, Scores
 from steering.plan import Decision, GateOrder, Plan, Scope
+from tests.fake_prompts import MARKERS, POLITICAL, RESPOND, SAFETY, WORD, rendered
 
-SAFETY, POLITICAL, RESPOND, WORD = 10, 11, 12, 1
-MARKERS = {SAFETY: "[Safety]", POLITICAL: "[Political]", RESPOND: "[respond]"}
 MODEL = "fake-model"
 DIGEST = "sha256:" + "ab" * 32
 GATED_DIGEST = "sha256:" + "ef" * 32
@@ -137,11 +136,15 @@ class FakeEngine:
         confirms: outcomes are reported; without, steered requests must fail.
         silent: samples whose outcome is not reported.
         tampered: fields in which reported outcomes differ from the plan.
+        cuts: what its chat template takes out of messages, as a pattern.
+        ends: text that its chat template puts at the end of a prompt.
+        tells_prompts: answers tell the tokens of their prompt.
+        is_chat: its model has a chat template.
         fails: raised after `fails_after` tokens.
         gate: when given, no token comes before it is set.
         loadable: bundles that can be loaded, by folder.
         generated: tokens made so far.
-        calls, aborted, forgotten, waits: what happened, for assertions.
+        calls, aborted, forgotten, waits, tokenized: what happened, for assertions.
     """
 
     words: Sequence[str] = ("Hello", " there", "!")
@@ -153,6 +156,10 @@ class FakeEngine:
     confirms: bool = True
     silent: Collection[int] = ()
     tampered: dict[str, Any] = field(default_factory=dict)
+    cuts: str = "(?!)"
+    ends: str = ""
+    tells_prompts: bool = True
+    is_chat: bool = True
     fails: Exception | None = None
     fails_after: int = 0
     gate: asyncio.Event | None = None
@@ -165,6 +172,7 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     waits: list[tuple[dict[int, int], float]] = field(default_factory=list)
+    tokenized: int = 0
     _outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict)
     _witness: set[int] = field(default_factory=set)
     bundles: Sequence[BundleView] = field(default_factory=lambda: [make_bundle(), make_gated_bundle()])
@@ -172,7 +180,7 @@ class FakeEngine:
 
     @property
     def model(self) -> ServedModel:
-        return ServedModel(name=MODEL, created=1_700_000_000, context=512)
+        return ServedModel(name=MODEL, created=1_700_000_000, context=512, is_chat=self.is_chat)
 
     async def complete(self, call: Call) -> Completion:
         self.calls.append(call)
@@ -207,6 +215,7 @@ class FakeEngine:
                 "usage": _usage(sum(map(len, pieces))),
             },
             tokens=tuple([token for token, _ in said] for said in pieces),
+            prompt=self._prompt(call.fields, call.prompting) if self.tells_prompts else (),
         )
 
     async def stream(self, call: Call) -> AsyncGenerator[Chunk, None]:
@@ -216,8 +225,9 @@ class FakeEngine:
             for index in range(call.samples if call.prompting is Prompting.CHAT or _echo(call) else 0):
                 yield Chunk(body=_chunk(call, index, {"role": "assistant", **(_echo(call) or {"content": ""})}))
             async for index, token, text in self._tokens(call):
+                prompt = self._prompt(call.fields, call.prompting) if self.tells_prompts and not written else ()
                 written += 1
-                yield Chunk(body=_chunk(call, index, {"content": text}), tokens=[token])
+                yield Chunk(body=_chunk(call, index, {"content": text}), tokens=[token], prompt=prompt)
             for index in range(call.samples):
                 yield Chunk(body=_chunk(call, index, {"content": ""}, finish="stop"))
             yield Chunk(body={**_chunk(call, 0, {}), "choices": [], "usage": _usage(written)})
@@ -240,11 +250,11 @@ class FakeEngine:
         }
 
     async def tokenize(self, fields: Mapping[str, Any], prompting: Prompting) -> Sequence[int]:
-        """One token a word of the prompt's text."""
-        if prompting is Prompting.PLAIN:
-            prompt = fields["prompt"]
-            return prompt if isinstance(prompt, list) else range(len(prompt.split()))
-        return range(sum(len(str(message["content"]).split()) + 1 for message in fields["messages"]))
+        self.tokenized += 1
+        return self._prompt(fields, prompting)
+
+    def _prompt(self, fields: Mapping[str, Any], prompting: Prompting) -> Sequence[int]:
+        return rendered(fields, prompting, cuts=self.cuts, ends=self.ends)
 
     def forget(self, plan_id: str) -> None:
         self.forgotten.append(plan_id)
@@ -286,7 +296,7 @@ class FakeEngine:
             raise UnknownName(f"no bundle {digest} is loaded", parameter="bundle")
         self.bundles = left
 
-    def exposition(self) -> bytes:
+    def exposition(self, *, is_open: bool = False) -> bytes:
         return b"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
 
     async def _tokens(self, call: Call) -> AsyncGenerator[tuple[int, int, str], None]:

@@ -78,13 +78,14 @@ LOCAL = Caller(key_id="local", permissions=frozenset(Permission))
 """Whoever reaches a server without keys, which listens on the loopback interface only; and the server itself."""
 
 
-def answer_tokens(caller: Caller, *, default: int, context: int) -> int:
-    """Most tokens of an answer whose request names no number: those of the key, or else `default`.
+def answer_tokens(caller: Caller, *, default: int, context: int, usual: int | None = None) -> int:
+    """Most tokens of an answer whose request names no number: those of the key, or else `default`; no more than is
+    `usual` at its endpoint.
 
     No more than the model's context, as the engine refuses a greater number; it cuts others to what a prompt leaves.
     """
     most = caller.allowance.max_tokens
-    return min(context, default if most is None else most)
+    return min(context, default if most is None else most, context if usual is None else usual)
 
 
 def bounded(fields: Mapping[str, Any], most: int) -> dict[str, Any]:

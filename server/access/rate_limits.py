@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from server.access.caller import MOST_TOKENS, Allowance, Caller
+from server.errors import Rejection
 from server.observe.events import Ended
 from steering.errors import EngineTimeout
 
@@ -140,14 +141,14 @@ class RateLimits:
         """Tokens of a request: those the engine counted, or else an estimate of what it had worked on by the end."""
         if event.usage is not None:
             return event.usage.prompt + event.usage.completion
-        if event.error is not None and not isinstance(event.error, EngineTimeout):
+        if event.error is not None and not isinstance(event.error, EngineTimeout | Rejection):
             return 0  # it was not worked on, or failed by no fault of the client's
         generation = event.generation
         written = event.generated or math.ceil(self._pace * event.seconds * generation.samples)
-        asked = [value for name in MOST_TOKENS if isinstance(value := generation.fields.get(name), int)]
-        most = asked[0] if asked else event.ticket.caller.allowance.max_tokens
-        if most is not None:
-            written = min(written, most * generation.samples)
+        bounds: list[int | None] = [generation.fields.get(name) for name in MOST_TOKENS]
+        if bounds == [None, None]:
+            bounds = [generation.default_tokens, event.ticket.caller.allowance.max_tokens]
+        written = min([written, *(most * generation.samples for most in bounds if most is not None)])
         return _prompt_tokens(generation.prompt_fields) + written
 
 

@@ -28,7 +28,7 @@ def touch_of(generation: Generation, catalog: Catalog) -> Touch | None:
     The tokens are the model's, so that those of every bundle count, whichever is asked for.
     """
     refusing, answering = _tokens(catalog)
-    ids, texts = {**refusing, **answering}, [*refusing.values(), *answering.values()]
+    ids = {**refusing, **answering}
     if not ids:
         return None
     fields = generation.fields
@@ -46,13 +46,22 @@ def touch_of(generation: Generation, catalog: Catalog) -> Touch | None:
         return Touch(
             "repetition_penalty", "a repetition_penalty below 1, which makes all words of the prompt likelier,"
         )
-    if penalty is not None and penalty != 1 and _holds(generation, ids.keys(), texts):
-        return Touch("repetition_penalty", "a repetition_penalty with the model's refusal tokens in the prompt")
-    if _holds(generation, answering.keys(), answering.values()):
-        return Touch(
-            "messages" if "messages" in fields else "prompt", f"token {next(iter(answering.values()))!r} in a prompt"
-        )
+    guarded = guarded_of(generation, catalog)
+    if _holds(generation, guarded.keys(), [ids[token] for token in guarded]):
+        return next(iter(guarded.values()))
     return None
+
+
+def guarded_of(generation: Generation, catalog: Catalog) -> dict[int, Touch]:
+    """The tokens that no prompt may have of a client who may not lower refusals, and what is wrong with each there:
+    those that begin answers, and those that begin refusals where a penalty makes all of the prompt's unlikely.
+    """
+    refusing, answering = _tokens(catalog)
+    if generation.fields.get("repetition_penalty") in (None, 1):
+        parameter = "messages" if "messages" in generation.fields else "prompt"
+        return {token: Touch(parameter, f"token {text!r} in a prompt") for token, text in answering.items()}
+    what = "a repetition_penalty with the model's refusal tokens in the prompt"
+    return dict.fromkeys([*refusing, *answering], Touch("repetition_penalty", what))
 
 
 def _tokens(catalog: Catalog) -> tuple[dict[int, str], dict[int, str]]:

@@ -8,7 +8,7 @@ Knows nothing of HTTP, vLLM or torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -17,8 +17,11 @@ from prometheus_client.registry import Collector
 
 from server.catalog import LiveCatalog
 from server.effects import Effect
+from server.observe.build import UNKNOWN as UNKNOWN_COMMIT
 from server.observe.labels import NONE, Closed, Labels
+from server.observe.open_metrics import open_metrics
 from server.observe.stages import Stages
+from server.observe.trace_context import exemplar_of
 from server.policy import Resolution
 from server.rollout import Rollout
 from server.verdicts import UNKNOWN, Verdict
@@ -47,10 +50,24 @@ class Metrics:
     Args:
         catalog: in force; names profiles, categories and bundles.
         engine_version: of vLLM, for `steering_build_info`.
+        commit: that this server was made from, likewise.
         rollout: for `steering_enforced_share`.
+        has_exemplars: durations name the trace of a request that took as long, for whoever asks for OpenMetrics.
+
+    Attributes:
+        has_exemplars: as given.
     """
 
-    def __init__(self, catalog: LiveCatalog, *, engine_version: str, rollout: Rollout | None = None) -> None:
+    def __init__(
+        self,
+        catalog: LiveCatalog,
+        *,
+        engine_version: str,
+        commit: str = UNKNOWN_COMMIT,
+        rollout: Rollout | None = None,
+        has_exemplars: bool = False,
+    ) -> None:
+        self.has_exemplars = has_exemplars
         self.labels = Labels(catalog)
         self.registry = registry = CollectorRegistry()
         self._codes = Closed(MOST_CODES)
@@ -91,7 +108,12 @@ class Metrics:
             ("category", "decision", "outcome", "detector", "mode"),
             registry=registry,
         )
-        self.tokens = Counter("steering_tokens", "Tokens read and written.", ("kind", "steered"), registry=registry)
+        self.tokens = Counter(
+            "steering_tokens",
+            "Tokens read and written, by what was decided for their request and whether anything was edited.",
+            ("kind", "decision", "steered"),
+            registry=registry,
+        )
         self.cached = Counter(
             "steering_prompt_tokens_cached",
             "Prompt tokens among steering_tokens that came from the prefix cache.",
@@ -108,7 +130,7 @@ class Metrics:
         self.first_token = Histogram(
             "steering_time_to_first_token_seconds",
             "From an admitted streamed request to its first confirmed token.",
-            ("steered",),
+            ("endpoint", "steered"),
             buckets=_SECONDS,
             registry=registry,
         )
@@ -190,8 +212,10 @@ class Metrics:
             registry=registry,
         )
         self.ready = Gauge("steering_ready", "1 while /readyz answers 200.", registry=registry)
-        build = Gauge("steering_build_info", "Versions.", ("version", "vllm"), registry=registry)
-        build.labels(__version__, engine_version).set(1)
+        build = Gauge(
+            "steering_build_info", "Versions, and the commit.", ("version", "vllm", "commit"), registry=registry
+        )
+        build.labels(__version__, engine_version, commit).set(1)
         # From 0 on, since Prometheus does not see the first step of a new series.
         for error in (EditNotApplied, EditNotConfirmed, EditFailed):
             self.unapplied.labels(error.reason)
@@ -199,9 +223,17 @@ class Metrics:
             self.disconnects.labels(phase)
         registry.register(_Loaded(catalog, self.labels, rollout or Rollout()))
 
-    def exposition(self) -> bytes:
-        """Prometheus' text format."""
-        return generate_latest(self.registry)
+    def exposition(self, *, is_open: bool = False) -> bytes:
+        """Prometheus' text format; or OpenMetrics, which has exemplars, but for its end."""
+        return open_metrics(self.registry) if is_open else generate_latest(self.registry)
+
+    def exemplar(self, trace: Mapping[str, str]) -> dict[str, str] | None:
+        """What joins an observation with the span of its request; None where that is sent nowhere.
+
+        Args:
+            trace: context of the request, as headers.
+        """
+        return exemplar_of(trace) if self.has_exemplars else None
 
     def left(self, phase: Phase) -> None:
         """Count a client that did not wait for the end of its answer."""

@@ -62,6 +62,7 @@ async def answer(request: Request, parse: Callable[[bytes], Asked]) -> Response:
         asked = parse(body)
     with facts.stages.timed(Stage.RESOLVE), _in_words_of(asked):
         parts = [Part(each, gateway.service.resolve(each, caller)) for each in asked.generations]
+        gateway.service.check_room(sum(each.samples for each in asked.generations))
     first = parts[0].resolution
     facts.profile, facts.decision = first.profile.name, first.mode.value
     gateway.check_ready()

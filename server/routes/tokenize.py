@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from server.answers import JsonAnswer
 from server.body import read_json_body, unless_disconnected
+from server.engine import check_prompting
 from server.gateway import gateway_of
 from server.wire.parsing import parse
 from server.wire.tokenize import TokenizeRequest
@@ -30,6 +31,7 @@ async def tokenize(request: Request) -> Response:
     served = gateway.engine.model
     if asked.model not in (None, served.name):
         raise UnknownModel(f"model {asked.model!r} is not served here; models: [{served.name!r}]", parameter="model")
+    check_prompting(served, asked.prompting)
     gateway.check_ready()
     work = gateway.engine.tokenize({**asked.engine_fields(), "model": served.name}, asked.prompting)
     tokens = await unless_disconnected(request.receive, work)

@@ -108,6 +108,7 @@ class CompletionRequest(Sampling):
                 samples=self.samples,
                 wants_usage=bool(self.stream_options and self.stream_options.include_usage),
                 cache_salt=self.cache_salt,
+                default_tokens=DEFAULT_TOKENS,
             )
             for prompt in self.prompts
         ]
@@ -115,8 +116,7 @@ class CompletionRequest(Sampling):
     def engine_fields(self) -> dict[str, Any]:
         """The fields that concern the engine, as JSON values, but for the prompts."""
         fields = self.sampling_fields()
-        fields["max_tokens"] = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
-        for name in ("n", "logprobs", "echo"):
+        for name in ("max_tokens", "n", "logprobs", "echo"):
             if (value := getattr(self, name)) is not None:
                 fields[name] = value
         if self.response_format is not None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from server.service import OpenStream
+from server.confirmed import OpenStream
 from server.wire.response_object import (
     ResponseObject,
     call_item,

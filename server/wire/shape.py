@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, NamedTuple, Protocol
 
-from server.service import OpenStream
+from server.confirmed import OpenStream
 
 
 class Event(NamedTuple):

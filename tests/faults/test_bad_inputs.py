@@ -35,12 +35,18 @@ from tests.faults.wire import (
     read_reply,
 )
 
+COMPLETIONS = "/v1/completions"
 HEAD = b'{"model":"%s","messages":[{"role":"user","content":"hi"}]' % MODEL.encode()
 
 
 def body(**fields: Any) -> bytes:
     """A valid body with these fields added or replaced."""
     return json.dumps(chat("hi", **fields)).encode()
+
+
+def completion(**fields: Any) -> bytes:
+    """A valid body of a completion with these fields added or replaced."""
+    return json.dumps({"model": MODEL, "prompt": "hi", **fields}).encode()
 
 
 def message(**fields: Any) -> bytes:
@@ -67,12 +73,13 @@ def nested(levels: int) -> dict[str, Any]:
 
 
 class Bad(NamedTuple):
-    """A body, and how it must be answered."""
+    """A body, and how it must be answered at a path."""
 
     body: bytes
     param: str | None = None
     code: str = "invalid_value"
     status: int = 400
+    path: str = CHAT
 
 
 BODIES = {
@@ -116,11 +123,16 @@ BODIES = {
     "another model": Bad(body(model="other"), "model", "model_not_found", 404),
     # Limits.
     "2,049 messages": Bad(body(messages=[{"role": "user", "content": "x"}] * 2049), "messages"),
+    "65 prompts": Bad(completion(prompt=["x"] * 65), "prompt", path=COMPLETIONS),
+    "129 answers": Bad(completion(prompt=["x"] * 43, n=3, temperature=1), "n", path=COMPLETIONS),
     "n 9": Bad(body(n=9), "n"),
+    "n 9 of a prompt": Bad(completion(n=9, temperature=1), "n", path=COMPLETIONS),
+    "best_of": Bad(completion(best_of=2), "best_of", "unknown_parameter", path=COMPLETIONS),
     "5 stops": Bad(body(stop=["a"] * 5), "stop", "invalid_type"),
     "a stop of 257 characters": Bad(body(stop="a" * 257), "stop"),
     "an empty stop": Bad(body(stop=""), "stop"),
     "top_logprobs 21": Bad(body(logprobs=True, top_logprobs=21), "top_logprobs"),
+    "logprobs 21": Bad(completion(logprobs=21), "logprobs", path=COMPLETIONS),
     "301 biases": Bad(body(logit_bias={str(number): 1 for number in range(301)}), "logit_bias"),
     "129 tools": Bad(body(tools=tools(129)), "tools"),
     "a schema over 64 KB": Bad(format_of({"description": "y" * 70_000}), "response_format.json_schema.schema"),
@@ -148,7 +160,7 @@ REFUSED = ("chat_template", "mm_processor_kwargs", "prompt_embeds", "vllm_xargs"
 def test_bad_body_is_answered(patient: FakeServer, name: str) -> None:
     """With its status, its code and the field at fault, in OpenAI's envelope; the message stays short."""
     bad = BODIES[name]
-    response = ask_bytes(patient.url, bad.body)
+    response = ask_bytes(patient.url, bad.body, bad.path)
     error = response.json()["error"]
     assert (response.status_code, error["param"], error["code"]) == (bad.status, bad.param, bad.code)
     assert set(error) == {"message", "type", "param", "code"}
@@ -323,6 +335,11 @@ def test_host_header_changes_no_path(patient: FakeServer, host: str) -> None:
         "/invocations",
         "/docs",
         "/openapi.json",
+        "/version",
+        "/load",
+        "/detokenize",
+        "/server_info",
+        "/collective_rpc",
         "http://evil/metrics",
     ],
 )

@@ -11,6 +11,7 @@ TESTS = Path(__file__).resolve().parent.parent
 BAD = "faults/test_bad_inputs.py::test_bad_body_is_answered"
 GRAMMARS = "integration/test_gateway_grammars.py::test_a_costly_schema_is_answered_and_so_is_everyone_else"
 HARMLESS = "faults/test_bad_inputs.py::test_harmless_body_is_answered"
+ADMISSION = "unit/server/test_admission.py"
 DRAIN = "unit/server/test_drain.py"
 PROCESS, OPERATIONS = "integration/test_gateway_process.py", "integration/test_gateway_operations.py"
 INPUTS, FAULTS, MACHINE = "faults/test_bad_inputs.py", "faults/test_faults.py", "faults/test_machine.py"
@@ -19,18 +20,31 @@ LIMITS = {
     "body, counted while reading": [f"{BAD}[a body over 2 MB]", f"{INPUTS}::test_content_length_over_the_cap"],
     "headers: bytes and fields": [f"{INPUTS}::test_headers_without_end"],
     "Content-Encoding": [f"{INPUTS}::test_content_encoding"],
-    "messages in one request": [f"{BAD}[2,049 messages]"],
-    "n": [f"{BAD}[n 9]"],
+    "messages and prompts in one request": [f"{BAD}[2,049 messages]", f"{BAD}[65 prompts]"],
+    "n and best_of": [f"{BAD}[n 9]", f"{BAD}[n 9 of a prompt]", f"{BAD}[129 answers]", f"{BAD}[best_of]"],
     "stop": [f"{BAD}[5 stops]", f"{BAD}[a stop of 257 characters]", f"{BAD}[an empty stop]"],
-    "top_logprobs": [f"{BAD}[top_logprobs 21]"],
-    "logit_bias": [f"{BAD}[301 biases]"],
+    "top_logprobs": [f"{BAD}[top_logprobs 21]", f"{BAD}[logprobs 21]"],
+    "logit_bias: entries, ids in the vocabulary": [
+        f"{BAD}[301 biases]",
+        "integration/test_gateway.py::test_callers_faults_are_the_sdks_bad_request",
+    ],
     "tools and schemas": [
         f"{BAD}[129 tools]",
         f"{BAD}[a schema over 64 KB]",
         f"{BAD}[a schema 40 levels deep]",
         f"{BAD}[long pattern]",
     ],
-    "requests at once": [f"{FAULTS}::test_more_requests_than_places"],
+    "max_tokens by key, always sent to the engine": [
+        f"{ADMISSION}::test_an_answer_is_no_longer_than_the_key_allows",
+        f"{ADMISSION}::test_a_key_that_allows_more_than_the_context_can_be_used",
+        f"{ADMISSION}::test_a_completion_without_a_length_gets_openais_unless_the_key_allows_less",
+        "unit/server/test_chat.py::test_the_engine_is_always_told_how_long_an_answer_may_be",
+    ],
+    "the gateway's requests at once": [
+        f"{FAULTS}::test_more_requests_than_places",
+        f"{FAULTS}::test_more_prompts_than_places",
+    ],
+    "the engine's queue": [f"{FAULTS}::test_engine_without_room"],
     "time for a body": [f"{INPUTS}::test_slow_body"],
     "time for a first token": [f"{FAULTS}::test_engine_that_hangs_before_the_first_byte"],
     "time between chunks": [f"{FAULTS}::test_engine_that_hangs_in_mid_stream"],
@@ -136,7 +150,10 @@ INJECTED = {
     "prefix-cache clash": [
         "integration/engine/test_prefix_cache.py::test_each_answer_is_that_of_an_engine_without_prefix_caching"
     ],
-    "batch neighbour": ["integration/engine/test_mixed_batch.py::test_each_request_gets_the_tokens_it_gets_alone"],
+    "batch neighbour": [
+        "integration/engine/test_mixed_batch.py::test_each_request_gets_the_tokens_it_gets_alone",
+        "integration/test_gateway_clients.py::test_one_steered_among_63_changes_none_of_them",
+    ],
     "metrics scrape during load": [f"{FAULTS}::test_scrapes_during_load"],
     "disk full": [
         f"{MACHINE}::test_log_cannot_be_written",

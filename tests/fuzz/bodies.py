@@ -115,6 +115,9 @@ ODD: list[Any] = [
 ]  # fmt: skip
 """Values that are wrong somewhere: of other types, at the ends of ranges, with a meaning elsewhere."""
 
+MOST_BYTES = 3_000_000
+"""About as long as a body gets, which is more than the gateway reads: repeats of repeats would make gigabytes."""
+
 Path = tuple[str | int, ...]
 
 
@@ -171,7 +174,8 @@ def _break(draw: st.DrawFn, body: dict[str, Any], seeds: list[dict[str, Any]]) -
     elif act == "rename":
         node[draw(st.text(max_size=12))] = node.pop(last)
     else:
-        node[last] = [node[last]] * draw(st.integers(2, 200))
+        most = MOST_BYTES // len(json.dumps(node[last]))
+        node[last] = [node[last]] * draw(st.integers(2, max(2, min(200, most))))
 
 
 def _cut(draw: st.DrawFn, payload: bytes) -> bytes:

@@ -72,6 +72,28 @@ async def test_64_mixed_requests_each_get_what_they_asked_for(parallel: AsyncOpe
             assert answer.choices[0].message.content == alone[index % 8 // 4]
 
 
+async def test_one_steered_among_63_changes_none_of_them(parallel: AsyncOpenAI) -> None:
+    """Unsteered requests say beside one that is edited, in one batch, what they say without it."""
+
+    async def one(index: int, steering: Any) -> Any:
+        answer = await parallel.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": f"the lazy dog {index}"}],
+            temperature=0,
+            max_tokens=16,
+            extra_body={"steering": steering},
+        )
+        return answer.choices[0].message.content, answer.model_extra["steering"]["applied"]  # type: ignore[index]
+
+    unsteered = [one(index, {"mode": "off"}) for index in range(63)]
+    alone = await asyncio.gather(*unsteered)
+    together = await asyncio.gather(*(one(index, {"mode": "off"}) for index in range(63)), one(63, {"mode": "refuse"}))
+    assert together.pop()[1] is True
+    assert together == alone
+    assert {applied for _, applied in alone} == {False}
+    assert len({text for text, _ in alone}) > 10
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_client_that_leaves_frees_the_engine(gateway: Server, stream: bool) -> None:
     """Closing the connection in mid-answer aborts the request inside vLLM."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from server.observe.open_metrics import TYPE
 from tests.integration.collector import Collector, Span, collecting
 from tests.integration.serving import CATEGORIES, CONTEXT, MODEL, RESPOND, Server, prompt_ids, serving
 
@@ -54,19 +57,27 @@ def thinking_model(tiny_served_model: tuple[Path, Path], tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="module")
-def thinker(thinking_model: tuple[Path, Path], collector: Collector) -> Iterator[Server]:
+def audit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server puts on record who may lower refusals."""
+    return tmp_path_factory.mktemp("audit") / "audit.jsonl"
+
+
+@pytest.fixture(scope="module")
+def thinker(thinking_model: tuple[Path, Path], collector: Collector, audit: Path) -> Iterator[Server]:
     """The thinking model, served."""
     model, bundle = thinking_model
     own = ("--model", str(model), "--bundle", str(bundle), "--served-model-name", MODEL)
     engine = f"--enforce-eager --max-model-len {CONTEXT} --max-num-seqs 16 --dtype float32"
     parsers = "--reasoning-parser deepseek_r1 --enable-auto-tool-choice --tool-call-parser hermes"
     environment = {"TRIMTAB_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    environment["TRIMTAB_AUDIT_LOG"] = str(audit)
     with serving(*own, "--", *engine.split(), *parsers.split(), **environment) as server:
         yield server
 
 
 def make_thinking_model(model: Path, bundle: Path, folder: Path) -> tuple[Path, Path]:
-    """A copy whose prompts end with the token that begins reasoning, with a profile that spares it.
+    """A copy whose prompts end with the token that begins reasoning, and have none of earlier answers, with a profile
+    that spares it.
 
     The tokens are ordinary ones, as in the models that these parsers are for: they are found in the text.
 
@@ -87,6 +98,11 @@ def make_thinking_model(model: Path, bundle: Path, folder: Path) -> tuple[Path, 
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (BEGIN, END)])
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "<|assistant|>{% endif %}", f"<|assistant|>{BEGIN}{{% endif %}}"
+    )
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "m['content'] if m['content'] is string",
+        f"(m['content'].split('{BEGIN}')[0] + m['content'].split('{END}')[-1]) if '{END}' in (m['content'] or '') "
+        "else m['content'] if m['content'] is string",
     )
     tokenizer.save_pretrained(thinking)
 
@@ -131,7 +147,6 @@ def chat(server: Server, *, stream: bool, **fields: Any) -> Said:
         return Said(message.get("reasoning") or "", message["content"] or "", body["steering"], body["usage"])
     events = events_of(post(server, "chat/completions", stream=True, stream_options={"include_usage": True}, **asked))
     deltas = [choice["delta"] for event in events for choice in event["choices"]]
-    assert not any(delta.get("reasoning") and delta.get("content") for delta in deltas)
     (steering,) = [event["steering"] for event in events if "steering" in event]
     reasoning, content = ("".join(delta.get(part) or "" for delta in deltas) for part in ("reasoning", "content"))
     return Said(reasoning, content, steering, events[-1]["usage"])
@@ -250,3 +265,44 @@ def test_a_request_without_a_context_begins_a_trace(thinker: Server, collector: 
     below = collector.wait_for(1, lambda span: span.trace == gateway.trace and span is not gateway)
     assert gateway.parent == ""
     assert [(span.name, span.parent) for span in below] == [("llm_request", gateway.id)]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_token_that_the_template_puts_together_is_on_record(thinker: Server, audit: Path, stream: bool) -> None:
+    """What is left of a message once its reasoning is cut out is found by the prompt's own tokens, as vLLM tells them;
+    a key without the permission is refused there. Reasoning alone, and the template's own tokens, are nobody's act.
+    """
+    identities = {}
+    for text in (f"[resp{BEGIN}aside{END}ond]", f"hello {BEGIN}aside{END}"):
+        messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": text}]
+        answer = post(
+            thinker, "chat/completions", messages=[*messages, {"role": "user", "content": "x"}], stream=stream
+        )
+        identities[answer.headers["x-request-id"]] = text
+    deadline = time.monotonic() + 5
+    while True:
+        records = [json.loads(line) for line in audit.read_text().splitlines()]
+        found = [
+            (identities[each["request_id"]], each["event"]) for each in records if each["request_id"] in identities
+        ]
+        if len(found) == 2 or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    assert [event for _, event in found] == ["relax", "relax_ended"]
+    assert {text for text, _ in found} == {f"[resp{BEGIN}aside{END}ond]"}
+
+
+def test_durations_name_traces_in_openmetrics(thinker: Server) -> None:
+    """Where spans are sent, Prometheus gets exemplars beside all of vLLM's own metrics, in a form its parser takes."""
+    trace = "1" + TRACE[1:]
+    post(
+        thinker,
+        "chat/completions",
+        headers={"traceparent": f"00-{trace}-{PARENT}-01"},
+        messages=[{"role": "user", "content": QUESTION}],
+    )
+    answer = httpx.get(f"{thinker.admin}/metrics", headers={"accept": TYPE})
+    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    found = [sample.exemplar for sample in families["steering_request_duration_seconds"].samples if sample.exemplar]
+    assert trace in {exemplar.labels["trace_id"] for exemplar in found}
+    assert "vllm:num_requests_running" in families

@@ -99,6 +99,17 @@ class TestImages:
         assert variables(name for name, _ in environment(image)) <= known_variables()
 
 
+@pytest.mark.parametrize("lock", ["cpu", "cuda", "dev"])
+def test_locks_pin_every_distribution_by_version_and_hash(lock: str) -> None:
+    """One exact version each, no address, no range; whatever is downloaded is checked."""
+    text = (ROOT / "locks" / f"{lock}.txt").read_text(encoding="utf-8")
+    entries = [entry for entry in re.split(r"\n(?=\S)", text) if not entry.startswith("#")]
+    names = [re.match(r"([a-z0-9][a-z0-9-]*)==\S+", entry) for entry in entries]
+    assert all(names)
+    assert len({name[1] for name in names if name}) == len(names)
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}(\s|$)", entry) for entry in entries)
+
+
 class TestCompose:
     def test_nothing_runs_with_more_than_it_needs(self) -> None:
         """Read-only root, no capability, no new privilege, not the host's network, for every service."""

@@ -215,6 +215,20 @@ async def test_an_answer_is_no_longer_than_the_key_allows(keyed: Spoken) -> None
     assert (refused.status_code, refused.json()["error"]["param"]) == (403, "max_tokens")
 
 
+@pytest.mark.parametrize(("allowed", "given"), [(3, 3), (16, 16), (200, 16)])
+async def test_a_completion_without_a_length_gets_openais_unless_the_key_allows_less(
+    make: Make, keys: Path, allowed: int, given: int
+) -> None:
+    """Whoever names no number is not refused for one: the least of both counts."""
+    write_keys(keys, record("plain", limits={"max_tokens": allowed}))
+    engine = FakeEngine()
+    spoken = make(engine, keys_file=keys)
+    body = {"model": MODEL, "prompt": "Hello"}
+    answer = await spoken.client.post("/v1/completions", json=body, headers=bearer_of("plain"))
+    assert answer.status_code == 200
+    assert engine.calls[-1].fields["max_tokens"] == given
+
+
 async def test_a_key_that_allows_more_than_the_context_can_be_used(make: Make, keys: Path) -> None:
     """What asks for no length gets what the model has room for, and no number that the engine would refuse; also more
     than the server's own.

@@ -254,4 +254,6 @@ async def test_decisions_scores_and_categories_are_counted(auto: Make) -> None:
     assert found["steering_probe_categories_total", ("category", "Safety"), ("source", "probe")] == 2
     assert found["steering_probe_categories_total", ("category", "Political"), ("source", "refusal_tokens")] == 1
     assert sum(count for (name, *_), count in found.items() if name == "steering_unapplied_total") == 0
-    assert found["steering_tokens_total", ("kind", "completion"), ("steered", "true")] == 8
+    for decision in ("refuse", "comply"):
+        labels = (("decision", decision), ("kind", "completion"), ("steered", "true"))
+        assert found["steering_tokens_total", *labels] == 4

@@ -77,7 +77,8 @@ def test_each_form_of_a_prompt_becomes_its_generations(prompt: Any, prompts: lis
     made = parse(CompletionRequest, json.dumps({"model": "m", "prompt": prompt}).encode()).to_generations()
     assert [each.prompt for each in made] == prompts
     assert {each.prompting for each in made} == {Prompting.PLAIN}
-    assert {each.fields["max_tokens"] for each in made} == {16}
+    assert {each.default_tokens for each in made} == {16}
+    assert not any("max_tokens" in each.fields for each in made)
     assert all(set(each.prompt_fields) == {"model", "prompt"} for each in made)
 
 
@@ -203,3 +204,21 @@ def test_the_bound_on_answers_is_what_the_message_says() -> None:
     """Prompts times n, which is what the engine would have to hold at once."""
     with pytest.raises(CallerError, match=str(MAX_ANSWERS)):
         parse(CompletionRequest, json.dumps({"model": "m", "prompt": ["x"] * 64, "n": 3}).encode())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("prompts", "n", "status"), [(3, 1, 200), (4, 1, 400), (2, 2, 400), (1, 3, 200)])
+async def test_more_prompts_than_there_is_ever_room_for_are_refused(
+    make: Make, prompts: int, n: int, status: int, stream: bool
+) -> None:
+    """Sending it again would not help: 400 before the engine is asked, where a full server answers 503."""
+    engine = FakeEngine()
+    spoken = make(engine, max_inflight=3)
+    body = {"model": MODEL, "prompt": ["x"] * prompts, "n": n, "temperature": 1, "stream": stream}
+    response = await spoken.client.post("/v1/completions", json=body)
+    assert response.status_code == status
+    if status == 400:
+        error = response.json()["error"]
+        assert (error["param"], error["code"]) == ("n", "steering_invalid")
+        assert f"{prompts * n} answers" in error["message"]
+        assert engine.calls == []

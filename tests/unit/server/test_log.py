@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,3 +227,22 @@ async def test_nothing_that_anyone_wrote_is_in_a_log_line_or_a_metric(
         assert json.dumps(text).strip('"') not in logged
     assert "sesame" not in logged
     assert len(spoken.gateway.observation.ledger) == 0
+
+
+async def test_lines_of_one_prompt_have_one_keyed_hash(make: Make, lines: io.StringIO, tmp_path: Path) -> None:
+    """The audit's own, and only where its secret is; requests that reach no engine have none."""
+    for settings_ in ({}, {"audit_log": tmp_path / "audit.jsonl"}):
+        spoken = make(**settings_)
+        for content in ("sesame", "sesame", "other", 5):
+            await spoken.client.post(
+                "/v1/chat/completions", json={"model": MODEL, "messages": [{"role": "user", "content": content}]}
+            )
+    told = read_lines(lines)
+    assert not any("prompt_hmac" in line for line in told[:4])
+    first, second, other, refused = told[4:]
+    assert spoken.gateway.audit is not None
+    expected = spoken.gateway.audit.hash_of([{"role": "user", "content": "sesame"}])
+    assert first["prompt_hmac"] == second["prompt_hmac"] == expected
+    assert other["prompt_hmac"] != expected
+    assert "prompt_hmac" not in refused
+    assert "sesame" not in lines.getvalue()

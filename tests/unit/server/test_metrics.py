@@ -28,9 +28,13 @@ async def test_decisions_outcomes_and_tokens_are_counted(make: Make) -> None:
     assert value(found, "steering_outcomes_total", decision="comply", outcome="comply") == 2
     assert value(found, "steering_tokens_total", kind="completion", steered="true") == 12
     assert value(found, "steering_tokens_total", kind="prompt", steered="false") == 5
+    assert value(found, "steering_tokens_total", kind="completion", decision="comply") == 8
+    assert value(found, "steering_tokens_total", kind="completion", decision="refuse", steered="true") == 4
+    assert value(found, "steering_tokens_total", kind="prompt", decision="off") == 5
     assert value(found, "steering_requests_total", endpoint="/v1/chat/completions", status="200") == 3
     assert value(found, "steering_requests_total", profile="none", status="400") == 1
     assert value(found, "steering_time_to_first_token_seconds_count", steered="true") == 1
+    assert value(found, "steering_time_to_first_token_seconds_count", endpoint="/v1/chat/completions") == 1
     assert value(found, "steering_request_duration_seconds_count", endpoint="/v1/chat/completions") == 4
     assert value(found, "steering_inflight_requests") == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ async def test_a_probe_is_no_decision(gated: Spoken) -> None:
     await probe(gated)
     text = (await gated.admin.get("/metrics")).text
     assert "steering_decisions_total{" not in text
-    assert 'steering_tokens_total{kind="prompt"' in text
+    assert re.search(r'steering_tokens_total\{[^}]*kind="prompt"', text)
     assert "steering_inflight_requests 0.0" in text
 
 

@@ -13,8 +13,8 @@ from openai.types.responses import Response as TheirResponse
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from server.confirmed import OpenStream
 from server.effects import Effect
-from server.service import OpenStream
 from server.wire.items import messages_of
 from server.wire.parsing import parse
 from server.wire.response_shape import ResponseShape

@@ -76,7 +76,7 @@ async def test_tokens_are_told_as_vllm_tells_them(make: Make) -> None:
     """Count, ids and the model's context."""
     spoken = make()
     answer = await spoken.client.post("/tokenize", json={"model": MODEL, "prompt": "one two three"})
-    assert answer.json() == {"count": 3, "max_model_len": 512, "tokens": [0, 1, 2], "token_strs": None}
+    assert answer.json() == {"count": 3, "max_model_len": 512, "tokens": [1, 1, 1], "token_strs": None}
     answer = await spoken.client.post("/tokenize", json={"messages": CONVERSATION})
     assert answer.json()["count"] == 3
 
