@@ -35,7 +35,11 @@ def test_the_op_asks_the_prepared_edit(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(*case.arguments[2:])
     monkeypatch.setattr(PreparedEdit, "__call__", lambda *given: calls.append(given))
     torch.ops.trimtab.edit(*case.arguments)
-    torch.compile(lambda *given: torch.ops.trimtab.edit(*given), fullgraph=True, backend="aot_eager")(*case.arguments)
+
+    def block(*given: torch.Tensor) -> None:
+        torch.ops.trimtab.edit(*given)
+
+    torch.compile(block, fullgraph=True, backend="aot_eager")(*case.arguments)
     assert len(calls) == 2
 
 
