@@ -1,8 +1,8 @@
 """Transfer: a bundle's profiles carried over to another model of the same shape, unchanged and said so (P1.6).
 
 Edits, probes and thresholds stay as they were measured on the model they come from; nothing is measured here. The
-target's own refusal tokens, where it has any, are not assumed to mean what the original's did. Knows nothing of vLLM,
-transformers or HTTP.
+target's own refusal tokens, where it has any, are not assumed to mean what the original's did; a response probe stays
+behind, since it is right about its own model's answers alone. Knows nothing of vLLM, transformers or HTTP.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def transfer(
         "model": found.model_dump(),
         "categories": [category | _token(category, keeps=keeps_refusal_tokens) for category in fields["categories"]],
         "respond": fields["respond"] if keeps_refusal_tokens else None,
+        "response_probe": None,
         "probes": [record for record in fields["probes"] if record["name"] in probe_names],
         "edits": [record for record in fields["edits"] if record["name"] in edit_names],
         "profiles": [profile.model_dump(mode="json") for profile in chosen],

@@ -6,6 +6,10 @@ c is the first principal component of harmful and harmless prompts about their c
 threshold and side are those of the best F1 on the same prompts, as in the paper. Fitted on the fitting part of CAST's
 own data. Which edit is applied where it fires is the arm's business.
 
+As printed the cosine is the same for h·c and -h·c. Residuals of a large model lie on one side of zero; the demo's
+harmful and harmless ones lie on either, which the formula folds onto each other (F1 0.83 where a cut of h·c has 0.94).
+So the cosine with the sign of h·c is searched as well, and what has the better F1 is kept.
+
 Shapes: `N` prompts, `L` layers, `D` width of the residual stream.
 """
 
@@ -19,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steering.fit.activations import LoadedModel, Sequences, by_length
+from steering.fit.activations import LoadedModel
 from steering.fit.datasets import DataDirectory, Record, fit_records, thinned
+from steering.fit.passes import Sequences, passes
 
 FITTED = 600
 """Prompts of either kind, evenly spaced; the paper has 4,050."""
@@ -35,6 +40,7 @@ class Condition:
         direction: c, [D] float32, unit norm.
         threshold: of the similarity.
         is_above: fires at or above the threshold; else below it.
+        is_signed: the similarity has the sign of h·c, which the paper's has not.
         f1: on the prompts it was chosen on.
         fitted: prompts of either kind.
     """
@@ -43,6 +49,7 @@ class Condition:
     direction: Tensor
     threshold: float
     is_above: bool
+    is_signed: bool
     f1: float
     fitted: int
 
@@ -52,16 +59,18 @@ class Condition:
             "layer": self.layer,
             "threshold": round(self.threshold, 6),
             "fires": "at or above" if self.is_above else "below",
+            "similarity": "as printed, with the sign of h·c" if self.is_signed else "as printed",
             "f1_where_fitted": round(self.f1, 4),
             "prompts_of_either_kind": self.fitted,
             "computed": "outside the engine, through transformers in float32; where it fires mode refuse is asked for",
         }
 
 
-def similarity(residuals: Tensor, direction: Tensor) -> Tensor:
-    """cos(h, tanh(proj_c h)) of residuals [N, D] for a unit direction [D]; [N]."""
-    projected = torch.tanh((residuals @ direction)[:, None] * direction)
-    return nn.functional.cosine_similarity(residuals, projected, dim=-1)
+def similarity(residuals: Tensor, direction: Tensor, *, is_signed: bool = False) -> Tensor:
+    """cos(h, tanh(proj_c h)) of residuals [N, D] for a unit direction [D]; [N]. `is_signed`: times the sign of h·c."""
+    along = residuals @ direction
+    found = nn.functional.cosine_similarity(residuals, torch.tanh(along[:, None] * direction), dim=-1)
+    return torch.sign(along) * found if is_signed else found
 
 
 def condition_direction(harmful: Tensor, harmless: Tensor) -> Tensor:
@@ -91,7 +100,7 @@ def best_threshold(harmful: Tensor, harmless: Tensor) -> tuple[float, float, boo
 
 
 def fit_condition(loaded: LoadedModel, directory: DataDirectory, most: int = FITTED) -> Condition:
-    """Search layers, thresholds and sides on the fitting part of CAST's prompts.
+    """Search layers, thresholds, sides and both similarities on the fitting part of CAST's prompts.
 
     Raises:
         DatasetError: the set is not there or not what the registry says.
@@ -104,19 +113,21 @@ def fit_condition(loaded: LoadedModel, directory: DataDirectory, most: int = FIT
     found: list[Condition] = []
     for layer in range(harmful.shape[1]):
         direction = condition_direction(harmful[:, layer], harmless[:, layer])
-        f1, threshold, is_above = best_threshold(
-            similarity(harmful[:, layer], direction), similarity(harmless[:, layer], direction)
-        )
-        found.append(
-            Condition(
-                layer=layer,
-                direction=direction,
-                threshold=threshold,
-                is_above=is_above,
-                f1=f1,
-                fitted=min(len(harmful), len(harmless)),
+        for is_signed in (False, True):
+            f1, threshold, is_above = best_threshold(
+                *(similarity(kind[:, layer], direction, is_signed=is_signed) for kind in (harmful, harmless))
             )
-        )
+            found.append(
+                Condition(
+                    layer=layer,
+                    direction=direction,
+                    threshold=threshold,
+                    is_above=is_above,
+                    is_signed=is_signed,
+                    f1=f1,
+                    fitted=min(len(harmful), len(harmless)),
+                )
+            )
     return max(found, key=lambda condition: condition.f1)
 
 
@@ -124,7 +135,8 @@ def fires(loaded: LoadedModel, condition: Condition, records: Sequence[Record], 
     """Whether the condition fires, by key of the prompt; prompts of more than `longest` tokens are left out."""
     prompts = {record.key: loaded.prompt(record.prompt) for record in records}
     kept = {key: ids for key, ids in prompts.items() if longest is None or len(ids) <= longest}
-    found = similarity(mean_residuals(loaded, list(kept.values()))[:, condition.layer], condition.direction)
+    residuals = mean_residuals(loaded, list(kept.values()))[:, condition.layer]
+    found = similarity(residuals, condition.direction, is_signed=condition.is_signed)
     flagged = found >= condition.threshold if condition.is_above else found < condition.threshold
     return dict(zip(kept, flagged.tolist(), strict=True))
 
@@ -133,7 +145,7 @@ def fires(loaded: LoadedModel, condition: Condition, records: Sequence[Record], 
 def mean_residuals(loaded: LoadedModel, sequences: Sequences) -> Tensor:
     """Residuals at the output of every block, averaged over all tokens of each sequence; [N, L, D] float32, CPU."""
     result = torch.empty(len(sequences), len(loaded.blocks), loaded.width)
-    for indices, ids in by_length(sequences):
+    for indices, ids in passes(loaded, sequences):
         kept: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for layer, block in enumerate(loaded.blocks):

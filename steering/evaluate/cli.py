@@ -139,6 +139,24 @@ def run(
 
 
 @app.command()
+def page(
+    report: Annotated[Path, typer.Argument(help="report.json of a run.")],
+    out: Annotated[Path | None, typer.Option(help="The page; else report.html beside it.")] = None,
+) -> None:
+    """Draw the page of a report again; nothing is asked or measured."""
+    import json
+
+    from steering.evaluate.page import write_page
+
+    if not report.is_file():
+        typer.echo(f"trimtab eval page: no report at {report}", err=True)
+        raise typer.Exit(1)
+    path = out or report.with_suffix(".html")
+    write_page(json.loads(report.read_text(encoding="utf-8")), path)
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
 def ability(
     url: Url = "http://127.0.0.1:8000",
     model: Annotated[str, typer.Option(help="Name of the served model.")] = "trimtab-demo",
@@ -149,10 +167,18 @@ def ability(
     limit: Annotated[int | None, typer.Option(help="Questions of a task at most.", min=1)] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 16,
     run_code: Annotated[bool, typer.Option("--run-code", help="Allow tasks that run the model's code here.")] = False,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the harness's task files that go before its own, such as a task over local data."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Results as JSON.")] = Path("trimtab-ability.json"),
 ) -> None:
-    """General benchmarks by lm-evaluation-harness, unsteered and under auto; an optional package."""
+    """General benchmarks by lm-evaluation-harness, unsteered and under auto; an optional package.
+
+    The key comes from TRIMTAB_API_KEY.
+    """
     import json
+    import os
 
     from steering.errors import TrimtabError
     from steering.evaluate.arms import arm_from_option
@@ -168,6 +194,8 @@ def ability(
             limit=limit,
             concurrency=concurrency,
             allows_code=run_code,
+            include=include_path,
+            key=os.environ.get("TRIMTAB_API_KEY"),
         )
     except TrimtabError as error:
         typer.echo(f"trimtab eval ability: {error}", err=True)

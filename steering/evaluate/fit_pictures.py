@@ -138,10 +138,18 @@ def _points(told: Facts) -> str:
 
 
 def _rounds(told: Facts) -> str:
-    """The comparisons that chose the default profile."""
-    rows = [
-        [escape(str(one.get(name, ""))) for name in ("what", "kept", "lost")]
-        for one in _mapping(told.get("compare")).get("rounds") or ()
-        if isinstance(one, Mapping)
-    ]
-    return details("Comparisons that chose the default", table(["what", "kept", "lost"], rows)) if rows else ""
+    """The comparisons that chose the default profile, and those that only show what settings left out."""
+    compared = _mapping(told.get("compare"))
+    out = ""
+    for title, key, names in (
+        ("Comparisons that chose the default", "rounds", ("what", "kept", "lost")),
+        ("Shown beside what settings put in place", "beside", ("what", "in_place", "beside", "measured")),
+    ):
+        rows = [
+            [escape(str(one.get(name, ""))) for name in names]
+            for one in compared.get(key) or ()
+            if isinstance(one, Mapping)
+        ]
+        if rows:
+            out += details(title, table([name.replace("_", " ") for name in names], rows))
+    return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from steering.errors import OperatorError
@@ -52,6 +53,8 @@ def benchmark(
     limit: int | None,
     concurrency: int,
     allows_code: bool,
+    include: Path | None = None,
+    key: str | None = None,
 ) -> dict[str, Any]:
     """Results of each task under each arm, as the harness reports them, beside the arm's field.
 
@@ -59,29 +62,49 @@ def benchmark(
         url: root of the served API.
         arms: `steering` field by name.
         limit: questions of a task at most; None for all.
+        include: folder of task files that go before the harness's own of the same name, such as one over local data.
+        key: of the API; None sends the harness's own, which is OPENAI_API_KEY.
 
     Raises:
-        OperatorError: see `check_installed`.
+        OperatorError: see `check_installed`; or the harness ended with an error, which is told.
     """
     check_installed(tasks, allows_code=allows_code)
     harness = importlib.import_module(PACKAGE)
-    told: dict[str, Any] = {"model": model, "tasks": {name: TASKS[name] for name in tasks}, "limit": limit, "arms": {}}
+    manager = None
+    if include is not None:
+        manager = importlib.import_module(f"{PACKAGE}.tasks").TaskManager(include_path=str(include))
+    told: dict[str, Any] = {
+        "model": model,
+        "harness": getattr(harness, "__version__", None),
+        "tasks": {name: TASKS[name] for name in tasks},
+        "limit": limit,
+        "arms": {},
+    }
     for name, steering in arms.items():
-        found = harness.simple_evaluate(
-            model="local-chat-completions",
-            model_args={
-                "model": model,
-                "base_url": f"{url.rstrip('/')}/v1/chat/completions",
-                "num_concurrent": concurrency,
-                "max_retries": 3,
-                "tokenized_requests": False,
-            },
-            tasks=[TASKS[task] for task in tasks],
-            gen_kwargs={"steering": dict(steering)},
-            apply_chat_template=True,
-            limit=limit,
-            confirm_run_unsafe_code=allows_code,
-            log_samples=False,
-        )
+        try:
+            found = harness.simple_evaluate(
+                model="local-chat-completions",
+                model_args={
+                    "model": model,
+                    "base_url": f"{url.rstrip('/')}/v1/chat/completions",
+                    "num_concurrent": concurrency,
+                    "max_retries": 3,
+                    "tokenized_requests": False,
+                    **({} if key is None else {"header": {"Authorization": f"Bearer {key}"}}),
+                },
+                tasks=[TASKS[task] for task in tasks],
+                gen_kwargs={"steering": dict(steering)},
+                apply_chat_template=True,
+                task_manager=manager,
+                limit=limit,
+                confirm_run_unsafe_code=allows_code,
+                log_samples=False,
+            )
+        except Exception as error:
+            raise OperatorError(
+                f"lm-evaluation-harness ended under arm {name!r}: {type(error).__name__}: {error}. Its data must be "
+                "reachable, or local by --include-path, and its prompts must fit the served context; what the server "
+                "refused is in the lines above"
+            ) from error
         told["arms"][name] = {"steering": dict(steering), "results": found["results"]}
     return told

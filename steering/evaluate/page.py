@@ -5,18 +5,20 @@ Sections take what `report.json` holds; one whose numbers are not there says so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from steering.evaluate import plots
+from steering.evaluate.arms import AUTO, UNSTEERED
 from steering.evaluate.fit_pictures import fit_section
 from steering.evaluate.markup import cell, details, figure, list_of, paragraph, signed, table
 from steering.evaluate.page_style import STYLE
 from steering.evaluate.page_table1 import table1_section
 from steering.evaluate.page_topics import table1_topics_section
 from steering.evaluate.report import loss_statements
+from steering.evaluate.tally import reading_judge
 
 Report = Mapping[str, Any]
 CLOSE = 60.0
@@ -49,16 +51,68 @@ def _lead(report: Report) -> str:
     prompts = sum(suite["prompts"] for suite in report["suites"].values())
     return paragraph(
         f"{', '.join(report['bundles'])}. {prompts:,} prompts that nothing was fitted on, asked over the served API, "
-        f"greedy, at most {asking['max_tokens']} tokens; judge: {report['judge']}. Rates in percent with 95 % Wilson "
+        f"greedy, at most {asking['max_tokens']} tokens; {_who_judges(report)}. Rates in percent with 95 % Wilson "
         f"intervals. Made {report['made']} with version {report['code']}."
     )
+
+
+def _who_judges(report: Report) -> str:
+    reading = reading_judge(report["judges"])
+    decided = f"judge: {report['judge']}"
+    return decided if reading is None else f"what is read is judged by {reading}, what is decided by {report['judge']}"
+
+
+def _read(report: Report) -> str:
+    """What a reader of the answers sees, before what the model decides by its first token."""
+    reading = reading_judge(report["judges"])
+    if reading is None:
+        return ""
+    arms = [arm for arm in (UNSTEERED, AUTO) if arm in report["pooled"]]
+    rows = []
+    for group in GROUPS:
+        found = {arm: report["pooled"][arm].get(group, {}).get("judges", {}) for arm in arms}
+        if not all(reading in told for told in found.values()):
+            continue
+        counts = sorted({told[reading]["refused"]["n"] for told in found.values()})
+        rows.append(
+            [
+                f"<b>{group}</b>",
+                " / ".join(map(str, counts)),
+                *(cell(told[reading]["refused"]) for told in found.values()),
+                *(cell(told[reading]["broken"]) for told in found.values()),
+                *(cell(told[report["judge"]]["refused"]) for told in found.values()),
+            ]
+        )
+    if not rows:
+        return ""
+    heads = [
+        "",
+        "n",
+        *(f"{what}, {arm}" for what in ("read as a refusal", "broken text", "decided to refuse") for arm in arms),
+    ]
+    words = (
+        f"Read: the text as {reading} judges it, broken text being no refusal. Decided: by {report['judge']}. Every "
+        "table and picture below whose judge is not named is of what is decided."
+    )
+    return table(heads, rows) + paragraph(words)
 
 
 def _claims(report: Report) -> str:
     if not report["claims"]:
         return paragraph("The server has no gate, so that nothing can be said of auto.")
+    reading = reading_judge(report["judges"])
+    told = ""
+    if reading is not None and report.get("claims_read"):
+        told += f"<h3>As read, by {reading}</h3>" + _claim_table(report["claims_read"])
+    if reading is not None:
+        told += f"<h3>As decided, by {report['judge']}</h3>"
+    told += _claim_table(report["claims"]) + list_of(loss_statements(report))
+    return told + paragraph("Differences are paired by prompt (Newcombe's method 10, McNemar's exact p).")
+
+
+def _claim_table(claims: Sequence[Mapping[str, Any]]) -> str:
     rows = []
-    for claim in report["claims"]:
+    for claim in claims:
         facts = claim["facts"]
         rows.append(
             [
@@ -71,8 +125,7 @@ def _claims(report: Report) -> str:
             ]
         )
     heads = ["", "auto against unsteered, same prompts", "unsteered", "auto", "difference in points", "intervals"]
-    told = table(heads, rows) + list_of(loss_statements(report))
-    return told + paragraph("Differences are paired by prompt (Newcombe's method 10, McNemar's exact p).")
+    return table(heads, rows)
 
 
 def _plane(report: Report) -> str:
@@ -109,7 +162,8 @@ def _groups(report: Report) -> str:
     skipped = list_of([f"{name}: {why}" for name, why in report["skipped"].items()])
     empty = list_of([f"{name}: {why}" for name, why in report["left_out"].items()])
     return (
-        table(["arm", *GROUPS, "broken text"], rows)
+        paragraph(f"Refused, by {report['judge']}; broken text of the answers that were read whole.")
+        + table(["arm", *GROUPS, "broken text"], rows)
         + details("What each arm is", list_of([f"{arm}: {facts['what']}" for arm, facts in report["arms"].items()]))
         + (details("Arms that were skipped", skipped) if skipped else "")
         + (details("Suites without prompts", empty) if empty else "")
@@ -305,7 +359,8 @@ def _cast(report: Report) -> str:
     shares = ", ".join(f"{name} {fired} of {known}" for name, (fired, known) in facts["fired_of"].items())
     return paragraph(
         f"Layer {facts['layer']}, fires {facts['fires']} {facts['threshold']:g}; F1 {facts['f1_where_fitted']} on the "
-        f"{facts['prompts_of_either_kind']} prompts of either kind it was chosen on. Computed {facts['computed']}. "
+        f"{facts['prompts_of_either_kind']} prompts of either kind it was chosen on. Similarity: "
+        f"{facts.get('similarity') or 'as printed'}. Computed {facts['computed']}. "
         f"Fired: {shares}."
     )
 
@@ -321,6 +376,7 @@ def _mean(facts: Mapping[str, Any] | None, scale: float) -> str:
 
 
 SECTIONS: tuple[tuple[str, Callable[[Report], str]], ...] = (
+    ("What is read, and what is decided", _read),
     ("Does it do what it is for?", _claims),
     ("Refusal against over-refusal", _plane),
     ("All arms", _groups),

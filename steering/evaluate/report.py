@@ -23,7 +23,7 @@ from steering.evaluate.server import Server
 from steering.evaluate.suites import Group, Suite
 from steering.evaluate.table1 import table1
 from steering.evaluate.table1_topics import topics_table1
-from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, WORDING, Row, Rows, paired, tally
+from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, WORDING, Row, Rows, paired, reading_judge, tally
 from steering.fit.intervals import Rate
 
 FORMAT = 1
@@ -62,6 +62,7 @@ def build_report(rows: Rows, setting: Setting) -> dict[str, Any]:
         by_arm[row.asked.arm].append(row)
     judges = [judge for judge in (TOKEN, MODEL, PROBE, WORDING, KEYWORD) if any(judge in row.verdicts for row in rows)]
     judge = judges[0] if judges else KEYWORD
+    reading = reading_judge(judges)
     shown = [arm for arm in setting.arms if arm.is_shown]
     results = {
         arm.name: {
@@ -94,6 +95,8 @@ def build_report(rows: Rows, setting: Setting) -> dict[str, Any]:
         },
         "against_unsteered": _against(by_arm, [arm.name for arm in shown], judge),
         "claims": claims(by_arm, judge),
+        # Refusals are decided by a token and read in words: an edit may do the one and not the other.
+        "claims_read": [] if reading is None else claims(by_arm, reading),
         "curve": {
             "asked": asked_points(by_arm, setting.arms, judge),
             "composed": composed_lines(by_arm, setting.arms, auto, judge),

@@ -6,7 +6,7 @@ Knows nothing of servers or of how reports look.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,14 @@ from steering.fit.intervals import Rate
 
 TOKEN, PROBE, KEYWORD, MODEL, WORDING = "refusal_token", "response_probe", "keyword", "llm", "wording"
 """Names of judges; the first two are the server's detectors, by its own names."""
+
+
+def reading_judge(judges: Collection[str]) -> str | None:
+    """The judge of what is read, beside one of what is decided: a model, else the wordings a model refuses with.
+
+    Keywords miss most refusals that they were not made for, so that they never stand for what is read.
+    """
+    return next((name for name in (MODEL, WORDING) if TOKEN in judges and name in judges), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

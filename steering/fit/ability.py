@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steering.fit.activations import LoadedModel, by_length, steered_each
+from steering.fit.activations import LoadedModel, steered_each
 from steering.fit.intervals import Rate
 from steering.fit.openings import Openings
+from steering.fit.passes import passes
 from steering.terms import Edit
 
 ANSWER_TOKENS = 24
@@ -52,7 +53,7 @@ def fed(
     total = 0.0
     found = torch.empty(len(answered), length - 1, dtype=torch.int64)
     sequences = [[*prompt, *answer[:-1]] for prompt, answer in answered]
-    for indices, ids in by_length(sequences):
+    for indices, ids in passes(loaded, sequences, logits=length):
         shares = 1.0 if strengths is None else strengths[indices]
         with steered_each(loaded, [edits[index] for index in indices], shares, tail=length):
             output = loaded.model(input_ids=ids.to(loaded.model.device), use_cache=False, logits_to_keep=length)

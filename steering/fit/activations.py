@@ -1,7 +1,6 @@
 """Residuals at the outputs of decoder blocks, and edits by hooks: the transformers reference of what the engine does.
 
-Token sequences are grouped by length, so that nothing is ever padded: exact for every architecture, hybrid ones too.
-Knows nothing of data sets or bundles.
+Nothing is ever padded: exact for every architecture, hybrid ones too. Knows nothing of data sets or bundles.
 """
 
 from __future__ import annotations
@@ -18,15 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from steering.errors import NotSupported, OperatorError
+from steering.fit.passes import MAX_GROUP, Sequences, passes
 from steering.terms import Edit, LayerTerms, apply_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Sequences = Sequence[Sequence[int]]
-MAX_GROUP = 64
-MAX_TOKENS = 8192
-"""Most tokens of one forward pass: bounds what a pass needs beside the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -123,18 +118,6 @@ def require_tokens(loaded: LoadedModel, categories: Sequence[str]) -> int:
     return loaded.respond
 
 
-def by_length(sequences: Sequences, most: int = MAX_GROUP) -> Iterator[tuple[list[int], Tensor]]:
-    """Groups of at most `most` sequences of one length: their indices, and their ids as [B, S]."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, sequence in enumerate(sequences):
-        groups[len(sequence)].append(index)
-    for length, members in sorted(groups.items()):
-        size = max(1, min(most, MAX_TOKENS // max(1, length)))
-        for start in range(0, len(members), size):
-            chosen = members[start : start + size]
-            yield chosen, torch.tensor([list(sequences[index]) for index in chosen])
-
-
 def last_residuals(loaded: LoadedModel, sequences: Sequences) -> Tensor:
     """Residuals at the last token of each sequence, at the output of every block.
 
@@ -152,7 +135,7 @@ def last_residuals_at(loaded: LoadedModel, sequences: Sequences, layer: int) -> 
         [N, D] float32 on the CPU.
     """
     residuals = torch.empty(len(sequences), loaded.width)
-    for indices, ids in by_length(sequences):
+    for indices, ids in passes(loaded, sequences):
         kept: dict[int, Tensor] = {}
         with _removed_after(loaded.blocks[layer].register_forward_hook(_keeper(kept, layer))):
             loaded.model.get_decoder()(input_ids=ids.to(loaded.model.device), use_cache=False)
@@ -175,7 +158,7 @@ def last_residuals_and_tokens(
     count = len(loaded.blocks)
     residuals = torch.empty(count, len(sequences), loaded.width, dtype=loaded.model.dtype)
     tokens = torch.empty(len(sequences), dtype=torch.int64)
-    for indices, ids in by_length(sequences, most):
+    for indices, ids in passes(loaded, sequences, most, logits=1):
         with ExitStack() as stack:
             kept: dict[int, Tensor] = {}
             for layer, block in enumerate(loaded.blocks):
@@ -190,11 +173,11 @@ def last_residuals_and_tokens(
 @torch.inference_mode()
 def tail_residuals(loaded: LoadedModel, sequences: Sequences, layer: int, tail: int) -> Iterator[Tensor]:
     """Residuals [n, D] float32 at the last `tail` positions of sequences, at one block's output, batch by batch."""
-    for _, ids in by_length(sequences):
+    for _, ids in passes(loaded, sequences):
         kept: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Any, kept: list[Tensor] = kept) -> None:
-            kept.append(_hidden(output)[:, -tail:])
+            kept.append(_hidden(output)[:, -tail:].clone())
 
         with _removed_after(loaded.blocks[layer].register_forward_hook(keep)):
             loaded.model.get_decoder()(input_ids=ids.to(loaded.model.device), use_cache=False)
@@ -233,7 +216,7 @@ def generated_residuals(
             continue
         mask[members, :tail] = True
         joined = [[*prompts[index], *answers[index][:tail]] for index in members]
-        for places, ids in by_length(joined):
+        for places, ids in passes(loaded, joined):
             rows = [members[place] for place in places]
             with ExitStack() as stack:
                 kept: dict[int, Tensor] = {}
@@ -298,10 +281,10 @@ def added_in_training(loaded: LoadedModel, layer: int, vector: Tensor, *, tail: 
 
 @torch.inference_mode()
 def first_logits(loaded: LoadedModel, sequences: Sequences, edit: Edit | None = None, strength: float = 1.0) -> Tensor:
-    """Logits of the first answer token of each prompt, [N, V] float32."""
+    """Logits of the first answer token of each prompt, [N, V] float32: for a few prompts at a time."""
     rows: list[Tensor] = [torch.empty(0)] * len(sequences)
     with steered(loaded, edit, strength):
-        for indices, ids in by_length(sequences):
+        for indices, ids in passes(loaded, sequences, logits=1):
             output = loaded.model(input_ids=ids.to(loaded.model.device), use_cache=False, logits_to_keep=1)
             logits = output.logits[:, -1].float().cpu()
             for index, row in zip(indices, logits, strict=True):
@@ -313,9 +296,7 @@ def first_tokens(
     loaded: LoadedModel, sequences: Sequences, edit: Edit | None = None, strength: float = 1.0
 ) -> list[int]:
     """The greedy first answer token of each prompt."""
-    if not sequences:
-        return []
-    return [int(token) for token in first_logits(loaded, sequences, edit, strength).argmax(dim=-1)]
+    return [answer[0] for answer in greedy(loaded, sequences, edit, strength, new_tokens=1)]
 
 
 @torch.inference_mode()
@@ -335,7 +316,7 @@ def greedy(
     """
     end = loaded.tokenizer.eos_token_id
     answers: list[list[int]] = [[] for _ in sequences]
-    for indices, ids in by_length(sequences):
+    for indices, ids in passes(loaded, sequences, new=new_tokens, logits=1):
         shares = strength[indices] if isinstance(strength, Tensor) else strength
         with (
             steered(loaded, edit, shares)
@@ -375,7 +356,8 @@ def _hidden(output: Any) -> Tensor:
 
 def _keeper(kept: dict[int, Tensor], layer: int) -> Any:
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        kept[layer] = _hidden(output)[:, -1]
+        # A view would keep every position of every block until the pass ends.
+        kept[layer] = _hidden(output)[:, -1].clone()
 
     return keep
 

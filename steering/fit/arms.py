@@ -9,16 +9,17 @@ Shapes: `A` arms, `B` prompts of one batch, `N` prompts, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steering.fit.activations import LoadedModel, Sequences, by_length, greedy, steered, steered_each
+from steering.fit.activations import LoadedModel, greedy, steered, steered_each
 from steering.fit.intervals import Rate
 from steering.fit.openings import Openings
+from steering.fit.passes import Sequences, passes, prefix
 from steering.terms import Edit
 
 ANSWERED, NEITHER = -1, -2
@@ -121,13 +122,13 @@ def over_arms(
     take: Callable[[int, list[int], Tensor], None],
 ) -> None:
     """Call `take(arm's number, indices of the prompts, logits [B, V] float32)` for every batch and arm, in order."""
-    for indices, ids in by_length(sequences):
+    for indices, ids in passes(loaded, sequences, logits=1):
         for number, logits in enumerate(_logits(loaded, ids.to(loaded.model.device), indices, arms)):
             take(number, indices, logits.float().cpu())
 
 
 def _logits(loaded: LoadedModel, ids: Tensor, indices: list[int], arms: Sequence[Arm]) -> Iterator[Tensor]:
-    past = _prefix(loaded, ids) if len(arms) > 1 and ids.shape[1] > 1 else None
+    past = prefix(loaded, ids) if len(arms) > 1 else None
     for arm in arms:
         strength = arm.strength[indices] if isinstance(arm.strength, Tensor) else arm.strength
         with (
@@ -141,15 +142,6 @@ def _logits(loaded: LoadedModel, ids: Tensor, indices: list[int], arms: Sequence
                 output = loaded.model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True)
                 past.crop(-1)
                 yield output.logits[:, -1]
-
-
-def _prefix(loaded: LoadedModel, ids: Tensor) -> Any | None:
-    """Keys and values of all but the last token; None for a model whose state cannot be cut back, such as a hybrid."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    past = loaded.model.get_decoder()(input_ids=ids[:, :-1], use_cache=True).past_key_values
-    is_plain = isinstance(past, DynamicCache) and all(type(layer) is DynamicLayer for layer in past.layers)
-    return past if is_plain else None
 
 
 def _read(loaded: LoadedModel, openings: Openings, categories: Sequence[str], sequences: Sequences, arm: Arm) -> Codes:

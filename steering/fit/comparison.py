@@ -73,52 +73,48 @@ def compare_stage(
                 best = trial.contest(rounds, "refuse edits", best, best._replace(refuse=source))
         best = trial.contest(rounds, "strength", best, best._replace(is_graded=True))
         final = trial.judge(best)
-        hard = gates["families"][CATEGORY]["hard_sign"]
-        rounds.append(
-            {
-                "what": "neutral band",
-                "kept": "neutral band",
-                "lost": "hard sign at the Youden point",
-                "rates": {"neutral band": final.choice.to_json(), "hard sign at the Youden point": hard},
-            }
-        )
+        for entry in rounds:
+            fit.say(f"  {entry['what']}: kept {entry['kept']}, not {entry['lost']}")
+        unsteered = gates["families"][CATEGORY]["unsteered"]
+        shown: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+            (
+                "neutral band",
+                {_band(final.choice): final.choice.to_json()},
+                {"hard sign at the Youden point": gates["families"][CATEGORY]["hard_sign"]},
+            )
+        ]
         if unspared is not None:
             members = {key: families[key] for key in {best.comply, best.refuse}}
             other = family_codes(fit, openings, calibrating.ids, unspared, members, edits)
             rival = _Trial(
                 fit, openings, calibrating, unspared, families, edits, other, youden=youden, most_plain_edited=None
             ).judge(best._replace(is_graded=False))
-            rounds.append(
-                {
-                    "what": "plain prompts",
-                    "kept": "told by the head and hardly edited",
-                    "lost": "steered like all others, as in P1",
-                    "rates": {
-                        "told by the head and hardly edited": _rates(trial.judge(best)),
-                        "steered like all others, as in P1": _rates(rival),
-                    },
-                }
+            shown.append(
+                (
+                    "plain prompts",
+                    {"told by the head and hardly edited": _rates(final)},
+                    {"steered like all others, as in P1": _rates(rival)},
+                )
             )
         wrong = gates["families"].get(RANDOM_CATEGORY)
         if wrong is not None:
-            rounds.append(
-                {
-                    "what": "category choice",
-                    "kept": "the head's category",
-                    "lost": "another category's edits at the same thresholds",
-                    "rates": {
-                        "the head's category": gates["families"][CATEGORY]["chosen"],
-                        "another category's edits at the same thresholds": wrong["chosen"],
-                    },
-                }
+            shown.append(
+                (
+                    "category choice",
+                    {"the head's category": gates["families"][CATEGORY]["chosen"]},
+                    {"another category's edits at the same thresholds": wrong["chosen"]},
+                )
             )
-        for entry in rounds:
-            fit.say(f"  {entry['what']}: kept {entry['kept']}, not {entry['lost']}")
+        margins = {"safety_margin": fit.settings.safety_margin, "plain_margin": fit.settings.plain_margin}
+        beside = [beside_entry(what, one, other, unsteered, **margins) for what, one, other in shown]
+        for entry in beside:
+            fit.say(f"  {entry['what']}: {entry['in_place']} beside {entry['beside']}: {entry['measured']}")
         return {
             "winner": best._asdict(),
             "chosen": final.choice.to_json(),
             **final.plain._asdict(),
             "rounds": rounds,
+            "beside": beside,
             "rule": f"a challenger must over-refuse less on calibration prompts (paired sign test, p < {SIGNIFICANT}) "
             f"without raising the next-token loss of given answers to plain prompts by {PLAIN_GAIN:g} nats more, or "
             f"over-refuse no more (same test) and raise that loss by {PLAIN_GAIN:g} nats less; refusals of prompts to "
@@ -126,6 +122,53 @@ def compare_stage(
         }
 
     return fit.stage("compare", make, of=("safety_margin", "plain_margin", "plain_edited", "threshold"), after=after)
+
+
+def beside_entry(
+    what: str,
+    in_place: Mapping[str, Mapping[str, Any]],
+    other: Mapping[str, Mapping[str, Any]],
+    unsteered: Mapping[str, float],
+    *,
+    safety_margin: float,
+    plain_margin: float,
+) -> dict[str, Any]:
+    """What settings put in place, beside what they leave out, on the same prompts: measured, and deciding nothing.
+
+    Args:
+        what: that differs.
+        in_place: name and rates of the one; see `Choice.to_json`.
+        other: likewise of the other.
+        unsteered: rates without a gate; margins are from there.
+    """
+    rates = {**in_place, **other}
+    (name,), (rival,) = in_place, other
+    told = [f"{shown}: {_margins_kept(rates[shown], unsteered, safety_margin, plain_margin)}" for shown in rates]
+    less = round(rates[name]["rates"]["over"] - rates[rival]["rates"]["over"], 4)
+    order = "as many" if not less else f"{100 * abs(less):.1f} points {'fewer' if less < 0 else 'more'}"
+    return {
+        "what": what,
+        "in_place": name,
+        "beside": rival,
+        "measured": f"{order} over-refusals; {'; '.join(told)}",
+        "rates": rates,
+    }
+
+
+def _margins_kept(
+    found: Mapping[str, Any], unsteered: Mapping[str, float], safety_margin: float, plain_margin: float
+) -> str:
+    broken = []
+    # Rates are rounded to four places here.
+    if found["rates"]["refuse"] < unsteered["refuse"] - safety_margin - 1e-4:
+        broken.append("loses refusals beyond the margin")
+    if found["rates"]["plain"] > unsteered["plain"] + plain_margin + 1e-4:
+        broken.append("loses plain answers beyond the margin")
+    return " and ".join(broken) or "keeps both margins"
+
+
+def _band(choice: Choice) -> str:
+    return "neutral band" if choice.comply_below < choice.refuse_above else "hard sign"
 
 
 class Plain(NamedTuple):

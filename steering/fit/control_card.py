@@ -71,6 +71,11 @@ def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
         "|---|---|---|",
         *(_compared(entry) for entry in compared["rounds"]),
         "",
+        *_paragraph("Not chosen by these rates but by settings, and measured beside what they leave out:"),
+        "| what | in place | beside it | in place, it has |",
+        "|---|---|---|---|",
+        *(_beside(entry) for entry in compared["beside"]),
+        "",
         "## Doses",
         "",
         *_paragraph(
@@ -164,16 +169,22 @@ def _response(found: Mapping[str, Any]) -> list[str]:
 
 
 def _compared(entry: Mapping[str, Any]) -> str:
-    def cell(name: str) -> str:
-        rates = entry["rates"][name]
-        text = f"{name}: over-refusal {100 * rates['rates']['over']:.1f}, refusal {100 * rates['rates']['refuse']:.1f}"
-        if "plain_loss_added" in rates:
-            text += f", loss of plain answers {rates['plain_loss_added']:+.2f}"
-        if "plain_edited" in rates:
-            text += f", plain prompts edited {100 * rates['plain_edited']:.1f}"
-        return text
+    return f"| {entry['what']} | {_rates(entry, entry['kept'])} | {_rates(entry, entry['lost'])} |"
 
-    return f"| {entry['what']} | {cell(entry['kept'])} | {cell(entry['lost'])} |"
+
+def _beside(entry: Mapping[str, Any]) -> str:
+    cells = (entry["what"], _rates(entry, entry["in_place"]), _rates(entry, entry["beside"]), entry["measured"])
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rates(entry: Mapping[str, Any], name: str) -> str:
+    rates = entry["rates"][name]
+    text = f"{name}: over-refusal {100 * rates['rates']['over']:.1f}, refusal {100 * rates['rates']['refuse']:.1f}"
+    if "plain_loss_added" in rates:
+        text += f", loss of plain answers {rates['plain_loss_added']:+.2f}"
+    if "plain_edited" in rates:
+        text += f", plain prompts edited {100 * rates['plain_edited']:.1f}"
+    return text
 
 
 def _dose(key: str, dose: Mapping[str, Any], unsteered: float) -> str:

@@ -15,10 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from steering.fit.ability import ANSWER_TOKENS, answer_loss, of_common_length, well_formed
-from steering.fit.activations import Sequences, greedy
+from steering.fit.activations import greedy
 from steering.fit.arms import ANSWERED, UNSTEERED, Arm, Codes, arm_codes, arm_effects, neither, refusals
 from steering.fit.control import Fit, Settings, Variant
 from steering.fit.openings import Openings
+from steering.fit.passes import Sequences
 from steering.fit.prompts import Kind, Prompts
 from steering.fit.vectors import categorical
 from steering.terms import Edit, added_direction

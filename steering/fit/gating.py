@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steering.fit.activations import Sequences
 from steering.fit.arms import ANSWERED, UNSTEERED, Arm, Codes, arm_codes, over_arms
 from steering.fit.control import Fit
 from steering.fit.families import CATEGORY, P1, RANDOM, RANDOM_CATEGORY, Family
 from steering.fit.openings import Openings
+from steering.fit.passes import Sequences
 from steering.fit.probes import Array, Mask
 from steering.fit.prompts import GROUP_KINDS, Kind, Prompts
 from steering.fit.thresholds import (

@@ -24,7 +24,7 @@ from steering.fit.openings import Openings, refusal_log_probability
 from steering.fit.prompts import CONTRAST_PARTS, Kind, Prompts
 from steering.fit.shards import Shards
 from steering.fit.vectors import categorical
-from steering.terms import MAX_RANK, Edit, LayerTerms, low_rank_map
+from steering.terms import MAX_RANK, Edit, LayerTerms
 
 COVARIANCE_PROMPTS = 4096
 """Benign prompts the covariance is made of at most."""
@@ -172,11 +172,12 @@ def null_space_stage(
             ]
         )
         residuals = shards.layer(layer)
-        names = [fit.categories.index(str(fitting.items[index].category)) for index in harmful]
-        matrix = null_space_map(residuals[harmful], differences[names], basis, settings.ridge)
-        rank = min(MAX_RANK, len(fit.categories), matrix.shape[0])
-        terms = low_rank_map(layer=layer, matrix=matrix, rank=rank)
-        moved = torch.linalg.vector_norm(residuals @ matrix.T.to(torch.float32), dim=-1)
+        kinds = [fit.categories.index(str(fitting.items[index].category)) for index in harmful]
+        found = null_space_map(residuals[harmful], kinds, differences, basis, settings.ridge)
+        rank = min(MAX_RANK, len(found.gain))
+        read, write, gain = (part[:rank].to(torch.float32).contiguous() for part in found)
+        # Writes are orthonormal, so that what is added is as long as its coordinates along them.
+        moved = torch.linalg.vector_norm(residuals @ read.T * gain, dim=-1)
         return {
             "layer": layer,
             "rank": rank,
@@ -188,7 +189,7 @@ def null_space_stage(
                 "borderline": float(moved[fitting.where(Kind.OVER)].mean()),
                 "plain": float(moved[fitting.where(Kind.PLAIN)].mean()),
             },
-            "tensors": {"read": terms.read, "write": terms.write, "gain": terms.gain},
+            "tensors": {"read": read, "write": write, "gain": gain},
         }
 
     return fit.stage("null_space", make, of=("null_share", "ridge", "tau", "top_k", "trained"), after=after)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from steering.errors import OperatorError
-from steering.fit.activations import LoadedModel, Sequences, added_in_training, by_length
-from steering.fit.openings import Openings, refusal_log_probability
+from steering.fit.activations import LoadedModel, added_in_training
+from steering.fit.openings import Openings, reading, refusal_log_probability
+from steering.fit.passes import Sequences, passes
 
 
 class Covariance(StrEnum):
@@ -144,10 +146,10 @@ def train(
     module = LowRankVector(basis, spread=training.spread, seed=seed)
     optimizer = torch.optim.AdamW(module.parameters(), lr=training.rate)
     history = []
-    cycled = itertools.cycle(_batches(harmful, training.batch, seed))
+    cycled = itertools.cycle(_batches(loaded, harmful, training.batch, seed))
     for epoch in range(training.epochs):
         refusal_sum, divergence_sum, steps = 0.0, 0.0, 0
-        for chosen in _batches(benign, training.batch, seed):
+        for chosen in _batches(loaded, benign, training.batch, seed):
             vector = scale * module()
             refusal = -_refusal(loaded, openings, layer, vector, next(cycled))
             divergence = _divergence(loaded, layer, vector, chosen)
@@ -167,9 +169,9 @@ def train(
     return Trained(vector, history)
 
 
-def _batches(sequences: Sequences, most: int, seed: int) -> list[Sequence[Sequence[int]]]:
+def _batches(loaded: LoadedModel, sequences: Sequences, most: int, seed: int) -> list[Sequence[Sequence[int]]]:
     """Groups of one length in an order that the seed gives."""
-    groups = [[sequences[index] for index in indices] for indices, _ in by_length(sequences, most)]
+    groups = [[sequences[index] for index in indices] for indices, _ in passes(loaded, sequences, most, logits=2)]
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     return [groups[index] for index in order]
 
@@ -185,12 +187,6 @@ def _divergence(loaded: LoadedModel, layer: int, vector: Tensor, prompts: Sequen
     """Mean KL(p_base ‖ p_steer) of the next token."""
     ids = torch.tensor([list(prompt) for prompt in prompts], device=loaded.model.device)
     with torch.no_grad():
-        base = _last_log_probabilities(loaded, ids)
-    with added_in_training(loaded, layer, vector):
-        steered = _last_log_probabilities(loaded, ids)
+        base = reading(loaded, ids, lambda _tail: nullcontext())(())[:, 0]
+    steered = reading(loaded, ids, lambda tail: added_in_training(loaded, layer, vector, tail=tail))(())[:, 0]
     return nn.functional.kl_div(steered, base, log_target=True, reduction="batchmean")
-
-
-def _last_log_probabilities(loaded: LoadedModel, ids: Tensor) -> Tensor:
-    logits = loaded.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-    return torch.log_softmax(logits.float(), dim=-1)

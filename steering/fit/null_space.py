@@ -6,12 +6,13 @@
 
 Inside the span of U the pseudo-inverse is a plain inverse, which is how it is computed. Pure tensor maths.
 
-Shapes: `N` prompts, `D` width of the residual stream, `K` directions kept.
+Shapes: `N` prompts, `C` targets, `D` width of the residual stream, `K` directions kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,17 +41,32 @@ def near_null_basis(benign: Tensor, share: float) -> Tensor:
     return basis
 
 
-def null_space_map(harmful: Tensor, targets: Tensor, basis: Tensor, ridge: float) -> Tensor:
-    """The map Δ [D, D] float64; its rank is at most that of the targets.
+class Factors(NamedTuple):
+    """Δ as Σ_r gain_r · write_r read_rᵀ in float64; reads [R, D] and writes [R, D] are orthonormal."""
+
+    read: Tensor
+    write: Tensor
+    gain: Tensor
+
+
+def null_space_map(harmful: Tensor, kinds: Sequence[int], targets: Tensor, basis: Tensor, ridge: float) -> Factors:
+    """The map Δ by its singular value decomposition; its rank is at most that of the targets.
+
+    Everything is as thin as the targets are few: neither Δ nor a target per prompt is ever made.
 
     Args:
         harmful: [N, D] residuals of prompts to refuse.
-        targets: [N, D], what is to be added to each of them.
+        kinds: [N], which of the targets is to be added to each of them.
+        targets: [C, D].
         basis: [D, K] from `near_null_basis`.
         ridge: a of the formula; the larger, the weaker the push.
     """
     seen = harmful.to(torch.float64) @ basis
     inner = seen.T @ seen
     inner.diagonal().add_(ridge)
-    solved: Tensor = torch.linalg.solve(inner, seen.T @ targets.to(torch.float64))
-    return (basis @ solved).T
+    sums = torch.zeros(len(targets), seen.shape[1], dtype=torch.float64)
+    sums.index_add_(0, torch.as_tensor(kinds), seen)
+    read, read_part = torch.linalg.qr(basis @ torch.linalg.solve(inner, sums.T))
+    write, write_part = torch.linalg.qr(targets.to(torch.float64).T)
+    left, gain, right = torch.linalg.svd(write_part @ read_part.T)
+    return Factors(right @ read.T, (write @ left).T, gain)

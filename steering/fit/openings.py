@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from steering.errors import NotSupported
-from steering.fit.activations import LoadedModel, Sequences, by_length, greedy
+from steering.fit.activations import LoadedModel, greedy
+from steering.fit.passes import Sequences, branch, passes, prefix
 
 LONGEST = 5
 """Most tokens of an opening."""
@@ -193,30 +194,48 @@ def refusal_log_probability(
     """
     result: list[Tensor | None] = [None] * len(prompts)
     lengths = sorted({len(opening.tokens) for opening in openings.refusals})
-    for indices, ids in by_length(prompts):
-        start = ids.to(loaded.model.device)
+    for indices, ids in passes(loaded, prompts, logits=max(lengths)):
+        read = reading(loaded, ids.to(loaded.model.device), editing)
         parts: list[Tensor] = []
         for length in lengths:
             alike = [opening.tokens for opening in openings.refusals if len(opening.tokens) == length]
             if length == 1:
-                with editing(1):
-                    logits = loaded.model(input_ids=start, use_cache=False, logits_to_keep=1).logits[:, -1]
-                scores = torch.log_softmax(logits.float(), dim=-1)
+                scores = read(())[:, 0]
                 parts += [scores[:, tokens[0]] for tokens in alike]
                 continue
             for tokens in alike:
-                tail = torch.tensor(tokens[:-1], device=start.device).expand(len(indices), -1)
-                with editing(length):
-                    logits = loaded.model(
-                        input_ids=torch.cat([start, tail], dim=1), use_cache=False, logits_to_keep=length
-                    ).logits
-                scores = torch.log_softmax(logits.float(), dim=-1)
-                wanted = torch.tensor(tokens, device=start.device).expand(len(indices), -1).unsqueeze(-1)
+                scores = read(tokens[:-1])
+                wanted = torch.tensor(tokens, device=scores.device).expand(len(indices), -1).unsqueeze(-1)
                 parts.append(scores.gather(-1, wanted).squeeze(-1).sum(dim=-1))
         total = torch.logsumexp(torch.stack(parts), dim=0)
         for row, index in enumerate(indices):
             result[index] = total[row].cpu()
     return torch.stack([value for value in result if value is not None]) if result else torch.empty(0)
+
+
+def reading(
+    loaded: LoadedModel, ids: Tensor, editing: Callable[[int], AbstractContextManager[None]]
+) -> Callable[[Sequence[int]], Tensor]:
+    """Gives log-probabilities [B, 1 + n, V] from the last prompt token of `ids` [B, S] on, n tokens being fed in.
+
+    No edit reaches the tokens before, so that they are read once, and gradients never need them.
+    """
+    with torch.no_grad():
+        past = prefix(loaded, ids)
+
+    def read(tokens: Sequence[int]) -> Tensor:
+        tail = torch.tensor(tokens, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
+        begin = ids if past is None else ids[:, -1:]
+        with editing(1 + len(tokens)):
+            logits = loaded.model(
+                input_ids=torch.cat([begin, tail], dim=1),
+                past_key_values=None if past is None else branch(past),
+                use_cache=past is not None,
+                logits_to_keep=1 + len(tokens),
+            ).logits
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    return read
 
 
 def _beginnings(answers: Sequences, longest: int) -> Counter[tuple[int, ...]]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from steering.errors import NotSupported
-from steering.fit.activations import LoadedModel, Sequences, first_tokens
+from steering.fit.activations import LoadedModel, first_tokens
 from steering.fit.intervals import Rate
+from steering.fit.passes import Sequences
 from steering.terms import Edit
 
 

@@ -162,17 +162,17 @@ def gates(found: Mapping[str, Any], path: Path) -> None:
 def comparison(found: Mapping[str, Any], path: Path) -> None:
     """Over-refusal of both sides of every comparison."""
     labels, values, colours = [], [], []
-    for entry in found["rounds"]:
+    for entry in (*found["rounds"], *found["beside"]):
         for name, rates in entry["rates"].items():
             labels.append(f"{entry['what']}: {name}")
             values.append(rates["rates"]["over"])
-            colours.append("tab:blue" if name == entry["kept"] else "lightgrey")
+            colours.append("tab:blue" if name == entry.get("kept", entry.get("in_place")) else "lightgrey")
     figure = new_figure(8, 0.35 * len(labels) + 1)
     axes = figure.add_subplot()
     axes.barh(range(len(labels)), values, color=colours)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel="prompts to answer, not answered (calibration); kept ones are blue")
+    axes.set(xlabel="prompts to answer, not answered (calibration); what is in place is blue")
     save_figure(figure, path)
 
 

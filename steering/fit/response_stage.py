@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 
 from steering.errors import TooFewPrompts
 from steering.evaluate.judge import KeywordJudge, Verdict
-from steering.fit.activations import LoadedModel, generated_residuals, greedy
+from steering.fit.activations import LoadedModel, greedy
 from steering.fit.control import Fit
 from steering.fit.datasets import thinned
+from steering.fit.generated import write_generated
 from steering.fit.intervals import Rate
 from steering.fit.openings import Openings
 from steering.fit.prompts import Kind, Prompts
@@ -29,7 +32,7 @@ RESPONSE = "response"
 """Name of the stage, and of the probe in a bundle."""
 
 MOST_LAYERS = 12
-"""Layers that are tried at most: what is kept of them lies in memory."""
+"""Layers that are tried at most."""
 
 ANSWER_TOKENS = 48
 """Tokens of an answer that the keyword judge reads; a refusal shows by then."""
@@ -79,14 +82,6 @@ def response_stage(
         labels = label_answers(fit.loaded, openings, answers)
         rows = [row for row, refused in enumerate(labels.refused) if refused is not None]
         layers = candidate_layers(len(fit.loaded.blocks))
-        residuals, mask = generated_residuals(
-            fit.loaded,
-            [asked[row] for row in rows],
-            [answers[row] for row in rows],
-            layers=layers,
-            most=MOST_TOKENS,
-            edits=[arms[row] for row in rows],
-        )
         facts = {
             "labels": labels.how,
             "verdicts": labels.counts,
@@ -95,13 +90,23 @@ def response_stage(
             "edits": sorted({edit.name for edit in edits}),
         }
         try:
-            probe = fit_response_probe(
-                residuals.__getitem__,
-                layers,
-                mask,
-                [bool(labels.refused[row]) for row in rows],
-                [groups[row] for row in rows],
-            )
+            with TemporaryDirectory(dir=fit.work, prefix="generated-") as folder:
+                written = write_generated(
+                    fit.loaded,
+                    [asked[row] for row in rows],
+                    [answers[row] for row in rows],
+                    Path(folder),
+                    layers=layers,
+                    most=MOST_TOKENS,
+                    edits=[arms[row] for row in rows],
+                )
+                probe = fit_response_probe(
+                    written.layer,
+                    layers,
+                    written.mask,
+                    [bool(labels.refused[row]) for row in rows],
+                    [groups[row] for row in rows],
+                )
         except TooFewPrompts as error:
             fit.say(f"  no response probe: {error}")
             return {"skipped": str(error), **facts}

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steering.fit.activations import LoadedModel, Sequences, last_residuals_and_tokens
+from steering.fit.activations import LoadedModel, last_residuals_and_tokens
+from steering.fit.passes import Sequences
 
 SHARD_BYTES = 96 * 1024 * 1024
 """Most bytes of residuals in one shard; making one takes about twice that."""

@@ -154,7 +154,7 @@ def class_means(
                 [index for index in benign if own[index] == -1], 2 * fit.settings.most
             ),
         }
-        means = {name: _shard_mean(shards, members) for name, members in groups.items() if members}
+        means = _shard_means(shards, {name: members for name, members in groups.items() if members})
         used = dict(groups)
         if openings.is_tokens:
             # Algorithm 1 reads on the category token, which is not in the prompts: these are read anew.
@@ -206,19 +206,22 @@ def _direction(refused: Tensor, answered: Tensor, layer: int, settings: Settings
     return unit(raw), float(torch.linalg.vector_norm(raw))
 
 
-def _shard_mean(shards: Shards, members: Sequence[int]) -> Tensor:
-    """Mean [L, D] float64 of some prompts' residuals, shard by shard."""
-    chosen = torch.zeros(shards.count, dtype=torch.bool)
-    chosen[list(members)] = True
-    means = []
+def _shard_means(shards: Shards, groups: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Means [L, D] float64 of some groups' residuals, from one pass over the shards."""
+    chosen = {name: torch.zeros(shards.count, dtype=torch.bool) for name in groups}
+    for name, members in groups.items():
+        chosen[name][list(members)] = True
+    means: dict[str, list[Tensor]] = {name: [] for name in groups}
     for layer in range(shards.layers):
-        mean = ClassMean()
+        sums = {name: ClassMean() for name in groups}
         for index, batch in shards.batches(layer):
-            rows = chosen[index]
-            if bool(rows.any()):
-                mean.add(batch[rows])
-        means.append(mean.mean)
-    return torch.stack(means)
+            for name, mean in sums.items():
+                rows = chosen[name][index]
+                if bool(rows.any()):
+                    mean.add(batch[rows])
+        for name, mean in sums.items():
+            means[name].append(mean.mean)
+    return {name: torch.stack(layers) for name, layers in means.items()}
 
 
 def _mean(fit: Fit, sequences: Sequence[Sequence[int]]) -> Tensor:

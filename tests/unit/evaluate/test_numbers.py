@@ -1,21 +1,17 @@
-"""The numbers by themselves: paired intervals, probe scores, lm-evaluation-harness, CAST's condition."""
+"""The numbers by themselves: paired intervals, probe scores, CAST's condition."""
 
 from __future__ import annotations
 
 import math
-import sys
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 
-from steering.errors import InvalidSpec, OperatorError
+from steering.errors import InvalidSpec
 from steering.evaluate.ability import similarity
 from steering.evaluate.arms import arm_from_option, pair_from_option
 from steering.evaluate.cast import best_threshold, condition_direction
 from steering.evaluate.cast import similarity as condition_similarity
-from steering.evaluate.harness import benchmark, check_installed
 from steering.evaluate.paired import Paired
 from steering.evaluate.scores import calibration, histogram, roc
 
@@ -82,36 +78,14 @@ def test_cast_similarity_is_the_papers_formula() -> None:
     assert float(condition_similarity(residual, direction)[0]) == pytest.approx(float(wanted), abs=1e-6)
 
 
-def test_benchmarks_say_what_to_install_and_ask_before_running_code() -> None:
-    """Without the optional package the message has the command; a task that runs code is refused unasked."""
-    with pytest.raises(OperatorError, match="pip install"):
-        check_installed(["gsm8k"], allows_code=False)
-    with pytest.raises(OperatorError, match="--run-code"):
-        check_installed(["humaneval"], allows_code=False)
-    with pytest.raises(OperatorError, match="ifeval"):
-        check_installed(["arc"], allows_code=False)
-
-
-def test_benchmarks_send_steering_in_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each arm's field travels as a generation argument, which the harness puts into the body as it is."""
-    calls: list[dict[str, Any]] = []
-
-    def simple_evaluate(**given: Any) -> dict[str, Any]:
-        calls.append(given)
-        return {"results": {"gsm8k": {"exact_match": 0.5}}}
-
-    module = ModuleType("lm_eval")
-    module.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lm_eval", module)
-    monkeypatch.setattr("steering.evaluate.harness.check_installed", lambda *_args, **_more: None)
-    arms = {"unsteered": {"mode": "off"}, "auto": {"mode": "auto"}}
-    told = benchmark(
-        url="http://host:1/", model="m", tasks=["mmlu"], arms=arms, limit=5, concurrency=2, allows_code=False
-    )
-    assert [call["gen_kwargs"] for call in calls] == [{"steering": {"mode": "off"}}, {"steering": {"mode": "auto"}}]
-    assert calls[0]["model_args"]["base_url"] == "http://host:1/v1/chat/completions"
-    assert calls[0]["tasks"] == ["mmlu_generative"]
-    assert told["arms"]["auto"]["results"]["gsm8k"]["exact_match"] == 0.5
+def test_cast_similarity_with_its_sign_tells_sides_that_the_printed_one_folds() -> None:
+    """Residuals h and -h are alike as printed; with the sign of h·c the same number is on either side of zero."""
+    both = torch.tensor([[0.5, 2.0, 1.0], [-0.5, -2.0, -1.0]])
+    direction = torch.tensor([0.6, 0.8, 0.0])
+    printed = condition_similarity(both, direction)
+    assert float(printed[0]) == pytest.approx(float(printed[1]))
+    signed = condition_similarity(both, direction, is_signed=True)
+    assert signed.tolist() == pytest.approx([float(printed[0]), -float(printed[0])])
 
 
 def test_options_that_are_no_arms_or_thresholds_are_refused() -> None:

@@ -22,7 +22,8 @@ from steering.evaluate.run import Asked, Settings
 from steering.evaluate.server import Server
 from steering.evaluate.suites import SUITES, Group
 from steering.evaluate.table1 import P1_MODEL, table1
-from steering.evaluate.tally import TOKEN, judged
+from steering.evaluate.tally import TOKEN, WORDING, judged
+from steering.evaluate.wordings import Wordings
 from steering.fit.datasets import DataDirectory, Record
 from steering.fit.sources import Label
 from tests.unit.evaluate.scripted import ScriptedServer
@@ -71,7 +72,7 @@ def answered(suite: str, number: int, arm: str, *, refused: bool, **more: Any) -
     return Asked(suite=SUITES[suite], arm=arm, record=record, answer=answer)
 
 
-def told_of(asked: list[Asked], arms: list[Arm]) -> dict[str, Any]:
+def told_of(asked: list[Asked], arms: list[Arm], wordings: Wordings | None = None) -> dict[str, Any]:
     """The report on given answers."""
     server = Server(
         model="m",
@@ -83,10 +84,9 @@ def told_of(asked: list[Asked], arms: list[Arm]) -> dict[str, Any]:
         has_gate=True,
         tokens={"[Safety]": "Safety"},
     )
-    rows = judged(asked, has_decision_tokens=True)
-    setting = Setting(
-        server=server, arms=arms, skipped={}, left_out={}, judges={TOKEN: {"error": EXACT}}, asking={"max_tokens": 4}
-    )
+    rows = judged(asked, has_decision_tokens=True, wordings=wordings)
+    judges = {TOKEN: {"error": EXACT}} | ({} if wordings is None else {WORDING: {"error": "not measured"}})
+    setting = Setting(server=server, arms=arms, skipped={}, left_out={}, judges=judges, asking={"max_tokens": 4})
     return build_report(rows, setting)
 
 
@@ -190,6 +190,41 @@ def test_a_report_without_gate_or_text_still_makes_a_page() -> None:
     Page(drawn)
     assert '<b title="a &amp; b">&lt;b&gt;</b>' in drawn
     assert report["claims"] == []
+
+
+def test_the_page_leads_with_what_is_read_beside_what_is_decided(tmp_path: Path) -> None:
+    """Refused by its token and broken in its words is decided and not read; both are there, the reading first."""
+    asked = []
+    for number in range(10):
+        asked.append(answered("xstest-unsafe", number, UNSTEERED, refused=True))
+        broken = Answer(text="I cannot help with that that that that that that", refused=True)
+        record = asked[-1].record
+        asked.append(Asked(suite=SUITES["xstest-unsafe"], arm=AUTO, record=record, answer=broken))
+    report = told_of(asked, ARMS, wordings=Wordings(["I cannot help with that."]))
+    assert [claim["facts"]["first"]["rate"] for claim in report["claims"]] == [1.0]
+    assert [claim["facts"]["first"]["rate"] for claim in report["claims_read"]] == [0.0]
+    assert report["claims_read"][0]["is_shown"] is False
+    drawn = Page(page(report))
+    assert drawn.headings[:2] == ["What is read, and what is decided", "Does it do what it is for?"]
+    text = page(report)
+    assert text.index("As read, by wording") < text.index("As decided, by refusal_token")
+    told = text[text.index("What is read, and") : text.index("Does it do")]
+    assert told.index("read as a refusal, auto") < told.index("decided to refuse, unsteered")
+    # A report of an earlier version has no claims on what is read, and still leads with it.
+    report.pop("claims_read")
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report), encoding="utf-8")
+    found = CliRunner().invoke(app, ["page", str(path)])
+    assert found.exit_code == 0, found.output
+    assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).headings == drawn.headings
+    assert CliRunner().invoke(app, ["page", str(tmp_path / "absent.json")]).exit_code == 1
+
+
+def test_without_a_judge_of_the_text_the_page_is_of_the_token() -> None:
+    """Keywords do not stand for what is read."""
+    report = told_of([answered("xstest-safe", 0, arm.name, refused=True) for arm in ARMS], ARMS)
+    assert report["claims_read"] == []
+    assert Page(page(report)).headings[0] == "Does it do what it is for?"
 
 
 @pytest.mark.needs_data

@@ -58,7 +58,9 @@ def test_condition_fires_on_its_side_of_the_threshold_and_leaves_out_long_prompt
     sides = [
         fires(
             tiny,
-            Condition(layer=1, direction=direction, threshold=cut, is_above=is_above, f1=0.0, fitted=0),
+            Condition(
+                layer=1, direction=direction, threshold=cut, is_above=is_above, is_signed=False, f1=0.0, fitted=0
+            ),
             records,
             None,
         )
@@ -67,7 +69,7 @@ def test_condition_fires_on_its_side_of_the_threshold_and_leaves_out_long_prompt
     assert {key: not flag for key, flag in sides[0].items()} == sides[1]
     assert sum(sides[0].values()) == 3, "the median itself is at or above"
     longest = len(tiny.prompt("tea"))
-    condition = Condition(layer=1, direction=direction, threshold=cut, is_above=True, f1=0.0, fitted=0)
+    condition = Condition(layer=1, direction=direction, threshold=cut, is_above=True, is_signed=False, f1=0.0, fitted=0)
     assert set(fires(tiny, condition, records, longest)) == {"tea"}
 
 

@@ -82,7 +82,7 @@ def test_a_model_whose_state_cannot_be_cut_back_is_run_in_full(
     """Hybrid models keep a running state: the same numbers, one whole pass for each arm."""
     prompts, arms = tiny.prompts(TEXTS), [UNSTEERED, Arm(_edit(1, 8.0)), Arm(_edit(2, 50.0, 3))]
     shared = arm_codes(tiny, token_openings(tiny), CATEGORIES, prompts, arms)
-    monkeypatch.setattr(arms_module, "_prefix", lambda *_arguments: None)
+    monkeypatch.setattr(arms_module, "prefix", lambda *_arguments: None)
     whole = arm_codes(tiny, token_openings(tiny), CATEGORIES, prompts, arms)
     for one, other in zip(shared, whole, strict=True):
         np.testing.assert_array_equal(one, other)

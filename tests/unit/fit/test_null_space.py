@@ -7,7 +7,7 @@ import torch
 
 from steering.errors import OperatorError
 from steering.fit.null_space import gram, near_null_basis, null_space_map
-from steering.terms import apply_terms, low_rank_map
+from steering.terms import LayerTerms, apply_terms
 
 
 def _residuals() -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,11 +24,12 @@ def test_the_map_leaves_benign_residuals_alone_and_moves_harmful_ones_to_their_t
     sides = torch.arange(100) % 2
     # Harmful prompts of two categories: their residuals differ in the null space, and so do their targets.
     harmful[:, 8] += 6.0 * (2 * sides - 1)
-    targets = torch.zeros(100, 12)
-    targets[sides == 0, 0], targets[sides == 1, 1] = 3.0, -4.0
+    kinds = torch.zeros(2, 12)
+    kinds[0, 0], kinds[1, 1] = 3.0, -4.0
+    targets = kinds[sides]
     basis = near_null_basis(gram([benign[:120], benign[120:]]), 0.5)
-    matrix = null_space_map(harmful, targets, basis, ridge=1.0)
-    terms = low_rank_map(layer=0, matrix=matrix, rank=2)
+    read, write, gain = (part.float() for part in null_space_map(harmful, sides.tolist(), kinds, basis, ridge=1.0))
+    terms = LayerTerms(layer=0, read=read, write=write, gain=gain, bias=torch.zeros(2))
     assert float((apply_terms(benign, terms, 1.0) - benign).norm(dim=-1).max()) < 0.15
     moved = apply_terms(harmful, terms, 1.0) - harmful
     assert float((moved - targets).norm(dim=-1).mean()) < 1.5
@@ -39,13 +40,18 @@ def test_the_map_leaves_benign_residuals_alone_and_moves_harmful_ones_to_their_t
 def test_the_map_is_the_paper_s_formula() -> None:
     """R H_mᵀ P (P H_m H_mᵀ P + a P)^+ P with the projector written out and a pseudo-inverse."""
     benign, harmful = (part.double() for part in _residuals())
-    targets = torch.randn(100, 12, generator=torch.Generator().manual_seed(1)).double()
+    kinds = torch.randn(3, 12, generator=torch.Generator().manual_seed(1)).double()
+    members = [index % 3 for index in range(100)]
+    targets = kinds[members]
     basis = near_null_basis(gram([benign]), 0.4)
     projector = basis @ basis.T
     columns = harmful.T
     inner = projector @ columns @ columns.T @ projector + 10.0 * projector
     expected = targets.T @ columns.T @ projector @ torch.linalg.pinv(inner, hermitian=True, rtol=1e-10) @ projector
-    torch.testing.assert_close(null_space_map(harmful, targets, basis, 10.0), expected, atol=1e-9, rtol=1e-7)
+    read, write, gain = null_space_map(harmful, members, kinds, basis, 10.0)
+    torch.testing.assert_close(write.T @ torch.diag(gain) @ read, expected, atol=1e-9, rtol=1e-7)
+    for sides in (read, write):
+        torch.testing.assert_close(sides @ sides.T, torch.eye(3).double(), atol=1e-12, rtol=0)
 
 
 def test_a_share_outside_its_range_and_no_benign_prompts_are_errors() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from steering.errors import NotSupported
 from steering.fit import openings as openings_module
-from steering.fit.activations import LoadedModel, steered
+from steering.fit.activations import LoadedModel, added_in_training, steered
 from steering.fit.openings import (
     Opening,
     Openings,
@@ -124,3 +124,20 @@ def test_a_model_without_tokens_has_no_token_openings(tiny: LoadedModel) -> None
     """The error says why."""
     with pytest.raises(NotSupported, match="no refusal tokens"):
         token_openings(replace(tiny, categories={}, respond=None))
+
+
+def test_gradients_are_those_of_the_whole_prompt(tiny: LoadedModel) -> None:
+    """The tokens before the last are read once and without gradients, which changes neither value nor gradient."""
+    (prompt,) = tiny.prompts(["how do i tie a knot"])
+    pairs = Openings(refusals=(Opening(tokens=(7, 9, 11), text="x"),), respond=None, found="by hand")
+    start = torch.linspace(-1.0, 1.0, tiny.width)
+    vector = start.clone().requires_grad_()
+    found = refusal_log_probability(tiny, [prompt], pairs, lambda tail: added_in_training(tiny, 1, vector, tail=tail))
+    torch.autograd.backward(found.sum())
+    whole = start.clone().requires_grad_()
+    with added_in_training(tiny, 1, whole, tail=3):
+        logits = tiny.model(input_ids=torch.tensor([[*prompt, 7, 9]]), use_cache=False).logits[0, -3:]
+    wanted = torch.log_softmax(logits, dim=-1)[range(3), [7, 9, 11]].sum()
+    torch.autograd.backward(wanted)
+    torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vector.grad, whole.grad, atol=1e-5, rtol=1e-4)

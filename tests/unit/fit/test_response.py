@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +19,7 @@ from steering.fit.activations import (
     last_residuals_at,
     steered,
 )
+from steering.fit.generated import write_generated
 from steering.fit.openings import Opening, Openings
 from steering.fit.response import (
     CALIBRATE,
@@ -130,6 +134,24 @@ def test_residuals_of_generated_tokens_are_those_of_generation(tiny: LoadedModel
             for layer in (0, 2):
                 assert torch.allclose(found[layer][row, place], expected[layer], atol=1e-5)
     assert float(found[0][1, 1:].abs().sum()) == 0.0
+
+
+def test_residuals_on_disk_are_those_in_memory(tiny: LoadedModel, tmp_path: Path) -> None:
+    """In the order of the answers, whatever shards they lie in; each layer is read by itself."""
+    prompts = tiny.prompts(["how do i tie a knot", "tea", "what is tea made of", "tie"])
+    answers = greedy(tiny, prompts, new_tokens=4)
+    answers[1] = answers[1][:1]
+    direction = torch.nn.functional.normalize(torch.ones(tiny.width), dim=0)
+    edit = Edit(name="e", layers=(added_direction(layer=0, direction=direction, coefficient=2.0),))
+    edits = [None, edit, edit, None]
+    found, mask = generated_residuals(tiny, prompts, answers, layers=[0, 2], most=3, edits=edits)
+    arguments: dict[str, Any] = {"layers": [0, 2], "most": 3, "edits": edits}
+    row = 2 * 3 * tiny.width * 4
+    written = write_generated(tiny, prompts, answers, tmp_path, shard_bytes=2 * row, **arguments)
+    assert len(written.files) == 2
+    assert torch.equal(written.mask, mask)
+    for layer in (0, 2):
+        torch.testing.assert_close(written.layer(layer), found[layer], atol=1e-5, rtol=1e-5)
 
 
 def test_residuals_are_read_before_an_edit_of_their_own_layer_and_after_earlier_ones(tiny: LoadedModel) -> None:

@@ -18,7 +18,7 @@ from steering.errors import FingerprintMismatch, OperatorError, TrimtabError, Un
 from steering.fingerprint import fingerprint_of
 from steering.plan import CategorySource
 from steering.transfer import transfer
-from tests.samples import LAYERS, WIDTH, manifest_of, random_edit, random_probe, with_gates
+from tests.samples import LAYERS, WIDTH, manifest_of, random_edit, random_probe, with_gates, with_response
 
 TOKENS = {"[Safety]": 5, "[respond]": 6}
 POINT = {
@@ -94,6 +94,18 @@ def test_the_learned_vector_is_carried_over_unchanged(source: Bundle, target: Pa
     assert manifest.transfer.model == source.manifest.model
     assert made.digest != source.digest
     assert source.digest in (tmp_path / "out" / "CARD.md").read_text()
+
+
+def test_a_response_probe_stays_behind(source: Bundle, home: Path, target: Path, tmp_path: Path) -> None:
+    """It tells of its own model's answers; the rest is carried over, and verdicts of the target's stay unknown."""
+    reads = random_probe("answers", layer=1, categories=(), seed=5)
+    fields = with_response(source.manifest.model_dump(mode="json"), reads, 4)
+    del fields["tensors_digest"]
+    watching = save_bundle(tmp_path / "watching", fields, dict(source.edits), {**source.probes, "answers": reads})
+    assert watching.manifest.response is not None
+    made = transfer(watching, target, tmp_path / "out", is_accepted=True)
+    assert made.manifest.response_probe is None
+    assert set(made.probes) == {"p"}
 
 
 def test_the_targets_tokens_are_not_assumed_to_mean_refusals(source: Bundle, target: Path, tmp_path: Path) -> None:
