@@ -56,24 +56,8 @@ _NO_BITS = np.empty((0, 0), np.uint16)
 def run(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:
     """The op on the CPU's tensors, as `kernels` describes them; sums in float32, rounded once when written.
 
-    float32 and bfloat16 are read where they are; of any other dtype a float32 copy is made.
+    float32 is read where it is; of any other dtype a float32 copy is made. For bfloat16 there is `steer_at`.
     """
-    if hidden.dtype == torch.bfloat16 and hidden.stride(1) == residual.stride(1) == 1:
-        # Addresses: to have torch and NumPy make views of five tensors takes longer than to edit a few tokens.
-        steer_at(
-            hidden.data_ptr(),
-            hidden.stride(0),
-            residual.data_ptr(),
-            residual.stride(0),
-            len(hidden),
-            token_rows.data_ptr(),
-            rows.data_ptr(),
-            len(rows),
-            table.data_ptr(),
-            table.shape[0],
-            table.shape[1],
-        )
-        return
     wide, other, of_token = hidden.to(torch.float32), residual.to(torch.float32), token_rows.numpy()[: len(hidden)]
     _steer(wide.numpy(), other.numpy(), _NO_BITS, _NO_BITS, of_token, rows.numpy(), table.numpy())
     if wide is not hidden:

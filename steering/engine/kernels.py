@@ -40,7 +40,6 @@ of them, so that no two write the same row.
 
 from __future__ import annotations
 
-import functools
 import os
 from enum import IntEnum
 from typing import Any
@@ -116,20 +115,11 @@ def edit_compiled(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Te
     they share one edit.
     """
     prepared = getattr(table, PREPARED, None)
-    if prepared is not None:
-        prepared(hidden, residual)
-    elif token_rows.numpy()[-2]:
-        block, compiled = _on_cpu()
-        if len(hidden) < block.SHORTEST or not block.edit_block(hidden, residual, token_rows, rows, table):
-            compiled.run(hidden, residual, token_rows, rows, table)
+    if prepared is None:  # of no engine's
+        from steering.engine.prepared import PreparedEdit
 
-
-@functools.cache
-def _on_cpu() -> tuple[Any, Any]:
-    """The modules that edit there, imported when they are first needed: a device needs no Numba."""
-    from steering.engine import block, compiled
-
-    return block, compiled
+        prepared = PreparedEdit(token_rows, rows, table)
+    prepared(hidden, residual)
 
 
 def edit_triton(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:

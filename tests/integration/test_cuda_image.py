@@ -24,7 +24,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from docker.missing_pins import canonical, missing_pins
-from tests.dockerfile import ROOT, environment, rest, steps
+from tests.dockerfile import ROOT, environment, rest
 from tests.fake_server import fake_serving
 from tests.integration.test_image import USER, Image, interpreter
 
@@ -99,14 +99,7 @@ class Base(Image):
 def image(tmp_path_factory: pytest.TempPathFactory) -> Base:
     """The image, built up to its entry point."""
     image = Base(tmp_path_factory.mktemp("cuda-image"), interpreter())
-    for step in steps(IMAGE):
-        match step.word:
-            case "WORKDIR":
-                image.enter(step.rest)
-            case "COPY":
-                image.copy(step.rest)
-            case "RUN":
-                image.run(step.rest)
+    image.replay(IMAGE)
     return image
 
 

@@ -57,6 +57,17 @@ class Image:
         index = os.environ.get("PIP_EXTRA_INDEX_URL", "")
         return {**kept, "PATH": path, "HOME": str(self.root), "LANG": "C.UTF-8", "TORCH_INDEX": index}
 
+    def replay(self, image: str) -> None:
+        """Follow the instructions of an image that change what is in it."""
+        for step in steps(image):
+            match step.word:
+                case "WORKDIR":
+                    self.enter(step.rest)
+                case "COPY":
+                    self.copy(step.rest)
+                case "RUN":
+                    self.run(step.rest)
+
     def enter(self, folder: str) -> None:
         """WORKDIR."""
         self.folder = self.root / folder.lstrip("/")
@@ -94,14 +105,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     for folder in (root, root.parent, root.parent.parent):
         folder.chmod(0o755)  # a user without privileges is to read it
     image = Image(root, interpreter())
-    for step in steps(IMAGE):
-        match step.word:
-            case "WORKDIR":
-                image.enter(step.rest)
-            case "COPY":
-                image.copy(step.rest)
-            case "RUN":
-                image.run(step.rest)
+    image.replay(IMAGE)
     return image
 
 

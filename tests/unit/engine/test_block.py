@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steering.engine import block, compiled
+from steering.engine import block, compiled, prepared
 from steering.engine.kernels import BIAS, COUNT, EDIT, FIRST, GAIN, MUTED, PLACE, ROW_WIDTH, SCALARS, STRENGTH
 
 TOKENS, ROW = block.SHORTEST + 37, 3
@@ -88,7 +88,7 @@ def test_a_term_without_gain_reads_nothing_infinite() -> None:
 def test_the_op_takes_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """The registered op edits a shared block without the loop, and calls the loop for all else."""
     calls = []
-    monkeypatch.setattr(compiled, "run", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(prepared, "steer_at", lambda *arguments: calls.append(arguments))
     arguments = step(width=block.LEAST_WORK // 32, rank=32, dtype=torch.bfloat16)
     before = arguments[0].clone()
     torch.ops.trimtab.edit(*arguments)
