@@ -67,41 +67,49 @@ def _may_edit(plan: Plan) -> bool:
     return plan.edit is not None or (plan.gate is not None and not plan.gate.is_observed)
 
 
-def isolated(hasher: BlockHasher, *, plan: Plan, number: int, prompt_length: int, block_size: int) -> BlockHasher:
-    """Wrap vLLM's block hasher for one steered request.
+def set_apart(request: Request, *, plan: Plan, number: int, prompt_length: int, block_size: int) -> None:
+    """Wrap vLLM's block hasher of one steered request, and set the hashes apart that it has made already.
+
+    vLLM hashes a prompt when it makes the request; none of that is done again here.
 
     Args:
-        hasher: vLLM's own; it hashes the full blocks of a request that have no hash yet, chained over the whole prefix.
+        request: its hasher hashes full blocks that have no hash yet, chained over the whole prefix; without one, as
+            without prefix caching, nothing is done.
         plan: scope decides which blocks are set apart, and by what.
         number: of this sample, unique in this engine's life. Not vLLM's id of it, which is made of the client's and is
             unique by what vLLM adds at random; VLLM_DISABLE_REQUEST_ID_RANDOMIZATION switches that off.
         prompt_length: number of prompt tokens; the last of them is the first edited one under `scope: generated`.
         block_size: tokens per hash.
     """
+    hasher: BlockHasher | None = request._block_hasher  # noqa: SLF001 - vLLM offers no public way to set one
+    if hasher is None:
+        return
     if plan.scope is Scope.ALL:
         first_edited, key = 0, f"all|{plan.bundle}|{plan.edit}|{plan.strength!r}"
     else:
         first_edited, key = prompt_length - 1, f"generated|{number}"
-    salt = key.encode()
+    clean, salt = first_edited // block_size, b"|" + key.encode()
     chain: list[Any] = []
+
+    def apart(plain: Sequence[Any]) -> list[Any]:
+        """vLLM's next hashes, set apart from the first block on that may be edited."""
+        shared = max(clean - len(chain), 0)
+        chain.extend(plain)
+        # Hashing vLLM's hash keeps what it already holds: all tokens so far, the tenant's salt, the parent block.
+        return [*plain[:shared], *(hashlib.sha256(each + salt).digest() for each in plain[shared:])]
 
     def hash_blocks(request: Any) -> list[Any]:
         # vLLM's hasher takes the last hash of the request as the parent of the next. It must find its own there, not
         # the one made of it here: a block's key would else depend on how many blocks were hashed at a time.
         ours, request.block_hashes = request.block_hashes, chain
         try:
-            known, new = len(chain), hasher(request)
+            new = hasher(request)
         finally:
             request.block_hashes = ours
-        chain.extend(new)
-        hashes = []
-        for offset, plain in enumerate(new):
-            end = (known + offset + 1) * block_size
-            # Hashing vLLM's hash keeps what it already holds: all tokens so far, the tenant's salt, the parent block.
-            hashes.append(plain if end <= first_edited else hashlib.sha256(plain + b"|" + salt).digest())
-        return hashes
+        return apart(new)
 
-    return hash_blocks
+    request.block_hashes[:] = apart(request.block_hashes)
+    request._block_hasher = hash_blocks  # noqa: SLF001
 
 
 class SteeringScheduler:
@@ -142,10 +150,7 @@ class SteeringScheduler:
         return output
 
     def add_request(self, request: Request) -> None:
-        """Accept a request; one whose plan is invalid or names what this engine lacks is ended, never run unsteered.
-
-        vLLM offers no public way to set a block hasher, hence the private name.
-        """
+        """Accept a request; one whose plan is invalid or names what this engine lacks is ended, never run unsteered."""
         try:
             plan = self._checked_plan(request)
             self._check_capture(request)
@@ -159,17 +164,14 @@ class SteeringScheduler:
         if plan is not None and plan.prompt_length is not None:
             # Of a prompt found in the cache only the last token is computed here, and this one's real end lies before.
             request.skip_reading_prefix_cache = True
-        hasher = request._block_hasher  # noqa: SLF001
-        if plan is not None and _may_edit(plan) and hasher is not None:
-            request._block_hasher = isolated(  # noqa: SLF001
-                hasher,
+        if plan is not None and _may_edit(plan):
+            set_apart(
+                request,
                 plan=plan,
                 number=next(self._numbers),
                 prompt_length=plan.end_of_prompt(request.num_prompt_tokens),
                 block_size=self.hash_block_size,
             )
-            request.block_hashes.clear()
-            request.update_block_hashes()
         if plan is not None:
             self.roster.accept(request.request_id, plan.bundle)
         super().add_request(request)  # type: ignore[misc]

@@ -96,9 +96,9 @@ def run_talks(question: Path, inbox: Any) -> TalkResult:
     scenario = TalkScenario(talks=talks, **fields)
     paths = [Path(bundle) for bundle in scenario.bundles]
     digests = [load_bundle(path).digest for path in paths]
-    isolated = prefix_cache.isolated
+    set_apart = prefix_cache.set_apart
     if not scenario.is_isolated:
-        prefix_cache.isolated = lambda hasher, **_: hasher
+        prefix_cache.set_apart = lambda *_, **__: None
     try:
         with driver.running(scenario.model, {**engine_arguments(paths), **scenario.arguments}) as engine:
             heard, told = _talk(engine.llm_engine, scenario, digests, inbox)
@@ -109,7 +109,7 @@ def run_talks(question: Path, inbox: Any) -> TalkResult:
             preemptions, steps = driver.preemptions_of(engine), driver.steps_of(engine)
             return TalkResult(talks=heard, preemptions=preemptions, steps=steps, decisions=decisions)
     finally:
-        prefix_cache.isolated = isolated
+        prefix_cache.set_apart = set_apart
 
 
 def _turn(fields: dict[str, Any]) -> Turn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from steering.engine.prefix_cache import BlockHasher, isolated
+from steering.engine.prefix_cache import BlockHasher, set_apart
 from steering.plan import Plan
 
 BLOCK = 4
@@ -58,7 +58,7 @@ def keys(
     """Keys of a request whose tokens arrive in `chunks` after the prompt, or one at a time after those."""
     request = FakeRequest(tokens=tokens[:prompt], _block_hasher=chained)
     if plan is not None:
-        request._block_hasher = isolated(chained, plan=plan, number=number, prompt_length=prompt, block_size=BLOCK)
+        set_apart(request, plan=plan, number=number, prompt_length=prompt, block_size=BLOCK)
     request.update_block_hashes()
     for chunk in (*chunks, *[1] * len(tokens)):
         request.tokens = tokens[: min(len(tokens), len(request.tokens) + chunk)]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.engine.prefix_cache import isolated, plan_of
+from steering.engine.prefix_cache import plan_of, set_apart
 from steering.errors import InvalidSpec
 from steering.plan import PLAN_KEY, Scope
 from tests.samples import plan_for
@@ -68,11 +68,16 @@ def test_all_scope_depends_on_the_tokens_as_plain_keys_do() -> None:
     scope=st.sampled_from(Scope),
 )
 def test_keys_do_not_depend_on_how_many_tokens_came_at_a_time(prompt: int, chunks: list[int], scope: Scope) -> None:
-    """Hashing token by token over decode gives the keys of hashing all at once: a next turn finds this one's."""
+    """Hashing token by token over decode gives the keys of hashing all at once, and those of setting apart what vLLM
+    has hashed before: a next turn finds this one's.
+    """
     plan = plan_for("e", scope=scope)
-    at_once = FakeRequest(tokens=TOKENS)
-    at_once.block_hashes = isolated(chained, plan=plan, number=0, prompt_length=prompt, block_size=BLOCK)(at_once)
-    assert keys(TOKENS, plan, prompt=prompt, chunks=tuple(chunks)) == at_once.block_hashes
+    at_once = FakeRequest(tokens=TOKENS, _block_hasher=chained)
+    before = FakeRequest(tokens=TOKENS, _block_hasher=chained, block_hashes=keys(TOKENS, None, prompt=prompt))
+    for request in (at_once, before):
+        set_apart(request, plan=plan, number=0, prompt_length=prompt, block_size=BLOCK)
+        request.update_block_hashes()
+    assert keys(TOKENS, plan, prompt=prompt, chunks=tuple(chunks)) == at_once.block_hashes == before.block_hashes
 
 
 def test_next_turn_finds_blocks_generated_in_this_one() -> None:
@@ -95,9 +100,10 @@ def test_the_hasher_leaves_the_request_as_it_found_it() -> None:
     def failing(request: FakeRequest) -> list[bytes]:
         raise RuntimeError("inside vLLM")
 
-    request = FakeRequest(tokens=TOKENS, block_hashes=[b"own"])
+    request = FakeRequest(tokens=TOKENS, block_hashes=[b"own"], _block_hasher=failing)
+    set_apart(request, plan=plan_for("e"), number=0, prompt_length=5, block_size=BLOCK)
     with pytest.raises(RuntimeError, match="inside vLLM"):
-        isolated(failing, plan=plan_for("e"), number=0, prompt_length=5, block_size=BLOCK)(request)
+        request.update_block_hashes()
     assert request.block_hashes == [b"own"]
 
 
