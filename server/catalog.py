@@ -166,9 +166,10 @@ class BundleView:
         return any(category.token_id is not None for category in self.categories.values())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Catalog:
-    """Every loaded bundle, the first of them being the default one.
+    """Every loaded bundle, the first of them being the default one. Equal to itself alone: what is worked out of one is
+    kept by it.
 
     Raises:
         BundleFormatError: no bundle, two of one name, or a graded gate over an edit that is not certified for the

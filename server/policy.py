@@ -6,6 +6,7 @@ Pure: the same spec, catalog and plan id give the same resolution. Knows nothing
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -113,25 +114,38 @@ def resolve(spec: SteeringSpec | None, catalog: Catalog, *, plan_id: str) -> Res
         NotSupported: needs a gate, an edit or refusal tokens that the profile does not have.
         InvalidSpec: fields that do not go together, or a strength that an edit is not certified for.
     """
-    spec = spec or SteeringSpec()
+    found = _pattern(spec or _NOTHING, catalog)
+    if found.plan is not None:
+        return dataclasses.replace(found, plan=found.plan.named(plan_id))
+    if found.observation is not None:
+        return dataclasses.replace(found, observation=found.observation.named(plan_id))
+    return found
+
+
+_NOTHING = SteeringSpec()
+_NOBODYS = "nobody's"
+"""Id of a plan that no request has."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(spec: SteeringSpec, catalog: Catalog) -> Resolution:
+    """The resolution of every request that asks this: all but the plan's id. Worked out once."""
     bundle, profile = catalog.profile(spec.profile)
-    resolution = _resolved(spec, bundle, profile, catalog, plan_id)
+    resolution = _resolved(spec, bundle, profile, catalog)
     if bundle.reader is None:
         return resolution
     if resolution.plan is not None:
         return dataclasses.replace(resolution, plan=structs.replace(resolution.plan, response=True))
-    observation = Plan(id=plan_id, bundle=bundle.digest, strength=1.0, response=True)
+    observation = Plan(id=_NOBODYS, bundle=bundle.digest, strength=1.0, response=True)
     return dataclasses.replace(resolution, observation=observation)
 
 
-def _resolved(
-    spec: SteeringSpec, bundle: BundleView, profile: ProfileView, catalog: Catalog, plan_id: str
-) -> Resolution:
+def _resolved(spec: SteeringSpec, bundle: BundleView, profile: ProfileView, catalog: Catalog) -> Resolution:
     """What is to be applied, whether or not the answer is read."""
     mode = spec.mode if spec.mode is not None else profile.default_mode
     _refuse_what_needs_a_gate(spec, mode, bundle, profile, catalog)
     if mode is Mode.AUTO:
-        return _automatic(spec, bundle, profile, plan_id)
+        return _automatic(spec, bundle, profile)
     category = _category(spec, bundle, profile, mode)
     if mode is Mode.OFF:
         return Resolution(bundle=bundle, profile=profile, mode=mode, category=None, plan=None, report=spec.report)
@@ -139,7 +153,7 @@ def _resolved(
     strength = profile.strength if spec.strength is None else spec.strength
     _check_strength(strength, [edit], "steering.mode")
     plan = Plan(
-        id=plan_id,
+        id=_NOBODYS,
         bundle=bundle.digest,
         edit=edit.name,
         strength=strength,
@@ -149,7 +163,7 @@ def _resolved(
     return Resolution(bundle=bundle, profile=profile, mode=mode, category=category, plan=plan, report=spec.report)
 
 
-def _automatic(spec: SteeringSpec, bundle: BundleView, profile: ProfileView, plan_id: str) -> Resolution:
+def _automatic(spec: SteeringSpec, bundle: BundleView, profile: ProfileView) -> Resolution:
     """A plan whose gate decides."""
     gate = profile.gate
     assert gate is not None
@@ -182,7 +196,7 @@ def _automatic(spec: SteeringSpec, bundle: BundleView, profile: ProfileView, pla
         mode=Mode.AUTO,
         category=allowed[0] if len(allowed) == 1 else None,
         category_source=source,
-        plan=Plan(id=plan_id, bundle=bundle.digest, gate=order, strength=strength, reasoning=profile.reasoning),
+        plan=Plan(id=_NOBODYS, bundle=bundle.digest, gate=order, strength=strength, reasoning=profile.reasoning),
         report=spec.report,
     )
 

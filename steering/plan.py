@@ -6,6 +6,7 @@ and flat lists). Knows nothing of HTTP, models or vLLM.
 
 from __future__ import annotations
 
+import copy
 import functools
 from enum import StrEnum
 from typing import Final, Literal
@@ -138,8 +139,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 "to leave a request alone send no plan",
                 parameter="steering.strength",
             )
-        if not self.id or len(self.id) > LONGEST_ID:
-            raise InvalidSpec(f"plan id must have 1 to {LONGEST_ID} characters, got {len(self.id)}")
+        _check_id(self.id)
         if self.edit is not None and self.gate is not None:
             raise InvalidSpec("a plan names an edit or a gate, and not both")
         if not (self.is_steering or self.response):
@@ -163,6 +163,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def is_steering(self) -> bool:
         """Whether anything may be edited or decided; else the plan only observes."""
         return self.edit is not None or self.gate is not None
+
+    def named(self, plan_id: str) -> Plan:
+        """The same of another request.
+
+        Raises:
+            InvalidSpec: that is no id.
+        """
+        _check_id(plan_id)
+        plan = copy.copy(self)  # what has been checked of it is not checked again
+        msgspec.structs.force_setattr(plan, "id", plan_id)
+        return plan
 
     def end_of_prompt(self, length: int) -> int:
         """Tokens of the prompt in a request that begins with `length` tokens.
@@ -198,6 +209,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             ) from error
 
 
+def _check_id(plan_id: str) -> None:
+    if not plan_id or len(plan_id) > LONGEST_ID:
+        raise InvalidSpec(f"plan id must have 1 to {LONGEST_ID} characters, got {len(plan_id)}")
+
+
 class _Wire(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A plan on its way, with the version of what follows."""
 
@@ -221,11 +237,9 @@ def _read(text: str) -> Plan:
     """
     end = text.find('"', len(_HEAD))
     name = text[len(_HEAD) : end]
-    if not (text.startswith(_HEAD) and name.isalnum() and len(name) <= LONGEST_ID and len(text) <= _LONGEST_KEPT):
+    if not (text.startswith(_HEAD) and name.isalnum() and len(text) <= _LONGEST_KEPT):
         return _DECODER.decode(text).plan
-    plan: Plan = _of_another(text[end:]).__copy__()
-    msgspec.structs.force_setattr(plan, "id", name)
-    return plan
+    return _of_another(text[end:]).named(name)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -88,7 +88,7 @@ def companion(
             stderr=log,
             text=True,
             env={**ENVIRONMENT, **os.environ, **(environment or {})},
-            start_new_session=True,  # a group of its own, with the processes that it starts
+            process_group=0,  # a group of its own, with the processes that it starts; see `gateway._server`
         )
         try:
             yield Companion(module, process, log)

@@ -163,7 +163,9 @@ def _server(arguments: list[str], environment: Mapping[str, str]) -> Iterator[st
             stdout=log,
             stderr=log,
             env={**ENVIRONMENT, **os.environ, **environment},
-            start_new_session=True,
+            # A group of its own, to be ended with all its processes, in this session: an engine that waits yields its
+            # core to processes of its session alone (Linux's autogroup), and a client elsewhere would wait for it.
+            process_group=0,
         )
         deadline = time.monotonic() + START_PATIENCE
         try:

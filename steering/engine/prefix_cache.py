@@ -92,7 +92,7 @@ def set_apart(request: Request, *, plan: Plan, number: int, prompt_length: int, 
     chain: list[Any] = []
 
     def apart(plain: Sequence[Any]) -> list[Any]:
-        """vLLM's next hashes, set apart from the first block on that may be edited."""
+        """The next hashes of vLLM's, set apart from the first block on that may be edited."""
         shared = max(clean - len(chain), 0)
         chain.extend(plain)
         # Hashing vLLM's hash keeps what it already holds: all tokens so far, the tenant's salt, the parent block.

@@ -66,8 +66,10 @@ class Rows:
         """Running requests whose last prompt token has not been in a step yet."""
         self._observing: dict[str, Steered] = {}
         """Running requests whose response probe has not read all it reads."""
-        self._over: list[str] = []
-        """Requests that were only observed until the last step, and have a row still."""
+        self._over: list[Steered] = []
+        """Requests that nothing is asked of any more: only observed, or left alone by their gate. They have a row until
+        the next step, and are then as if they had never been steered. A device's thread appends.
+        """
         self._written = 0
         """Leading entries of `token_rows` that may differ from 0."""
 
@@ -210,8 +212,15 @@ class Rows:
         return Due(due, responses)
 
     def outcome(self, steered: Steered, row: NDArray[np.float32]) -> Outcome:
-        """What came of a due request; see `reports.outcome_of`."""
-        return outcome_of(steered, row, self._bank)
+        """What came of a due request; see `reports.outcome_of`. One that its gate left alone is over once it has been
+        observed.
+        """
+        told = outcome_of(steered, row, self._bank)
+        if steered.gate is not None and told.edit is None and not told.error:
+            steered.is_left_alone = True
+            if steered.request_id not in self._observing:
+                self._over.append(steered)
+        return told
 
     def response(self, steered: Steered, row: NDArray[np.float32]) -> Response | None:
         """What the response probe has read of an observed request; see `reports.response_of`."""
@@ -226,12 +235,11 @@ class Rows:
             self._tokens_upload.send(self._written)
             self._written = 0
 
-    def _give_back(self, request_id: str) -> None:
-        """Take the row of a request that is over; it stays known, so that it is not observed once more."""
-        steered = self._requests.get(request_id)
-        if steered is not None:
+    def _give_back(self, steered: Steered) -> None:
+        """Take the row of a request that is over; it stays known, so that nothing is observed or decided once more."""
+        if self._requests.get(steered.request_id) is steered:
             steered.is_over = True
-            self.preempt(request_id)
+            self.preempt(steered.request_id)
 
     def _observed(self, spans: Sequence[_Span]) -> dict[Steered, tuple[int, int, int]]:
         """Requests of whose first generated tokens some are in this step: which generated token the first of them is,
@@ -248,8 +256,8 @@ class Rows:
                 found[steered] = (low - begin + 1, start + low - first, high - low)
             if first + count >= end:
                 del self._observing[request_id]
-                if not steered.plan.is_steering:
-                    self._over.append(request_id)
+                if steered.is_left_alone or not steered.plan.is_steering:
+                    self._over.append(steered)
         return found
 
     def _due(self, spans: Sequence[_Span]) -> tuple[list[Steered], list[int]]:

@@ -28,7 +28,8 @@ class Steered:
         gate: the gate that decides; None for a plan that names its edit or only observes.
         response: the probe that reads its answer; None for none.
         scores: what that probe has read, by generated token; NaN where the host knows nothing yet.
-        is_over: it was only observed, and the probe has read all it reads.
+        is_left_alone: its gate has decided to edit nothing.
+        is_over: nothing is asked of it any more: nothing is edited, and what was to be observed has been.
         row: 0 while it waits after a preemption.
         is_due: its last prompt token has been in a step, whose forward pass decides or applies.
         latched: [W] its row as the gate left it, once the host knows; survives preemption.
@@ -41,6 +42,7 @@ class Steered:
     gate: BankedGate | None = None
     response: BankedResponse | None = None
     scores: NDArray[np.float32] = field(default_factory=lambda: _NO_SCORES)
+    is_left_alone: bool = False
     is_over: bool = False
     row: int = 0
     is_due: bool = False

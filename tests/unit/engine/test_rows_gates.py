@@ -69,6 +69,47 @@ def test_a_request_preempted_before_its_gate_decided_decides_when_it_comes_back(
     assert (outcome.decision, outcome.edit) == (Decision.COMPLY, "c")
 
 
+@pytest.mark.parametrize("is_observed", [False, True], ids=["abstains", "only observes"])
+def test_a_request_its_gate_leaves_alone_costs_nothing_afterwards(is_observed: bool) -> None:
+    """Its row is free at the next step, which finds nothing to do; after a preemption it takes none and decides no
+    more. One that is edited beside it keeps its own, also where the two decide in one step.
+    """
+    rows, bank, harmful, _ = gated(requests=1)
+    residual = harmful if is_observed else torch.zeros(16)
+    rows.add("r", gate_plan("gate", is_observed=is_observed), 2)
+    (outcome,) = run_gated(rows, bank, residual, ("r", 2, 0))
+    assert outcome.edit is None
+    assert outcome.decision is (Decision.REFUSE if is_observed else Decision.ABSTAIN)
+    rows.add("edited", gate_plan("gate"), 1)
+    assert run_gated(rows, bank, harmful, ("r", 1, 2), ("edited", 1, 0))[0].edit == "a"
+    assert list(rows.requests.values()) == ["edited"]
+    assert rows.token_rows[0] == 0
+    rows.remove("edited")
+    rows.preempt("r")
+    rows.resume("r")
+    assert run_gated(rows, bank, harmful, ("r", 3, 0)) == []
+    assert rows.token_rows.count_nonzero() == 0
+    assert rows.live == 1
+    rows.remove("r")
+    rows.add("r", gate_plan("gate"), 2)
+    assert run_gated(rows, bank, harmful, ("r", 2, 0))[0].edit == "a"
+
+
+def test_a_late_report_ends_nothing_of_a_later_request() -> None:
+    """On a device an outcome may be read when its request has ended and its id has come again: that keeps its row."""
+    rows, bank, harmful, _ = gated()
+    rows.add("r", gate_plan("gate"), 1)
+    due = rows.write_step(["r"], np.array([1], dtype=np.int32), np.array([0], dtype=np.int32))
+    decide(rows, bank, torch.zeros(16))
+    row = rows.rows.numpy()[due.outcomes[0].row].copy()
+    rows.remove("r")
+    rows.add("r", gate_plan("gate"), 1)
+    assert rows.outcome(due.outcomes[0], row).decision is Decision.ABSTAIN
+    assert run_gated(rows, bank, harmful, ("r", 1, 0))[0].edit == "a"
+    run_gated(rows, bank, harmful, ("r", 1, 1))
+    assert rows.token_rows[0] > 0
+
+
 def test_a_new_request_does_not_overwrite_the_latches_of_others() -> None:
     """Rows are uploaded one by one: what the device wrote into the others stays."""
     rows, bank, harmful, harmless = gated()

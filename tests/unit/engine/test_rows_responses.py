@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from steering.engine import kernels
 from steering.engine.bank import Bank
 from steering.engine.rows import Rows
 from steering.errors import UnknownName
 from steering.gate import Probe
-from tests.samples import bundle_in_memory, plan_for, random_edit
+from steering.plan import Decision
+from tests.samples import bundle_in_memory, gate_plan, plan_for, random_edit
 from tests.unit.engine.steps import BUNDLE, CPU, EDITS, TOKENS, decide, rows_of
 
 
@@ -86,6 +88,31 @@ def test_an_edited_request_is_observed_as_well() -> None:
     assert rows.token_rows[:2].tolist() == [row | (3 << kernels.PLACE), row]
     assert run_observed(rows, bank, 5.0, ("r", 1, 6)) == {}
     assert rows.token_rows[:1].tolist() == [row]
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["at once", "late"])
+def test_a_request_its_gate_leaves_alone_is_read_to_the_end(is_late: bool) -> None:
+    """Its row is free when the response probe has read its tokens, and not before; also where the host learns of the
+    decision only then.
+    """
+    gate = Probe(name="probe", layer=0, categories=("safety",), weight=torch.zeros(2, 16), bias=torch.zeros(2))
+    reader = Probe(name="response", layer=0, categories=(), weight=torch.ones(1, 16), bias=torch.zeros(1))
+    bank = Bank(layers=(0,), width=16, terms=8, device=CPU)
+    edits = {"a": random_edit("a", ranks={0: 1})}
+    bank.load(bundle_in_memory(edits, gates={"gate": (gate, {"safety": "a"}, {})}, response=(reader, 2)))
+    rows = Rows(bank=bank, requests=2, tokens=TOKENS, device=CPU)
+    rows.add("r", replace(gate_plan("gate"), response=True), 2)
+    due = rows.write_step(["r"], np.array([2], dtype=np.int32), np.array([0], dtype=np.int32))
+    decide(rows, bank, torch.zeros(16))
+    told = rows.rows.numpy()[due.outcomes[0].row].copy()
+    if not is_late:
+        assert rows.outcome(due.outcomes[0], told).decision is Decision.ABSTAIN
+    assert run_observed(rows, bank, 1.0, ("r", 1, 2)) == {"r": (1, 1.0)}
+    assert run_observed(rows, bank, 3.0, ("r", 1, 3)) == {"r": (2, 2.0)}
+    if is_late:
+        assert rows.outcome(due.outcomes[0], told).decision is Decision.ABSTAIN
+    assert run_observed(rows, bank, 9.0, ("r", 1, 4)) == {}
+    assert (rows.token_rows.count_nonzero(), rows.requests) == (0, {})
 
 
 def test_what_is_no_number_is_not_told() -> None:
