@@ -68,7 +68,7 @@ def test_plan_round_trip(plan_id: str, edit: str, strength: float, scope: Scope)
 @given(ids=st.lists(st.from_regex(r"[0-9a-f]{1,40}", fullmatch=True) | st.text(min_size=1), min_size=2, max_size=4))
 @example(ids=["a" * 129, "a"])
 def test_plans_that_differ_in_their_id_alone_are_read_apart(ids: list[str]) -> None:
-    """What they have in common is read once: each keeps its own id, and one that is too long is refused all the same."""
+    """What they have in common is read once: each keeps its own id, and one that is too long is refused as ever."""
     text = Plan(id="common", bundle="sha256:0", edit="e", strength=2.0).to_json()
     for each in ids:
         given_text = text.replace('"common"', json.dumps(each))
