@@ -14,10 +14,12 @@ from server.policy import Report, Resolution
 from server.verdicts import DIGITS, Verdict
 from steering.errors import EditFailed, EditNotApplied
 from steering.outcome import Outcome, Scores
-from steering.plan import Decision, GateOrder, Mode, Plan, Reasoning, Scope
+from steering.plan import Decision, GateOrder, Mode, Plan, Reasoning, Scope, log_odds
 
 TOLERANCE = 1e-4
-"""How near a threshold, as a probability, the engine's rounding may decide otherwise than ours."""
+"""How near a threshold, as log-odds and relative to a score beyond 1, the engine's rounding may decide otherwise than
+ours.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,23 +182,23 @@ def _check_ruling(plan: Plan, order: GateOrder, resolution: Resolution, outcome:
     scores, category, decision = outcome.scores, outcome.category, outcome.decision
     probe = resolution.profile.gate.probe if resolution.profile.gate else None
     assert probe is not None
-    if scores is None or set(scores.categories) != set(probe.categories):
+    if scores is None or scores.names != probe.categories or len(scores.logits) != len(probe.categories) + 1:
         raise _wrong(f"no scores of probe {probe.name!r}")
-    if not all(map(math.isfinite, (scores.refusal, *scores.categories.values()))):
+    if not all(map(math.isfinite, scores.logits)):
         raise _wrong("scores that are not finite")
+    score, *of_categories = scores.logits
     allowed = order.categories or probe.categories
     if category not in allowed:
         raise _wrong(f"category {category!r}, where {list(allowed)} were allowed")
-    best = max(scores.categories[name] for name in allowed)
-    if scores.categories[category] < best - TOLERANCE:
+    of_category = dict(zip(probe.categories, of_categories, strict=True))
+    if of_category[category] + _slack(of_category[category]) < max(of_category[name] for name in allowed):
         raise _wrong(f"category {category!r}, which is not the likeliest of {list(allowed)}")
-    edits = {Decision.REFUSE: resolution.profile.refuse, Decision.COMPLY: resolution.profile.comply}
-    # A side without an edit for the category is the neutral band.
-    possible = {side if category in edits.get(side, {}) else Decision.ABSTAIN for side in _sides(scores.refusal, order)}
-    if decision not in possible:
+    refuse, comply = resolution.profile.refuse.get(category), resolution.profile.comply.get(category)
+    if not _may_decide(decision, score, order, can_refuse=refuse is not None, can_comply=comply is not None):
         raise _wrong(
-            f"decision {decision!s} at refusal probability {scores.refusal:.{DIGITS}f}, where thresholds "
-            f"{order.comply_below} and {order.refuse_above} demand one of {sorted(possible)}"
+            f"decision {decision!s} at refusal probability {scores.refusal:.{DIGITS}f}, with thresholds "
+            f"{order.comply_below} and {order.refuse_above} and for category {category!r} the edits {refuse!r} and "
+            f"{comply!r}"
         )
     if order.is_observed:
         if outcome.applied or outcome.edit is not None or outcome.strength != 0:
@@ -206,25 +208,34 @@ def _check_ruling(plan: Plan, order: GateOrder, resolution: Resolution, outcome:
         if outcome.applied or outcome.edit is not None:
             raise _wrong(f"edit {outcome.edit!r} after it abstained")
         return
-    edit = edits[decision][category]
+    assert decision is not None
+    edit = refuse if decision is Decision.REFUSE else comply
     if not outcome.applied or outcome.edit != edit or outcome.scope != plan.scope:
         raise _wrong(f"edit {outcome.edit!r} (applied: {outcome.applied}), where its decision means {edit!r}")
     if not _strength_fits(plan, order, decision, scores.refusal, outcome.strength):
         raise _wrong(f"strength {outcome.strength} for edit {edit!r}, where {plan.strength} was asked")
 
 
-def _sides(refusal: float, order: GateOrder) -> set[Decision]:
-    """What the rule of `steering.gate` may say of a refusal probability that was read within the tolerance."""
-    least, most = refusal - TOLERANCE, refusal + TOLERANCE
-    # A threshold of 1 never refuses and one of 0 never complies.
-    low = order.comply_below if order.comply_below > 0 else -math.inf
-    high = order.refuse_above if order.refuse_above < 1 else math.inf
-    possible = {
-        Decision.REFUSE: most >= high,
-        Decision.COMPLY: least <= low,
-        Decision.ABSTAIN: low < high and least < high and most > low,
-    }
-    return {side for side, is_possible in possible.items() if is_possible}
+def _slack(score: float) -> float:
+    return TOLERANCE * max(1.0, abs(score))
+
+
+def _may_decide(
+    decision: Decision | None, score: float, order: GateOrder, *, can_refuse: bool, can_comply: bool
+) -> bool:
+    """Whether the rule of `steering.gate` may say this of a refusal score that was read within the tolerance. A side
+    without an edit for the category is the neutral band.
+    """
+    least, most = score - _slack(score), score + _slack(score)
+    low, high = log_odds(order.comply_below), log_odds(order.refuse_above)
+    refuses, complies = most >= high, least <= low  # a threshold of 1 never refuses and one of 0 never complies
+    if decision is Decision.REFUSE:
+        return refuses and can_refuse
+    if decision is Decision.COMPLY:
+        return complies and can_comply
+    is_between = low < high and least < high and most > low
+    is_left_alone = is_between or (refuses and not can_refuse) or (complies and not can_comply)
+    return decision is Decision.ABSTAIN and is_left_alone
 
 
 def _strength_fits(plan: Plan, order: GateOrder, decision: Decision, refusal: float, strength: float) -> bool:

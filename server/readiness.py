@@ -109,11 +109,11 @@ async def _check_gate(engine: Engine, bundle: BundleView, profile: ProfileView, 
     plan = Plan(id=secrets.token_hex(16), bundle=bundle.digest, gate=order, strength=profile.strength)
     outcome = await one_token(engine, plan)
     scores = outcome.scores if outcome else None
-    if scores is None or set(scores.categories) != set(gate.probe.categories):
+    if scores is None or scores.names != gate.probe.categories:
         raise PluginNotArmed(
             f"the gate of profile {profile.name!r} of {bundle.label} gave no scores of its probe {gate.probe.name!r}"
         )
-    if not all(map(math.isfinite, (scores.refusal, *scores.categories.values()))):
+    if not all(map(math.isfinite, scores.logits)):
         raise PluginNotArmed(
             f"the gate of profile {profile.name!r} of {bundle.label} read scores that are not finite at layer "
             f"{gate.probe.layer}: {scores}"

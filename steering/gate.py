@@ -12,8 +12,6 @@ Shapes: `T` prompts, `C` categories, `D` width of the residual stream.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +19,7 @@ from torch import Tensor
 
 from steering.errors import BundleFormatError
 from steering.manifest import MAX_CATEGORIES
-from steering.outcome import Scores
-from steering.plan import Decision, GateOrder
+from steering.plan import Decision, GateOrder, log_odds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,15 +85,6 @@ class Ruling:
     share: float
 
 
-def log_odds(probability: float) -> float:
-    """The threshold on the refusal score that is this threshold on the probability; infinite at 0 and 1."""
-    if probability <= 0.0:
-        return -math.inf
-    if probability >= 1.0:
-        return math.inf
-    return math.log(probability) - math.log1p(-probability)
-
-
 def rule(logits: Tensor, order: GateOrder, categories: tuple[str, ...]) -> Ruling | None:
     """The gate's decision on one prompt; None where a score is not finite, on which nothing can be decided.
 
@@ -131,18 +119,3 @@ def _share(score: float, decision: Decision, order: GateOrder) -> float:
     else:
         room, way = order.comply_below, order.comply_below - probability
     return min(1.0, max(0.0, way / room)) if room > 0.0 else 1.0
-
-
-def probabilities(logits: Sequence[float], categories: tuple[str, ...]) -> Scores:
-    """Finite scores [1 + C] as probabilities: a sigmoid for refusal, a softmax over the categories.
-
-    Plain Python: for a handful of numbers a tensor costs more than it saves, once for every gated request.
-    """
-    score, *of_categories = logits
-    # Of two equal forms the one that does not overflow.
-    refusal = 1.0 / (1.0 + math.exp(-score)) if score >= 0 else math.exp(score) / (1.0 + math.exp(score))
-    largest = max(of_categories, default=0.0)
-    weights = [math.exp(value - largest) for value in of_categories]
-    total = sum(weights)
-    shares = {name: weight / total for name, weight in zip(categories, weights, strict=True)}
-    return Scores(refusal=refusal, categories=shares)

@@ -14,16 +14,30 @@ import msgspec
 from steering.plan import Decision, Reasoning, Scope
 
 
-class Scores(msgspec.Struct, frozen=True, kw_only=True):
-    """What a probe read from one prompt; probabilities.
+class Scores(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What a probe read from one prompt. It travels as it was read: who wants probabilities makes them.
 
     Attributes:
-        refusal: that the prompt is to be refused.
-        categories: by category, over all of the probe's; they sum to 1.
+        names: the probe's categories, in its order.
+        logits: the log-odds that the prompt is to be refused, then a score for each category.
     """
 
-    refusal: float
-    categories: Mapping[str, float]
+    names: tuple[str, ...]
+    logits: tuple[float, ...]
+
+    @property
+    def refusal(self) -> float:
+        """Probability that the prompt is to be refused."""
+        return _sigmoid(self.logits[0])
+
+    @property
+    def categories(self) -> dict[str, float]:
+        """Probability of each category, by a softmax over all of the probe's."""
+        of_categories = self.logits[1:]
+        largest = max(of_categories, default=0.0)
+        weights = [math.exp(score - largest) for score in of_categories]
+        total = sum(weights)
+        return {name: weight / total for name, weight in zip(self.names, weights, strict=True)}
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +89,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def probability(self) -> float:
         """That the answer refuses."""
-        return 1.0 / (1.0 + math.exp(-self.score)) if self.score > -700 else 0.0
+        return _sigmoid(self.score)
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -105,6 +119,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
             return _DECODER.decode(message)
         except msgspec.MsgspecError as error:
             raise ValueError(f"{len(message)} bytes are no message of outcomes: {error}") from error
+
+
+def _sigmoid(score: float) -> float:
+    # Of two equal forms the one that does not overflow.
+    return 1.0 / (1.0 + math.exp(-score)) if score >= 0 else math.exp(score) / (1.0 + math.exp(score))
 
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -6,8 +6,8 @@ and flat lists). Knows nothing of HTTP, models or vLLM.
 
 from __future__ import annotations
 
-import copy
 import functools
+import math
 from enum import StrEnum
 from typing import Final, Literal
 
@@ -67,6 +67,15 @@ class Reasoning(StrEnum):
 
     EDITED = "edited"
     SPARED = "spared"
+
+
+def log_odds(probability: float) -> float:
+    """The threshold on a score that is this threshold on its probability; infinite at 0 and 1."""
+    if probability <= 0.0:
+        return -math.inf
+    if probability >= 1.0:
+        return math.inf
+    return math.log(probability) - math.log1p(-probability)
 
 
 class GateOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -171,7 +180,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             InvalidSpec: that is no id.
         """
         _check_id(plan_id)
-        plan = copy.copy(self)  # what has been checked of it is not checked again
+        # Not `replace`: what has been checked of it is not checked again. `copy.copy` looks for this at some cost.
+        plan: Plan = self.__copy__()  # type: ignore[attr-defined] # of msgspec.Struct, which does not declare it
         msgspec.structs.force_setattr(plan, "id", plan_id)
         return plan
 

@@ -116,7 +116,7 @@ class ScriptedEngine(FakeEngine):
 
     def _ruled(self, order: Any, strength: float, bundle: Any, scores: Scores) -> dict[str, Any]:
         if any("nan" in script for script in self._live.values()):
-            scores = Scores(refusal=math.nan, categories=dict.fromkeys(scores.categories, math.nan))
+            scores = Scores(names=scores.names, logits=(math.nan,) * len(scores.logits))
         return super()._ruled(order, strength, bundle, scores)
 
     async def _tokens(self, call: Call) -> AsyncGenerator[tuple[int, int, str], None]:

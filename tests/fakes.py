@@ -28,7 +28,7 @@ from server.engine import Call, Chunk, Completion, Prompting, ServedModel, Worke
 from steering import __version__
 from steering.errors import BundleFormatError, EditNotConfirmed, TrimtabError, UnknownName
 from steering.outcome import Outcome, Response, Scores
-from steering.plan import Decision, GateOrder, Plan, Scope
+from steering.plan import Decision, GateOrder, Plan, Scope, log_odds
 from tests.fake_prompts import MARKERS, POLITICAL, RESPOND, SAFETY, WORD, rendered
 
 MODEL = "fake-model"
@@ -114,8 +114,14 @@ def make_reading_bundle(**changes: Any) -> BundleView:
 
 
 def read(refusal: float, safety: float = 0.7) -> Scores:
-    """What a probe of the two categories read."""
-    return Scores(refusal=refusal, categories={"Safety": safety, "Political": 1 - safety})
+    """What a probe of the two categories read, as probabilities."""
+    logits = (log_odds(refusal), *(math.log(share) if share > 0 else -math.inf for share in (safety, 1 - safety)))
+    # Certainty is a large score; what is no probability stays what it is.
+    certain = [
+        max(-700.0, min(700.0, logit)) if 0 <= given <= 1 else given
+        for logit, given in zip(logits, (refusal, safety, 1 - safety), strict=True)
+    ]
+    return Scores(names=("Safety", "Political"), logits=tuple(certain))
 
 
 def make_catalog(*bundles: BundleView) -> Catalog:
@@ -350,14 +356,15 @@ class FakeEngine:
     def _ruled(self, order: GateOrder, strength: float, bundle: BundleView, scores: Scores) -> dict[str, Any]:
         """What a gate reports; the rule is written out here once more, as the gateway's own checks must agree."""
         profile = bundle.profiles[order.profile]
-        category = max(order.categories or scores.categories, key=lambda name: scores.categories[name])
+        of_category = dict(zip(scores.names, scores.logits[1:], strict=True))
+        category = max(order.categories or scores.names, key=lambda name: of_category[name])
         decision, edits, share = Decision.ABSTAIN, {}, 1.0
-        if order.refuse_above < 1 and scores.refusal >= order.refuse_above:
+        if order.refuse_above < 1 and scores.logits[0] >= log_odds(order.refuse_above):
             decision, edits = Decision.REFUSE, dict(profile.refuse)
-            share = (scores.refusal - order.refuse_above) / (1 - order.refuse_above)
-        elif order.comply_below > 0 and scores.refusal <= order.comply_below:
+            share = max(0.0, scores.refusal - order.refuse_above) / (1 - order.refuse_above)
+        elif order.comply_below > 0 and scores.logits[0] <= log_odds(order.comply_below):
             decision, edits = Decision.COMPLY, dict(profile.comply)
-            share = (order.comply_below - scores.refusal) / order.comply_below
+            share = max(0.0, order.comply_below - scores.refusal) / order.comply_below
         edit = edits.get(category)
         is_applied = edit is not None and not order.is_observed
         return {

@@ -8,8 +8,7 @@ from __future__ import annotations
 from steering.engine.bank import Bank, BankedGate
 from steering.engine.kernels import ALLOWED, EDIT, FACTOR, GATE, GRADED, HIGH, LOW, ROW_WIDTH, STATE, STRENGTH, Latch
 from steering.errors import UnknownName
-from steering.gate import log_odds
-from steering.plan import Plan
+from steering.plan import Plan, log_odds
 
 
 def first_row(plan: Plan, gate: BankedGate | None, bank: Bank) -> list[float]:

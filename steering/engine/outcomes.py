@@ -16,6 +16,7 @@ import select
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -107,6 +108,28 @@ class _Receiver:
             return None
 
 
+@dataclass(slots=True, eq=False)
+class _Told:
+    """What has been told of a plan.
+
+    Attributes:
+        outcomes: by the engine's id of the sample; one that was preempted may be reported again and still counts once.
+        responses: likewise; the one that has read most of a sample.
+        rejection: why the request was never run.
+        arrived: set when something has come; there once somebody waits.
+    """
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    responses: dict[str, Response] = field(default_factory=dict)
+    rejection: TrimtabError | None = None
+    arrived: asyncio.Event | None = None
+
+    def has_changed(self) -> None:
+        """Wake whoever waits."""
+        if self.arrived is not None:
+            self.arrived.set()
+
+
 class OutcomeListener:
     """Gateway's end. Make it before the engine starts, call `start` in the running event loop.
 
@@ -118,12 +141,8 @@ class OutcomeListener:
         self._receiver = _Receiver()
         self.address = self._receiver.address
         os.environ[ADDRESS_VARIABLE] = self.address
-        self._expected: dict[str, dict[str, Outcome]] = {}
-        """By plan and sample: a sample that was preempted may be reported again and still counts once."""
-        self._responses: dict[str, dict[str, Response]] = {}
-        """Likewise; the one that has read most of a sample."""
-        self._rejected: dict[str, TrimtabError] = {}
-        self._arrived: dict[str, asyncio.Event] = {}
+        self._told: dict[str, _Told] = {}
+        """By plan."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeping: asyncio.TimerHandle | None = None
         self._waiting = 0
@@ -135,9 +154,8 @@ class OutcomeListener:
 
     def expect(self, plan_id: str) -> None:
         """Keep outcomes of this plan; call before the request is sent. Others are dropped."""
-        self._expected.setdefault(plan_id, {})
-        self._responses.setdefault(plan_id, {})
-        self._arrived.setdefault(plan_id, asyncio.Event())
+        if plan_id not in self._told:
+            self._told[plan_id] = _Told()
 
     async def wait(self, plan_id: str, samples: int, timeout: float) -> list[Outcome]:  # noqa: ASYNC109 - a deadline is part of the contract
         """Outcomes of a plan, once `samples` of them are there.
@@ -149,17 +167,16 @@ class OutcomeListener:
             TrimtabError: the request was never run; see `rejection`.
         """
         self.expect(plan_id)
-        outcomes, arrived = self._expected[plan_id], self._arrived[plan_id]
+        told = self._told[plan_id]
+        outcomes = told.outcomes
         self._receive()
         if len(outcomes) < samples:  # as a rule all are here: whoever has a token asks
             try:
                 async with asyncio.timeout(timeout):
                     while len(outcomes) < samples:
-                        if plan_id in self._rejected:
-                            raise self._rejected[plan_id]
-                        arrived.clear()
-                        with self._watching():
-                            await arrived.wait()
+                        if told.rejection is not None:
+                            raise told.rejection
+                        await self._change(told)
             except TimeoutError:
                 raise EditNotConfirmed(
                     f"the engine confirmed {len(outcomes)} of {samples} edits within {timeout} s; "
@@ -176,19 +193,18 @@ class OutcomeListener:
         Args:
             wanted: generated tokens that it should have read of each sample; it is waited for no longer than for these.
         """
-        kept, arrived = self._responses.get(plan_id, {}), self._arrived.get(plan_id)
+        told = self._told.get(plan_id) or _Told()
+        kept = told.responses
         self._receive()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while True:
                     read = {sample_of(response.request_id): response for response in kept.values()}
-                    if arrived is None or all(
+                    if plan_id not in self._told or all(
                         sample in read and read[sample].tokens >= tokens for sample, tokens in wanted.items()
                     ):
                         return read
-                    arrived.clear()
-                    with self._watching():
-                        await arrived.wait()
+                    await self._change(told)
         return {sample_of(response.request_id): response for response in kept.values()}
 
     def rejection(self, plan_id: str) -> TrimtabError | None:
@@ -197,14 +213,12 @@ class OutcomeListener:
         The scheduler tells before vLLM answers, so what it told is here, read or not.
         """
         self._receive()
-        return self._rejected.get(plan_id)
+        told = self._told.get(plan_id)
+        return None if told is None else told.rejection
 
     def forget(self, plan_id: str) -> None:
         """Drop what is kept of a plan; call when its request ends, however it ends."""
-        self._rejected.pop(plan_id, None)
-        self._expected.pop(plan_id, None)
-        self._responses.pop(plan_id, None)
-        self._arrived.pop(plan_id, None)
+        self._told.pop(plan_id, None)
 
     async def close(self) -> None:
         """Stop receiving and remove the socket."""
@@ -213,6 +227,14 @@ class OutcomeListener:
         self._receiver.close()
         if os.environ.get(ADDRESS_VARIABLE) == self.address:
             del os.environ[ADDRESS_VARIABLE]
+
+    async def _change(self, told: _Told) -> None:
+        """Wait until more is told of a plan."""
+        if told.arrived is None:
+            told.arrived = asyncio.Event()
+        told.arrived.clear()
+        with self._watching():
+            await told.arrived.wait()
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
@@ -238,17 +260,17 @@ class OutcomeListener:
         """Take every message there is."""
         for message in self._receiver.receive():
             for outcome in message.outcomes:
-                if (expected := self._expected.get(outcome.plan_id)) is not None:
-                    expected[outcome.request_id] = outcome
-                    self._arrived[outcome.plan_id].set()
+                if (told := self._told.get(outcome.plan_id)) is not None:
+                    told.outcomes[outcome.request_id] = outcome
+                    told.has_changed()
             for response in message.responses:
-                if (known := self._responses.get(response.plan_id)) is not None:
-                    _keep_longest(known, response)
-                    self._arrived[response.plan_id].set()
+                if (told := self._told.get(response.plan_id)) is not None:
+                    _keep_longest(told.responses, response)
+                    told.has_changed()
             for plan_id, fields in message.rejected.items():
-                if plan_id in self._expected:
-                    self._rejected[plan_id] = TrimtabError.from_fields(fields)
-                    self._arrived[plan_id].set()
+                if (told := self._told.get(plan_id)) is not None:
+                    told.rejection = TrimtabError.from_fields(fields)
+                    told.has_changed()
 
 
 class OutcomeInbox:

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from steering.engine.bank import Bank
 from steering.engine.kernels import BROKEN, CATEGORY, EDIT, RESPONSE, SCORES, STATE, STRENGTH, Latch
 from steering.engine.steered import Steered
-from steering.gate import probabilities
 from steering.manifest import MAX_RESPONSE_TOKENS
-from steering.outcome import Outcome, Response
+from steering.outcome import Outcome, Response, Scores
 from steering.plan import Decision
 
 _DECISIONS = {float(Latch.REFUSE): Decision.REFUSE, float(Latch.COMPLY): Decision.COMPLY}
@@ -60,7 +59,7 @@ def outcome_of(steered: Steered, row: NDArray[np.float32], bank: Bank) -> Outcom
         reasoning=plan.reasoning,
         decision=_DECISIONS[state],
         category=gate.categories[int(values[CATEGORY])],
-        scores=probabilities(values[SCORES : SCORES + len(gate.categories) + 1], gate.categories),
+        scores=Scores(names=gate.categories, logits=tuple(values[SCORES : SCORES + len(gate.categories) + 1])),
     )
 
 

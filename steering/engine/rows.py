@@ -59,7 +59,6 @@ class Rows:
         self._row_of: dict[str, int] = {}
         self._free = list(range(self.capacity, 0, -1))
         self._first_edited = np.full(self.capacity + 1, _NEVER, dtype=np.int64)
-        self._host_rows = np.zeros((self.capacity + 1, ROW_WIDTH), dtype=np.float32)
         self._rows_upload, self._tokens_upload = RowUpload(self.rows), MapUpload(self.token_rows)
         self._changed: set[int] = set()
         self._waiting: dict[str, Steered] = {}
@@ -129,11 +128,12 @@ class Rows:
         self._row_of[request_id] = row
         first_edited = 0 if plan.scope is Scope.ALL else prompt_length - 1
         self._first_edited[row] = first_edited if plan.is_steering else _NEVER
-        self._host_rows[row] = values
-        self._host_rows[row, AWAITED] = awaited
+        of_host = self._rows_upload.array[row]
+        of_host[:] = values
+        of_host[AWAITED] = awaited
         if response is not None:
-            self._host_rows[row, RESPONSE] = response.number
-            self._host_rows[row, RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS] = np.nan
+            of_host[RESPONSE] = response.number
+            of_host[RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS] = np.nan
         self._changed.add(row)
         if plan.is_steering and not steered.is_due:
             self._waiting[request_id] = steered
@@ -188,7 +188,7 @@ class Rows:
         due, deciding = self._due(spans) if self._waiting else ([], [])
         observed = self._observed(spans) if self._observing else {}
         if self._changed:
-            self._rows_upload.send(self._changed, self._host_rows)
+            self._rows_upload.send(self._changed)
             self._changed.clear()
         target = self._tokens_upload.array()
         touched, total = fill(

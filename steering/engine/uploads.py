@@ -61,12 +61,16 @@ class MapUpload:
 
 
 class RowUpload:
-    """Writes whole rows of a table [S, W] and leaves the others, which the device may have written, as they are."""
+    """Writes whole rows of a table [S, W] and leaves the others, which the device may have written, as they are.
+
+    Attributes:
+        array: [S, W] to write rows into before `send`; on the CPU it is the table.
+    """
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
         self._turns: _Turns | None = None
-        self._array: NDArray[np.float32] | None = target.numpy() if target.device.type == "cpu" else None
+        self.array: NDArray[np.float32] = target.numpy() if target.device.type == "cpu" else target.cpu().numpy()
         if target.device.type != "cpu":
             self._staged = [
                 torch.zeros_like(target),
@@ -74,17 +78,14 @@ class RowUpload:
             ]
             self._turns = _Turns(self._staged)
 
-    def send(self, numbers: Collection[int], values: NDArray[np.float32]) -> None:
-        """Write `values[number]` into each row `number`; ordered on the current stream before the step's kernels."""
-        if self._array is not None:
-            for number in numbers:
-                self._array[number] = values[number]
+    def send(self, numbers: Collection[int]) -> None:
+        """Write `array[number]` into each row `number`; ordered on the current stream before the step's kernels."""
+        if self._turns is None:
             return
-        assert self._turns is not None
         chosen = np.asarray(sorted(numbers), dtype=np.int64)
         count = len(chosen)
         pinned_rows, pinned_numbers = self._turns.next()
-        pinned_rows.numpy()[:count] = values[chosen]
+        pinned_rows.numpy()[:count] = self.array[chosen]
         pinned_numbers.numpy()[:count] = chosen
         for staged, pinned in zip(self._staged, (pinned_rows, pinned_numbers), strict=True):
             staged[:count].copy_(pinned[:count], non_blocking=True)

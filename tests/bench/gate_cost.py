@@ -33,10 +33,11 @@ MOST = 100
 """Prompts of each set."""
 LONGEST = 1200
 """Characters of a prompt, so that it fits the demo's context."""
-BLOCK = 50
+BLOCK, PASSES = 50, 4
+"""Prompts of a pair, and how often each prompt is asked in either mode."""
 WARM_UP = 60
 TOKENS = 4
-TOGETHER, OF_ROUND, ANSWER, ROUNDS = 32, 96, 64, 16
+TOGETHER, OF_ROUND, ANSWER, ROUNDS = 32, 96, 64, 32
 """Requests at a time and of a round, tokens of each answer, and pairs of rounds."""
 TARGET = 0.97
 NAME = "trimtab-demo"
@@ -120,7 +121,7 @@ def first_tokens(url: str, asked: list[str]) -> tuple[list[tuple[float, float]],
     with httpx.Client(base_url=url, timeout=60) as client:
         for prompt, mode in itertools.product(asked[:WARM_UP], waited):
             first_token(client, prompt, mode)
-        for block in blocks(asked):
+        for block in blocks(asked * PASSES):
             of_block: dict[str, list[float]] = {mode: [] for mode in waited}
             for prompt in block:
                 for mode in draw.sample(list(waited), 2):
@@ -132,7 +133,7 @@ def first_tokens(url: str, asked: list[str]) -> tuple[list[tuple[float, float]],
             for mode, seconds_of in of_block.items():
                 waited[mode] += seconds_of
     milliseconds = {mode: round(1000 * statistics.median(seconds), 3) for mode, seconds in waited.items()}
-    return pairs, {"prompts": len(waited["off"]), "decisions": decisions, "milliseconds": milliseconds}
+    return pairs, {"prompts": len(asked), "passes": PASSES, "decisions": decisions, "milliseconds": milliseconds}
 
 
 def main() -> None:

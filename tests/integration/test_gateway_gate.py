@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 
 from steering.bundle import load_bundle
-from steering.gate import probabilities
+from steering.outcome import Scores
 from tests.integration.asking import GATE_DECIDES, ask, metric
 from tests.integration.serving import (
     GATED,
@@ -68,7 +68,7 @@ def test_full_report_is_what_transformers_reads(client: OpenAI, tiny_served_mode
     for prompt, row in zip(GATE_DECIDES, scores, strict=True):
         steering = {"profile": GATED, "report": "full"}
         told = ask(client, messages=[{"role": "user", "content": prompt}], extra_body={"steering": steering}).steering
-        expected = probabilities(row.tolist(), probe.categories)
+        expected = Scores(names=probe.categories, logits=tuple(row.tolist()))
         assert told["scores"]["refusal"] == pytest.approx(expected.refusal, abs=1e-3)
         assert told["scores"]["categories"] == pytest.approx(expected.categories, abs=1e-3)
         assert told["thresholds"] == {"comply_below": THRESHOLDS[0], "refuse_above": THRESHOLDS[1]}

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from torch import Tensor
 
 from steering.bundle import Bundle, save_bundle
 from steering.engine.outcomes import sample_of
 from steering.gate import Ruling, rule
+from steering.outcome import Scores
 from steering.plan import Decision, GateOrder
 from steering.response import response_score
 from tests.integration.engine.checks import check_against_oracle, prompt_of
@@ -177,9 +179,10 @@ def check_outcomes(gated: Gated, asks: Sequence[Ask], outcomes: Sequence[dict[st
             assert outcome["decision"] == (ruling.decision if edit is not None else Decision.ABSTAIN)
             assert outcome["category"] == CATEGORIES[ruling.category]
             logits = gated.logits(ask.prompt, order.profile)
-            assert outcome["scores"]["refusal"] == pytest.approx(float(logits[0].sigmoid()), abs=1e-4)
+            scores = msgspec.convert(outcome["scores"], Scores)
+            assert scores.refusal == pytest.approx(float(logits[0].sigmoid()), abs=1e-4)
             shares = dict(zip(CATEGORIES, logits[1:].softmax(dim=0).tolist(), strict=True))
-            assert outcome["scores"]["categories"] == pytest.approx(shares, abs=1e-4)
+            assert scores.categories == pytest.approx(shares, abs=1e-4)
 
 
 FEW_BLOCKS: dict[str, Any] = {

@@ -73,9 +73,9 @@ async def test_what_nobody_waits_for_is_taken_all_the_same(listener: OutcomeList
     """Before the socket is full of it: what is expected is kept for whoever asks later."""
     listener.expect("p")
     sender.send([outcome("p")])
-    assert not listener._expected["p"]
+    assert not listener._told["p"].outcomes
     await asyncio.sleep(3 * SWEEP)
-    assert listener._expected["p"] == {outcome("p").request_id: outcome("p")}
+    assert listener._told["p"].outcomes == {outcome("p").request_id: outcome("p")}
 
 
 async def test_all_samples_of_a_request_must_be_confirmed(listener: OutcomeListener, sender: OutcomeSender) -> None:
@@ -145,8 +145,7 @@ async def test_forgotten_and_unexpected_plans_keep_nothing(listener: OutcomeList
     await listener.wait("last", 1, 5.0)
     listener.forget("last")
     listener.forget("never")
-    assert listener._expected == {}
-    assert listener._arrived == {}
+    assert listener._told == {}
     with pytest.raises(EditNotApplied):
         await listener.wait("p", 1, 0.05)
 

@@ -229,7 +229,7 @@ async def test_decisions_scores_and_categories_are_counted(auto: Make) -> None:
     """By what was decided, not by what was asked; abstentions are no failures."""
     engine = FakeEngine()
     spoken = auto(engine)
-    for refusal, safety in ((0.95, 0.7), (0.05, 0.7), (0.4, 0.2)):
+    for refusal, safety in ((0.95, 0.7), (0.04, 0.7), (0.39, 0.2)):
         engine.scores = [read(refusal, safety)]
         await spoken.chat()
     await spoken.chat(steering=TOKENS)

@@ -104,7 +104,7 @@ async def test_what_a_server_counted_becomes_a_reference(make: Make) -> None:
     """The buckets of `steering_probe_score`, whose edges are the reference's."""
     engine = FakeEngine()
     spoken = make(engine, make_catalog(make_gated_bundle()))
-    for refusal in (0.0, 0.02, 0.05, 0.42, 0.97, 1.0):
+    for refusal in (0.0, 0.02, 0.04, 0.42, 0.97, 1.0):
         engine.scores = [read(refusal)]
         await spoken.chat(max_tokens=1)
     (counts,) = references_of(spoken.gateway.metrics.exposition().decode()).values()

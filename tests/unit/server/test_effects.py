@@ -69,7 +69,7 @@ def test_effect_is_what_the_gate_did(scores: Scores, decision: str, edit: str | 
         (read(0.95), {"scope": Scope.ALL}),
         (read(0.95), {"decision": None}),
         (read(0.95), {"scores": None}),
-        (read(0.95), {"scores": Scores(refusal=0.95, categories={"Safety": 1.0})}),
+        (read(0.95), {"scores": Scores(names=("Safety",), logits=(2.9, 0.0))}),
         (read(0.95), {"scores": read(float("nan"))}),
         (read(0.95), {"scores": read(0.95, safety=float("nan"))}),
         (read(0.95), {"error": "scores are not finite"}),
@@ -106,8 +106,10 @@ def test_rounding_near_a_threshold_is_believed_either_way(
     low, high = sorted((low, high))
     resolution = resolved(comply_below=low, refuse_above=high, is_graded=graded)
     outcome = reported(resolution, read(refusal))
-    read_otherwise = structs.replace(outcome, scores=read(min(1.0, max(0.0, refusal + shift))))
-    assert effect_of(resolution, read_otherwise).decision == outcome.decision
+    assert outcome.scores is not None
+    score, *others = outcome.scores.logits
+    shifted = structs.replace(outcome.scores, logits=(score + shift * max(1.0, abs(score)), *others))
+    assert effect_of(resolution, structs.replace(outcome, scores=shifted)).decision == outcome.decision
 
 
 @given(refusal=st.floats(0, 1), off=st.floats(0.02, 1))
@@ -119,7 +121,7 @@ def test_a_decision_far_from_its_threshold_must_be_the_rules(refusal: float, off
         expected = reported(resolution, read(other))
         if 0 <= other <= 1 and expected.decision != outcome.decision:
             edges = [abs(other - edge) for edge in (0.2, 0.6)]
-            if min(edges) > TOLERANCE:
+            if min(edges) > 1e-3:
                 with pytest.raises(EditNotApplied):
                     effect_of(resolution, structs.replace(outcome, scores=read(other)))
 

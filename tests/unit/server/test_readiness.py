@@ -38,7 +38,7 @@ async def test_every_gate_is_asked_once_and_edits_nothing() -> None:
         (FakeEngine(report_changes={"gates": {}}), "lacks the gates of profiles"),
         (FakeEngine(scores=[read(float("nan"))]), "not finite at layer 2"),
         (FakeEngine(scores=[read(0.5, safety=float("inf"))]), "not finite"),
-        (FakeEngine(scores=[Scores(refusal=0.5, categories={"Safety": 1.0})]), "no scores of its probe 'prompt'"),
+        (FakeEngine(scores=[Scores(names=("Safety",), logits=(0.0, 0.0))]), "no scores of its probe 'prompt'"),
         (FakeEngine(tampered={"scores": None}), "no scores"),
     ],
     ids=["not armed", "NaN", "infinite", "other categories", "none"],

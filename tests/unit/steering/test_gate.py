@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steering.errors import BundleFormatError
-from steering.gate import Probe, log_odds, probabilities, rule
-from steering.plan import Decision, GateOrder
+from steering.gate import Probe, rule
+from steering.plan import Decision, GateOrder, log_odds
 from tests.samples import random_probe
 
 CATEGORIES = ("safety", "political", "humanizing")
@@ -90,19 +90,6 @@ def test_graded_strength_grows_from_the_threshold_to_the_end() -> None:
         ruling = rule(scores(refusal), order(0.4, 0.6, is_graded=True), CATEGORIES)
         assert ruling is not None
         assert ruling.share == pytest.approx(expected, abs=1e-5)
-
-
-def test_probabilities_are_a_sigmoid_and_a_softmax() -> None:
-    """What is reported: the refusal probability, and categories that sum to 1, at any finite score."""
-    found = probabilities(scores(0.25, 1.0, 0.0, -1.0).tolist(), CATEGORIES)
-    assert found.refusal == pytest.approx(0.25)
-    assert list(found.categories) == list(CATEGORIES)
-    assert sum(found.categories.values()) == pytest.approx(1.0)
-    assert found.categories["safety"] == pytest.approx(math.exp(1) / (math.exp(1) + 1 + math.exp(-1)))
-    for score, expected in ((-3e38, 0.0), (3e38, 1.0)):
-        extreme = probabilities([score, 3e38, 0.0, -3e38], CATEGORIES)
-        assert extreme.refusal == expected
-        assert list(extreme.categories.values()) == [1.0, 0.0, 0.0]
 
 
 def test_logits_are_the_linear_scores_of_every_row() -> None:

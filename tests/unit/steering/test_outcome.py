@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -26,7 +29,7 @@ def test_everything_a_step_made_known_comes_out_as_it_went_in(
         plan_id="p", request_id=request_id, applied=applied, edit="e", strength=strength, scope=scope, error=error
     )
     decided = replace(
-        plain, decision=Decision.COMPLY, category="c", scores=Scores(refusal=0.1, categories={"c": 0.75, "d": 0.25})
+        plain, decision=Decision.COMPLY, category="c", scores=Scores(names=("c", "d"), logits=(-2.0, 0.75, score))
     )
     outcomes = [plain, decided, replace(plain, reasoning=Reasoning.SPARED, edit=None)]
     responses = [Response(plan_id="p", request_id=request_id, tokens=3, score=score)]
@@ -39,3 +42,18 @@ def test_probabilities_of_any_score() -> None:
     """No score overflows."""
     chances = [Response(plan_id="p", request_id="r", tokens=1, score=score).probability for score in (-1e6, 0.0, 1e6)]
     assert chances == [0.0, 0.5, 1.0]
+
+
+def test_probabilities_of_a_prompt_are_a_sigmoid_and_a_softmax() -> None:
+    """What is reported: the refusal probability, and categories that sum to 1, at any finite score."""
+    names = ("safety", "political", "humanizing")
+    found = Scores(names=names, logits=(math.log(0.25 / 0.75), 1.0, 0.0, -1.0))
+    assert found.refusal == pytest.approx(0.25)
+    assert list(found.categories) == list(names)
+    assert sum(found.categories.values()) == pytest.approx(1.0)
+    assert found.categories["safety"] == pytest.approx(math.exp(1) / (math.exp(1) + 1 + math.exp(-1)))
+    for score, expected in ((-3e38, 0.0), (3e38, 1.0)):
+        extreme = Scores(names=names, logits=(score, 3e38, 0.0, -3e38))
+        assert extreme.refusal == expected
+        assert list(extreme.categories.values()) == [1.0, 0.0, 0.0]
+    assert Scores(names=(), logits=(0.0,)).categories == {}
