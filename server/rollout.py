@@ -58,7 +58,7 @@ class Rollout:
         steered anyway stays as it is.
         """
         plan = resolution.plan
-        if plan is None:
+        if plan is None or not self.shares:
             return resolution
         bundle, profile = resolution.bundle, resolution.profile
         if drawn(profile.name, request_id) < self.share(bundle, profile):

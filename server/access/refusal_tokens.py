@@ -7,6 +7,7 @@ what it may do with any server: see README. Knows nothing of HTTP, vLLM or torch
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -52,19 +53,26 @@ def touch_of(generation: Generation, catalog: Catalog) -> Touch | None:
     return None
 
 
-def guarded_of(generation: Generation, catalog: Catalog) -> dict[int, Touch]:
+def guarded_of(generation: Generation, catalog: Catalog) -> Mapping[int, Touch]:
     """The tokens that no prompt may have of a client who may not lower refusals, and what is wrong with each there:
     those that begin answers, and those that begin refusals where a penalty makes all of the prompt's unlikely.
     """
-    refusing, answering = _tokens(catalog)
     if generation.fields.get("repetition_penalty") in (None, 1):
-        parameter = "messages" if "messages" in generation.fields else "prompt"
-        return {token: Touch(parameter, f"token {text!r} in a prompt") for token, text in answering.items()}
+        return _guarded(catalog, "messages" if "messages" in generation.fields else "prompt")
+    refusing, answering = _tokens(catalog)
     what = "a repetition_penalty with the model's refusal tokens in the prompt"
     return dict.fromkeys([*refusing, *answering], Touch("repetition_penalty", what))
 
 
-def _tokens(catalog: Catalog) -> tuple[dict[int, str], dict[int, str]]:
+@functools.lru_cache(maxsize=64)
+def _guarded(catalog: Catalog, parameter: str) -> Mapping[int, Touch]:
+    """Without a penalty."""
+    _, answering = _tokens(catalog)
+    return {token: Touch(parameter, f"token {text!r} in a prompt") for token, text in answering.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _tokens(catalog: Catalog) -> tuple[Mapping[int, str], Mapping[int, str]]:
     """Texts by id of the tokens that begin refusals, and of those that begin answers."""
     refusing = {
         category.token_id: category.token or category.name
