@@ -18,8 +18,8 @@ def go_before_the_scheduler() -> None:
     """Have the engine's scheduler yield to this process, and to clients on this machine.
 
     On a CPU the scheduler waits for its workers without sleeping, and what it yields its core to is of its own session
-    (Linux's autogroup). A client of another session, on two cores, then got a streamed answer in one piece: the first of
-    64 tokens after 102 of 126 ms, and after 6 ms with this. Workers keep their priority.
+    (Linux's autogroup). A client of another session, on two cores, then got a streamed answer in one piece: the first
+    of 64 tokens after 102 of 126 ms, and after 6 ms with this. Workers keep their priority.
     """
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):  # one that has just ended
