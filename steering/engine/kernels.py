@@ -13,9 +13,9 @@ Shapes: `T` tokens of the step, `M` most tokens of a step, `S` rows, `N` terms o
     token_rows  [M + 2]     int32, row of each token; 0 means untouched, a negative number that the gate of that row
                             decides on this token. From bit `PLACE` on it holds 1 to 8 where the response probe of the
                             row reads this token: the how manieth generated token it is. On the CPU the last two entries
-                            are the numbers of touched and of deciding tokens, so that an idle step costs one
-                            comparison. Bit `MUTED` of the absolute value keeps the edit, and nothing else, off this
-                            token
+                            are the numbers of touched tokens and of those that a gate or response probe reads, so that
+                            a layer that has nothing to do in a step leaves at once. Bit `MUTED` of the absolute
+                            value keeps the edit, and nothing else, off this token
     rows        [S, 40]     float32, what differs per live request, laid out as below; row 0 is zero
     table       [N, 2D + 8] float32, one layer's bank: columns 0…D-1 read, D…2D-1 write, then the scalars below
 
@@ -57,6 +57,9 @@ GATE_FIRST, GATE_COUNT, REFUSE_EDIT, COMPLY_EDIT = 4, 5, 6, 7
 """More of them. Gate n has its GATE_COUNT scores in the terms from GATE_FIRST on: read and bias of the first are those
 of the refusal score, each other one is a category's, with the edits that category gets; 0 is none. Gate 0 is "none";
 its GATE_COUNT cell is the number of gates at this layer. A response probe counts as a gate, of one score."""
+
+EDITS = GATE_FIRST
+"""Of gate 0 this cell is the number of edits at this layer."""
 
 SCALARS = 8
 """How many of them there are; a multiple of 4 keeps every row 16-byte aligned where D is."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steering.engine.block import SHORTEST, edit_block
 from steering.engine.compiled import run, steer_at
-from steering.engine.kernels import PREPARED
+from steering.engine.kernels import EDITS, GATE_COUNT, PREPARED, SCALARS
 
 
 class PreparedEdit:
@@ -25,12 +25,18 @@ class PreparedEdit:
 
     def __init__(self, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:
         self._views = token_rows.detach(), rows.detach(), table.detach()  # an attribute of `table` must not hold it
-        self._touched = token_rows.numpy()[-2:]
+        self._counts = token_rows.numpy()[-2:]
+        scalars = table.shape[1] - SCALARS
+        self._here = self._views[2].numpy()[0, scalars + EDITS : scalars + GATE_COUNT + 1]
         self._places = token_rows.data_ptr(), rows.data_ptr(), len(rows), table.data_ptr(), *table.shape
 
     def __call__(self, hidden: Tensor, residual: Tensor) -> None:
         """Edit `hidden` in place; both [T, D]."""
-        if not self._touched[0]:
+        touched, reading = self._counts.tolist()
+        if not touched:
+            return
+        edits, gates = self._here.tolist()
+        if not edits and not (reading and gates):
             return
         count = len(hidden)
         if count >= SHORTEST and edit_block(hidden, residual, *self._views):

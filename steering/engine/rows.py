@@ -45,8 +45,8 @@ class Rows:
     Attributes:
         rows: [S, W] float32, laid out as `kernels` says. The host writes a row when a request takes it, the gate of
             that row once after that.
-        token_rows: [tokens + 2] int32; the last two entries are the numbers of touched and of deciding tokens of the
-            step, kept on the CPU only, where the op reads them to leave at once.
+        token_rows: [tokens + 2] int32; the last two entries are the numbers of the step's touched tokens and of those
+            that a gate or response probe reads, kept on the CPU only, where the op reads them to leave at once.
     """
 
     def __init__(self, *, bank: Bank, requests: int, tokens: int, device: torch.device) -> None:
@@ -201,12 +201,13 @@ class Rows:
         )
         for place in deciding:
             target[place] = -target[place]
-        responses = []
+        responses, reading = [], len(deciding)
         for steered, (place, start, count) in observed.items():
             target[start : start + count] = steered.row | (np.arange(place, place + count, dtype=np.int32) << PLACE)
             touched += count
+            reading += count
             responses.append(steered)
-        target[-2], target[-1] = touched, len(deciding)
+        target[-2], target[-1] = touched, reading
         self._tokens_upload.send(max(total, self._written))
         self._written = total
         return Due(due, responses)

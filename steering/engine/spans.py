@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from steering.engine.kernels import FIRST, GATE_COUNT, GATE_FIRST, REFUSE_EDIT, SCALARS
+from steering.engine.kernels import EDITS, FIRST, GATE_COUNT, GATE_FIRST, REFUSE_EDIT, SCALARS
+
+_COUNTED = {FIRST: EDITS, GATE_FIRST: GATE_COUNT}
+"""Cell of row 0 that counts the spans of a head."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -70,16 +73,14 @@ class Spans:
         span = Span(layer=self._layer, first=first, count=count, number=number, head=head)
         self._spans.insert(index, span)
         self._point(span)
-        if head == GATE_FIRST:
-            self._table[0, self._scalars + GATE_COUNT] += 1.0
+        self._table[0, self._scalars + _COUNTED[head]] += 1.0
         return span
 
     def give(self, span: Span) -> None:
         """Give rows back: they and what the table says of them become 0."""
         self._clear(span)
         self._table[span.number, self._scalars + span.head : self._scalars + span.head + 2] = 0.0
-        if span.head == GATE_FIRST:
-            self._table[0, self._scalars + GATE_COUNT] -= 1.0
+        self._table[0, self._scalars + _COUNTED[span.head]] -= 1.0
         self._spans.remove(span)
 
     def _pack(self) -> None:

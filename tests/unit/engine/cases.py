@@ -98,7 +98,8 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
     rows.rows[: len(plans) + 1] = torch.from_numpy(rows._rows_upload.array[: len(plans) + 1])
     is_muted = torch.rand(tokens, generator=generator) < 0.25
     rows.token_rows[:tokens] = of_token + is_muted * of_token.sign() * (1 << kernels.MUTED)
-    rows.token_rows[-2], rows.token_rows[-1] = int((of_token != 0).sum()), int((of_token < 0).sum())
+    reading = (of_token < 0) | (of_token >> kernels.PLACE > 0)
+    rows.token_rows[-2], rows.token_rows[-1] = int((of_token != 0).sum()), int(reading.sum())
     columns = 3 * width if is_strided else width
     hidden = torch.randn(tokens, columns, generator=generator).to(dtype)[:, :width]
     residual = (torch.randn(tokens, columns, generator=generator) * 5).to(dtype)[:, columns - width :]

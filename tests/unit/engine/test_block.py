@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from steering.engine import block, compiled, prepared
-from steering.engine.kernels import BIAS, COUNT, EDIT, FIRST, GAIN, MUTED, PLACE, ROW_WIDTH, SCALARS, STRENGTH
+from steering.engine.kernels import BIAS, COUNT, EDIT, EDITS, FIRST, GAIN, MUTED, PLACE, ROW_WIDTH, SCALARS, STRENGTH
 
 TOKENS, ROW = block.SHORTEST + 37, 3
 
@@ -23,6 +23,7 @@ def step(*, width: int, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, ..
     scalars[2 : 2 + rank : 2, GAIN] = 0.0
     scalars[2 : 2 + rank, BIAS] = torch.randn(rank, generator=draw)
     scalars[1, FIRST], scalars[1, COUNT] = 2, rank
+    scalars[0, EDITS] = 1
     rows = torch.zeros(5, ROW_WIDTH)
     rows[ROW, EDIT], rows[ROW, STRENGTH] = 1, -1.5
     token_rows = torch.zeros(2 * TOKENS + 2, dtype=torch.int32)

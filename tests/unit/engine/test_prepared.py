@@ -5,11 +5,16 @@ from __future__ import annotations
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
 from steering.engine import kernels
+from steering.engine.bank import Bank
 from steering.engine.prepared import PreparedEdit, prepare
+from steering.engine.rows import Rows
+from steering.gate import Probe
+from tests.samples import bundle_in_memory, gate_plan, random_edit
 from tests.unit.engine.cases import DTYPES, check, random_case
 
 
@@ -52,6 +57,39 @@ def test_nothing_is_touched_when_no_token_is_steered() -> None:
     prepared(*case.arguments[:2])
     assert torch.equal(case.hidden, case.before)
     assert case.arguments[4][0, 2 * 48 + kernels.FIRST] == 0.0
+
+
+def test_a_layer_with_nothing_to_do_in_a_step_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate's layer is run where a gate decides and not for the tokens after it, an edit's for both; neither is once
+    its bundle is unloaded.
+    """
+    ran: list[int] = []
+    monkeypatch.setattr(
+        "steering.engine.prepared.run", lambda hidden, residual, token_rows, rows, table: ran.append(len(hidden))
+    )
+    gate = Probe(name="probe", layer=0, categories=("safety",), weight=torch.zeros(2, 16), bias=torch.ones(2))
+    bank = Bank(layers=(0, 1), width=16, terms=8, device=torch.device("cpu"))
+    edits = {"a": random_edit("a", ranks={1: 1})}
+    bundle = bundle_in_memory(edits, gates={"gate": (gate, {"safety": "a"}, {})})
+    bank.load(bundle)
+    rows = Rows(bank=bank, requests=2, tokens=8, device=torch.device("cpu"))
+    layers = [PreparedEdit(rows.token_rows, rows.rows, bank.tables[layer]) for layer in (0, 1)]
+
+    def runs(tokens: int, computed: int) -> list[int]:
+        ran.clear()
+        rows.write_step(["r"], np.array([tokens], dtype=np.int32), np.array([computed], dtype=np.int32))
+        for place, layer in enumerate(layers):
+            before = len(ran)
+            layer(torch.zeros(tokens, 16), torch.zeros(tokens, 16))
+            ran[before:] = [place] * (len(ran) - before)
+        return ran
+
+    rows.add("r", gate_plan("gate"), 3)
+    assert runs(2, 0) == []
+    assert runs(1, 2) == [0, 1]
+    assert runs(1, 3) == [1]
+    bank.unload(bundle.digest)
+    assert runs(1, 4) == []
 
 
 def test_tables_end_with_their_engine() -> None:
