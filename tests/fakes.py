@@ -115,13 +115,10 @@ def make_reading_bundle(**changes: Any) -> BundleView:
 
 def read(refusal: float, safety: float = 0.7) -> Scores:
     """What a probe of the two categories read, as probabilities."""
-    logits = (log_odds(refusal), *(math.log(share) if share > 0 else -math.inf for share in (safety, 1 - safety)))
     # Certainty is a large score; what is no probability stays what it is.
-    certain = [
-        max(-700.0, min(700.0, logit)) if 0 <= given <= 1 else given
-        for logit, given in zip(logits, (refusal, safety, 1 - safety), strict=True)
-    ]
-    return Scores(names=("Safety", "Political"), logits=tuple(certain))
+    score = max(-700.0, min(700.0, log_odds(refusal))) if 0 <= refusal <= 1 else refusal
+    shares = [max(math.log(share), -700.0) if 0 < share <= 1 else share or -700.0 for share in (safety, 1 - safety)]
+    return Scores(names=("Safety", "Political"), logits=(score, *shares))
 
 
 def make_catalog(*bundles: BundleView) -> Catalog:
