@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from steering.engine.kernels import ROW_WIDTH, table_width
+from steering.engine.kernels import COUNTS, ROW_WIDTH, table_width
 
 FLOAT, INT, LONG = 4, 4, 8
 
@@ -49,7 +49,7 @@ def added(*, layers: int, terms: int, width: int, requests: int, tokens: int, is
         is_gpu: the device is not the host.
     """
     count = 2 * requests + 1
-    rows, token_rows = count * ROW_WIDTH * FLOAT, (tokens + 2) * INT
+    rows, token_rows = count * ROW_WIDTH * FLOAT, (tokens + COUNTS) * INT
     staged = rows + count * LONG
     return Added(
         bank=layers * terms * table_width(width) * FLOAT,

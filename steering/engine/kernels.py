@@ -10,12 +10,12 @@ Shapes: `T` tokens of the step, `M` most tokens of a step, `S` rows, `N` terms o
 
     hidden      [T, D]      the half of the residual stream that is written; strides of the row are free
     residual    [T, D]      the other half: x = hidden + residual (vLLM's fused norms add them later)
-    token_rows  [M + 2]     int32, row of each token; 0 means untouched, a negative number that the gate of that row
+    token_rows  [M + 3]     int32, row of each token; 0 means untouched, a negative number that the gate of that row
                             decides on this token. From bit `PLACE` on it holds 1 to 8 where the response probe of the
-                            row reads this token: the how manieth generated token it is. On the CPU the last two entries
-                            are the numbers of touched tokens and of those that a gate or response probe reads, so that
-                            a layer that has nothing to do in a step leaves at once. Bit `MUTED` of the absolute
-                            value keeps the edit, and nothing else, off this token
+                            row reads this token: the how manieth generated token it is. On the CPU the last entries
+                            are the numbers of touched tokens, of those that a gate decides on and of those that a
+                            response probe reads, so that a layer that has nothing to do in a step leaves at once. Bit
+                            `MUTED` of the absolute value keeps the edit, and nothing else, off this token
     rows        [S, 40]     float32, what differs per live request, laid out as below; row 0 is zero
     table       [N, 2D + 8] float32, one layer's bank: columns 0…D-1 read, D…2D-1 write, then the scalars below
 
@@ -55,8 +55,12 @@ Edit 0 is "none"; its FIRST cell is the witness: 1 once this op edited a token."
 
 GATE_FIRST, GATE_COUNT, REFUSE_EDIT, COMPLY_EDIT = 4, 5, 6, 7
 """More of them. Gate n has its GATE_COUNT scores in the terms from GATE_FIRST on: read and bias of the first are those
-of the refusal score, each other one is a category's, with the edits that category gets; 0 is none. Gate 0 is "none";
-its GATE_COUNT cell is the number of gates at this layer. A response probe counts as a gate, of one score."""
+of the refusal score, each other one is a category's, with the edits that category gets; 0 is none. A response probe is
+a gate of one score. Gate 0 is "none"; its GATE_COUNT cell is the number of gates at this layer, and one `OF_RESPONSE`
+for each response probe."""
+
+OF_RESPONSE = 2.0**-12
+"""Its share in that cell, so that both can be told."""
 
 EDITS = GATE_FIRST
 """Of gate 0 this cell is the number of edits at this layer."""
@@ -80,6 +84,12 @@ BROKEN = AWAITED + 1
 
 ROW_WIDTH = 40
 """A multiple of 4."""
+
+COUNTS = 3
+"""Entries of `token_rows` behind those of tokens."""
+
+TOUCHED, DECIDED, OBSERVED = -3, -2, -1
+"""Which they are, on the CPU."""
 
 PLACE = 24
 """First bit of an entry of `token_rows` that is not the row's number; four bits."""
@@ -138,7 +148,7 @@ def _edit_fake(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tenso
 
 def spare_compiled(input_ids: Tensor, token_rows: Tensor, rows: Tensor) -> None:
     """The CPU's: leaves at once where no token is steered."""
-    if token_rows.numpy()[-2]:
+    if token_rows.numpy()[TOUCHED]:
         from steering.engine.compiled import spare
 
         spare(input_ids, token_rows, rows)

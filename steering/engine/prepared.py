@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steering.engine.block import SHORTEST, edit_block
 from steering.engine.compiled import run, steer_at
-from steering.engine.kernels import EDITS, GATE_COUNT, PREPARED, SCALARS
+from steering.engine.kernels import COUNTS, EDITS, GATE_COUNT, PREPARED, SCALARS
 
 
 class PreparedEdit:
@@ -25,26 +25,27 @@ class PreparedEdit:
 
     def __init__(self, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:
         self._views = token_rows.detach(), rows.detach(), table.detach()  # an attribute of `table` must not hold it
-        self._counts = token_rows.numpy()[-2:]
+        self._counts = token_rows.numpy()[-COUNTS:]
         scalars = table.shape[1] - SCALARS
         self._here = self._views[2].numpy()[0, scalars + EDITS : scalars + GATE_COUNT + 1]
         self._places = token_rows.data_ptr(), rows.data_ptr(), len(rows), table.data_ptr(), *table.shape
 
     def __call__(self, hidden: Tensor, residual: Tensor) -> None:
         """Edit `hidden` in place; both [T, D]."""
-        touched, reading = self._counts.tolist()
+        touched, decided, observed = self._counts.tolist()
         if not touched:
             return
-        edits, gates = self._here.tolist()
-        if not edits and not (reading and gates):
+        edits, readers = self._here.tolist()
+        if not (edits or (decided and readers >= 1.0) or (observed and readers % 1.0)):
             return
-        count = len(hidden)
+        count = hidden.shape[0]
         if count >= SHORTEST and edit_block(hidden, residual, *self._views):
             return
-        if hidden.dtype is torch.bfloat16 and hidden.stride(1) == residual.stride(1) == 1:
-            # Addresses: to have torch and NumPy make views of five tensors takes longer than to edit a few tokens.
-            halves = hidden.data_ptr(), hidden.stride(0), residual.data_ptr(), residual.stride(0)
-            steer_at(*halves, count, *self._places)
+        # Addresses: to have torch and NumPy make views of five tensors takes longer than to edit a few tokens. So does
+        # every question to a tensor, which is why there are so few.
+        stride, other = hidden.stride(), residual.stride()
+        if hidden.dtype is torch.bfloat16 and stride[1] == other[1] == 1:
+            steer_at(hidden.data_ptr(), stride[0], residual.data_ptr(), other[0], count, *self._places)
         else:
             run(hidden, residual, *self._views)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from steering.engine.bank import Bank
 from steering.engine.compiled import fill
 from steering.engine.first_row import first_row
-from steering.engine.kernels import AWAITED, PLACE, RESPONSE, ROW_WIDTH
+from steering.engine.kernels import AWAITED, COUNTS, DECIDED, OBSERVED, PLACE, RESPONSE, ROW_WIDTH, TOUCHED
 from steering.engine.reports import outcome_of, response_of
 from steering.engine.steered import Due, Steered
 from steering.engine.uploads import MapUpload, RowUpload
@@ -45,15 +45,15 @@ class Rows:
     Attributes:
         rows: [S, W] float32, laid out as `kernels` says. The host writes a row when a request takes it, the gate of
             that row once after that.
-        token_rows: [tokens + 2] int32; the last two entries are the numbers of the step's touched tokens and of those
-            that a gate or response probe reads, kept on the CPU only, where the op reads them to leave at once.
+        token_rows: [tokens + COUNTS] int32; the last entries are the numbers of the step's tokens that `kernels` names,
+            kept on the CPU only, where the op reads them to leave at once.
     """
 
     def __init__(self, *, bank: Bank, requests: int, tokens: int, device: torch.device) -> None:
         # Twice as many as can run: with asynchronous scheduling a finished request may be dropped a step late.
         self.capacity = 2 * requests
         self.rows = torch.zeros(self.capacity + 1, ROW_WIDTH, dtype=torch.float32, device=device)
-        self.token_rows = torch.zeros(tokens + 2, dtype=torch.int32, device=device)
+        self.token_rows = torch.zeros(tokens + COUNTS, dtype=torch.int32, device=device)
         self._bank = bank
         self._requests: dict[str, Steered] = {}
         self._row_of: dict[str, int] = {}
@@ -201,13 +201,13 @@ class Rows:
         )
         for place in deciding:
             target[place] = -target[place]
-        responses, reading = [], len(deciding)
+        responses, read = [], 0
         for steered, (place, start, count) in observed.items():
             target[start : start + count] = steered.row | (np.arange(place, place + count, dtype=np.int32) << PLACE)
             touched += count
-            reading += count
+            read += count
             responses.append(steered)
-        target[-2], target[-1] = touched, reading
+        target[TOUCHED], target[DECIDED], target[OBSERVED] = touched, len(deciding), read
         self._tokens_upload.send(max(total, self._written))
         self._written = total
         return Due(due, responses)
@@ -232,7 +232,7 @@ class Rows:
         if self._written:
             target = self._tokens_upload.array()
             target[: self._written] = 0
-            target[-2:] = 0
+            target[-COUNTS:] = 0
             self._tokens_upload.send(self._written)
             self._written = 0
 

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from steering.engine.kernels import EDITS, FIRST, GATE_COUNT, GATE_FIRST, REFUSE_EDIT, SCALARS
-
-_COUNTED = {FIRST: EDITS, GATE_FIRST: GATE_COUNT}
-"""Cell of row 0 that counts the spans of a head."""
+from steering.engine.kernels import EDITS, FIRST, GATE_COUNT, GATE_FIRST, OF_RESPONSE, REFUSE_EDIT, SCALARS
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -73,15 +70,21 @@ class Spans:
         span = Span(layer=self._layer, first=first, count=count, number=number, head=head)
         self._spans.insert(index, span)
         self._point(span)
-        self._table[0, self._scalars + _COUNTED[head]] += 1.0
+        self._count(span, 1.0)
         return span
 
     def give(self, span: Span) -> None:
         """Give rows back: they and what the table says of them become 0."""
         self._clear(span)
         self._table[span.number, self._scalars + span.head : self._scalars + span.head + 2] = 0.0
-        self._table[0, self._scalars + _COUNTED[span.head]] -= 1.0
+        self._count(span, -1.0)
         self._spans.remove(span)
+
+    def _count(self, span: Span, change: float) -> None:
+        """Say in row 0 that there is one more or one less of its kind."""
+        if span.head == GATE_FIRST and span.count == 1:  # a gate has the scores of categories as well
+            change *= OF_RESPONSE
+        self._table[0, self._scalars + (EDITS if span.head == FIRST else GATE_COUNT)] += change
 
     def _pack(self) -> None:
         """Move what is taken together, so that all free rows are at the end."""

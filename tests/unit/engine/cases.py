@@ -34,7 +34,7 @@ class Case:
     """Arguments of one call of the op, and the exact result.
 
     Attributes:
-        arguments: hidden [T, D], residual [T, D], token_rows [M + 2], rows [S, 40], table [N, 2D + 8].
+        arguments: hidden [T, D], residual [T, D], token_rows [M + 3], rows [S, 40], table [N, 2D + 8].
         before: a copy of hidden.
         expected: [T, D] float32, hidden + strength · Σ ( gain · <hidden + residual, q> + bias ) · p, not rounded yet.
         is_touched: [T] bool, tokens whose edit has terms at this layer.
@@ -98,8 +98,8 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
     rows.rows[: len(plans) + 1] = torch.from_numpy(rows._rows_upload.array[: len(plans) + 1])
     is_muted = torch.rand(tokens, generator=generator) < 0.25
     rows.token_rows[:tokens] = of_token + is_muted * of_token.sign() * (1 << kernels.MUTED)
-    reading = (of_token < 0) | (of_token >> kernels.PLACE > 0)
-    rows.token_rows[-2], rows.token_rows[-1] = int((of_token != 0).sum()), int(reading.sum())
+    counted = (of_token != 0, of_token < 0, of_token >> kernels.PLACE > 0)
+    rows.token_rows[-kernels.COUNTS :] = torch.stack(counted).sum(dim=1)
     columns = 3 * width if is_strided else width
     hidden = torch.randn(tokens, columns, generator=generator).to(dtype)[:, :width]
     residual = (torch.randn(tokens, columns, generator=generator) * 5).to(dtype)[:, columns - width :]

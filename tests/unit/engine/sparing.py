@@ -43,11 +43,11 @@ def judge_sparing(op: Callable[[Tensor, Tensor, Tensor], None], seed: int) -> in
             expected.append((abs(entry) | waits << MUTED) * (1 if entry > 0 else -1))
         waits_after[row] = waits
     # Beyond the step, as when the map is longer than it.
-    token_rows = torch.tensor([*entries, 5, 5, len(entries), 0], dtype=torch.int32)
+    token_rows = torch.tensor([*entries, 5, 5, len(entries), 0, 0], dtype=torch.int32)
     step = torch.tensor(ids, dtype=draw.choice([torch.int32, torch.int64]))
     kept = rows.clone()
     op(step, token_rows, rows)
-    assert token_rows.tolist() == [*expected, 5, 5, len(entries), 0], f"seed {seed}"
+    assert token_rows.tolist() == [*expected, 5, 5, len(entries), 0, 0], f"seed {seed}"
     kept[:, AWAITED] = torch.tensor([float(END + 1) * waits_after.get(row, 0) for row in range(12)])
     assert torch.equal(rows, kept), f"seed {seed}: rows"
     return sum(abs(entry) >> MUTED for entry in expected)

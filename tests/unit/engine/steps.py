@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from steering.engine.bank import Bank
+from steering.engine.kernels import COUNTS
 from steering.engine.rows import Rows
 from steering.gate import Probe
 from steering.outcome import Outcome
@@ -33,7 +34,7 @@ def step(rows: Rows, *parts: tuple[str, int, int]) -> list[Outcome]:
 
 def decide(rows: Rows, bank: Bank, residual: torch.Tensor) -> None:
     """Run the op of the last step on this residual, alike for every token: what a forward pass does to the rows."""
-    tokens = len(rows.token_rows) - 2
+    tokens = len(rows.token_rows) - COUNTS
     hidden = residual.expand(tokens, -1).contiguous()
     torch.ops.trimtab.edit(hidden, torch.zeros_like(hidden), rows.token_rows, rows.rows, bank.tables[0])
 

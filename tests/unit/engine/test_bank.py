@@ -13,9 +13,11 @@ from steering.engine.kernels import (
     BIAS,
     COMPLY_EDIT,
     COUNT,
+    COUNTS,
     FIRST,
     GATE_COUNT,
     GATE_FIRST,
+    OF_RESPONSE,
     REFUSE_EDIT,
     ROW_WIDTH,
     SCALARS,
@@ -174,7 +176,7 @@ def test_witness_names_the_layers_whose_op_edited() -> None:
     bank.load(bundle)
     rows = Rows(bank=bank, requests=1, tokens=4, device=CPU)
     rows.rows[1, :2] = torch.tensor([bank.number(bundle=bundle.digest, edit="e"), 1.0])
-    token_rows = torch.tensor([1, 0, 2, 0], dtype=torch.int32)
+    token_rows = torch.tensor([1, 0, 2, 0, 0], dtype=torch.int32)
     assert bank.witness() == []
     for table in bank.tables.values():
         torch.ops.trimtab.edit(torch.zeros(2, WIDTH), torch.zeros(2, WIDTH), token_rows, rows.rows, table)
@@ -224,7 +226,7 @@ def test_an_unloaded_bundle_leaves_nothing() -> None:
     bank.load(first)
     before = {layer: table.clone() for layer, table in bank.tables.items()}
     bank.load(second)
-    assert bank.tables[1][0, 2 * WIDTH + GATE_COUNT] == 4
+    assert bank.tables[1][0, 2 * WIDTH + GATE_COUNT] == 2 + 2 * OF_RESPONSE
     bank.unload("s")
     for layer, table in bank.tables.items():
         assert torch.equal(table, before[layer])
@@ -317,8 +319,8 @@ def test_an_addition_that_is_no_number_in_the_models_dtype_is_refused() -> None:
 
 
 def added_bytes(*, layers: int, width: int, terms: int, requests: int, tokens: int) -> int:
-    """Bytes of the plugin: layers · N · (2 D + 8) · 4 + (2 · requests + 1) · 28 · 4 + (tokens + 2) · 4."""
-    return layers * terms * (2 * width + SCALARS) * 4 + (2 * requests + 1) * ROW_WIDTH * 4 + (tokens + 2) * 4
+    """Bytes of the plugin: layers · N · (2 D + 8) · 4 + (2 · requests + 1) · 40 · 4 + (tokens + 3) · 4."""
+    return layers * terms * (2 * width + SCALARS) * 4 + (2 * requests + 1) * ROW_WIDTH * 4 + (tokens + COUNTS) * 4
 
 
 @pytest.mark.parametrize(
@@ -343,5 +345,5 @@ def test_a_model_of_32_layers_of_4096_takes_less_than_300_megabytes() -> None:
     taken = sum(tensor.nelement() * tensor.element_size() for tensor in held)
     assert taken == added_bytes(layers=layers, width=width, terms=DEFAULT_TERMS_PER_LAYER, requests=1024, tokens=8192)
     assert {tensor.shape for tensor in bank.tables.values()} == {(DEFAULT_TERMS_PER_LAYER, table_width(width))}
-    assert taken == 134_709_416
+    assert taken == 134_709_420
     assert taken < 300_000_000

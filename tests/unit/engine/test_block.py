@@ -6,7 +6,21 @@ import pytest
 import torch
 
 from steering.engine import block, compiled, prepared
-from steering.engine.kernels import BIAS, COUNT, EDIT, EDITS, FIRST, GAIN, MUTED, PLACE, ROW_WIDTH, SCALARS, STRENGTH
+from steering.engine.kernels import (
+    BIAS,
+    COUNT,
+    COUNTS,
+    EDIT,
+    EDITS,
+    FIRST,
+    GAIN,
+    MUTED,
+    PLACE,
+    ROW_WIDTH,
+    SCALARS,
+    STRENGTH,
+    TOUCHED,
+)
 
 TOKENS, ROW = block.SHORTEST + 37, 3
 
@@ -26,9 +40,9 @@ def step(*, width: int, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, ..
     scalars[0, EDITS] = 1
     rows = torch.zeros(5, ROW_WIDTH)
     rows[ROW, EDIT], rows[ROW, STRENGTH] = 1, -1.5
-    token_rows = torch.zeros(2 * TOKENS + 2, dtype=torch.int32)
+    token_rows = torch.zeros(2 * TOKENS + COUNTS, dtype=torch.int32)
     token_rows[:TOKENS] = ROW
-    token_rows[-2] = TOKENS
+    token_rows[TOUCHED] = TOKENS
     return hidden, residual, token_rows, rows, table
 
 

@@ -19,7 +19,7 @@ from tests.samples import WIDTH, bundle_in_memory, plan_for, random_edit
 def test_rows_are_marked_by_their_own_tokens(wrong: float, dtype: torch.dtype) -> None:
     """Untouched tokens mark nobody, padding neither; deciding, observed and muted entries are those of their row."""
     entries = [0, 1, 1, -2, 3 | (1 << PLACE), 4 | (1 << MUTED), 5]
-    token_rows = torch.tensor([*entries, 0, 0, 6, 0], dtype=torch.int32)
+    token_rows = torch.tensor([*entries, 0, 0, 6, 0, 0], dtype=torch.int32)
     rows, hidden = torch.zeros(8, ROW_WIDTH), torch.randn(9, WIDTH).to(dtype)
     for token in (0, 2, 3, 4, 5, 7):
         hidden[token, token] = wrong

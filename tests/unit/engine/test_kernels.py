@@ -30,7 +30,7 @@ def test_every_strided_neighbour_is_left_alone() -> None:
     wide = torch.randn(6, 32)
     before, case = wide.clone(), random_case(0, dtype=torch.float32, width=16)
     hidden = wide[:, 8:24]
-    token_rows = torch.tensor([1, 0, 1, 0, 1, 0, 3, 0], dtype=torch.int32)
+    token_rows = torch.tensor([1, 0, 1, 0, 1, 0, 3, 0, 0], dtype=torch.int32)
     run((hidden, torch.randn(6, 16), token_rows, *case.arguments[3:]))
     assert torch.equal(wide[:, :8], before[:, :8])
     assert torch.equal(wide[:, 24:], before[:, 24:])
@@ -39,7 +39,7 @@ def test_every_strided_neighbour_is_left_alone() -> None:
 def test_nothing_is_read_or_written_when_no_token_is_steered() -> None:
     """A count of 0 in the last entry ends the op at once, whatever stands before it: an idle plugin costs one look."""
     case = random_case(1, dtype=torch.bfloat16)
-    case.arguments[2][-2:] = 0
+    case.arguments[2][-kernels.COUNTS :] = 0
     run(case.arguments)
     assert torch.equal(case.hidden, case.before)
     assert case.arguments[4][0, 2 * 48 + kernels.FIRST] == 0.0
@@ -49,7 +49,8 @@ def test_rows_beyond_the_step_are_not_read() -> None:
     """Only the first T entries of the map belong to the step; padding behind them may hold anything."""
     case = random_case(2, dtype=torch.float32)
     hidden, residual, token_rows, rows, table = case.arguments
-    longer = torch.cat([token_rows[: len(hidden)], torch.full((9,), 10**6, dtype=torch.int32), token_rows[-2:]])
+    padding, counts = torch.full((9,), 10**6, dtype=torch.int32), token_rows[-kernels.COUNTS :]
+    longer = torch.cat([token_rows[: len(hidden)], padding, counts])
     run((hidden, residual, longer, rows, table))
     check(case, "padded map")
 
@@ -71,8 +72,8 @@ def test_schema_fake_and_functionalisation_hold(seed: int) -> None:
     """
     case = random_case(seed, dtype=torch.float32)
     case.arguments[4][0, 2 * 48 + kernels.FIRST] = 1.0
-    case.arguments[2][:-2].abs_().bitwise_and_((1 << kernels.PLACE) - 1)
-    case.arguments[2][-1] = 0
+    case.arguments[2][: -kernels.COUNTS].abs_().bitwise_and_((1 << kernels.PLACE) - 1)
+    case.arguments[2][[kernels.DECIDED, kernels.OBSERVED]] = 0
     torch.library.opcheck(torch.ops.trimtab.edit.default, case.arguments)
 
 

@@ -8,13 +8,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from steering.engine import kernels
 from steering.engine.bank import Bank
 from steering.engine.prepared import PreparedEdit, prepare
 from steering.engine.rows import Rows
 from steering.gate import Probe
-from tests.samples import bundle_in_memory, gate_plan, random_edit
+from tests.samples import bundle_in_memory, gate_plan, random_edit, random_probe
 from tests.unit.engine.cases import DTYPES, check, random_case
 
 
@@ -49,9 +50,9 @@ def test_the_op_asks_the_prepared_edit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_touched_when_no_token_is_steered() -> None:
-    """A count of 0 in the last entry but one ends it at once."""
+    """A count of 0 ends it at once."""
     case = random_case(1, dtype=torch.bfloat16)
-    case.arguments[2][-2:] = 0
+    case.arguments[2][-kernels.COUNTS :] = 0
     prepared = prepare(*case.arguments[2:])
     assert prepared is not None
     prepared(*case.arguments[:2])
@@ -60,20 +61,21 @@ def test_nothing_is_touched_when_no_token_is_steered() -> None:
 
 
 def test_a_layer_with_nothing_to_do_in_a_step_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gate's layer is run where a gate decides and not for the tokens after it, an edit's for both; neither is once
-    its bundle is unloaded.
+    """A gate's layer is run where a gate decides, that of a response probe where it reads, an edit's for both and ever
+    after; none is once its bundle is unloaded.
     """
     ran: list[int] = []
     monkeypatch.setattr(
         "steering.engine.prepared.run", lambda hidden, residual, token_rows, rows, table: ran.append(len(hidden))
     )
     gate = Probe(name="probe", layer=0, categories=("safety",), weight=torch.zeros(2, 16), bias=torch.ones(2))
-    bank = Bank(layers=(0, 1), width=16, terms=8, device=torch.device("cpu"))
+    bank = Bank(layers=(0, 1, 2), width=16, terms=8, device=torch.device("cpu"))
     edits = {"a": random_edit("a", ranks={1: 1})}
-    bundle = bundle_in_memory(edits, gates={"gate": (gate, {"safety": "a"}, {})})
+    response = random_probe("response", layer=2, categories=()), 2
+    bundle = bundle_in_memory(edits, gates={"gate": (gate, {"safety": "a"}, {})}, response=response)
     bank.load(bundle)
     rows = Rows(bank=bank, requests=2, tokens=8, device=torch.device("cpu"))
-    layers = [PreparedEdit(rows.token_rows, rows.rows, bank.tables[layer]) for layer in (0, 1)]
+    layers = [PreparedEdit(rows.token_rows, rows.rows, bank.tables[layer]) for layer in (0, 1, 2)]
 
     def runs(tokens: int, computed: int) -> list[int]:
         ran.clear()
@@ -84,12 +86,12 @@ def test_a_layer_with_nothing_to_do_in_a_step_leaves_at_once(monkeypatch: pytest
             ran[before:] = [place] * (len(ran) - before)
         return ran
 
-    rows.add("r", gate_plan("gate"), 3)
+    rows.add("r", structs.replace(gate_plan("gate"), response=True), 3)
     assert runs(2, 0) == []
     assert runs(1, 2) == [0, 1]
-    assert runs(1, 3) == [1]
+    assert [list(runs(1, computed)) for computed in (3, 4, 5)] == [[1, 2], [1, 2], [1]]
     bank.unload(bundle.digest)
-    assert runs(1, 4) == []
+    assert runs(1, 6) == []
 
 
 def test_tables_end_with_their_engine() -> None:

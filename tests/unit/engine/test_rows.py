@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steering.engine.kernels import COUNTS, TOUCHED
 from steering.errors import CapacityExceeded, UnknownName
 from steering.outcome import Outcome
 from steering.plan import Plan, Scope
@@ -110,8 +111,8 @@ def test_map_equals_the_position_by_position_reference(data: st.DataObject) -> N
         map_ = rows.token_rows[: len(expected)].long()
         assert [tuple(pair) for pair in rows.rows[map_, :2].tolist()] == expected
         assert [bool(row) for row in map_.tolist()] == [pair != (0.0, 0.0) for pair in expected]
-        assert rows.token_rows[len(expected) : -2].count_nonzero() == 0
-        assert int(rows.token_rows[-2]) == sum(pair != (0.0, 0.0) for pair in expected)
+        assert rows.token_rows[len(expected) : -COUNTS].count_nonzero() == 0
+        assert int(rows.token_rows[TOUCHED]) == sum(pair != (0.0, 0.0) for pair in expected)
         assert all(outcome.applied for outcome in outcomes)
         found = [(o.plan_id, o.request_id, o.edit, o.strength, o.scope) for o in outcomes]
         assert sorted(found) == sorted(reported)
@@ -187,8 +188,8 @@ def test_the_tail_of_a_longer_step_is_cleared() -> None:
     step(rows, ("r", 20, 0))
     assert rows.token_rows[:20].count_nonzero() == 20
     step(rows, ("r", 2, 20))
-    assert rows.token_rows[2:-2].count_nonzero() == 0
-    assert rows.token_rows[-2] == 2
+    assert rows.token_rows[2:-COUNTS].count_nonzero() == 0
+    assert rows.token_rows[TOUCHED] == 2
 
 
 def test_nothing_is_written_while_nothing_is_steered() -> None:
