@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from server.policy import Report, Resolution
 from server.verdicts import DIGITS, Verdict
@@ -22,8 +23,7 @@ ours.
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
+class Effect(Struct, frozen=True, kw_only=True):
     """What was done to one sample.
 
     Attributes:
@@ -186,12 +186,11 @@ def _check_ruling(plan: Plan, order: GateOrder, resolution: Resolution, outcome:
         raise _wrong(f"no scores of probe {probe.name!r}")
     if not all(map(math.isfinite, scores.logits)):
         raise _wrong("scores that are not finite")
-    score, *of_categories = scores.logits
-    allowed = order.categories or probe.categories
+    score, allowed = scores.logits[0], order.categories or probe.categories
     if category not in allowed:
         raise _wrong(f"category {category!r}, where {list(allowed)} were allowed")
-    of_category = dict(zip(probe.categories, of_categories, strict=True))
-    if of_category[category] + _slack(of_category[category]) < max(of_category[name] for name in allowed):
+    own = scores.of(category)
+    if own + _slack(own) < max(scores.logits[1:] if order.categories is None else map(scores.of, allowed)):
         raise _wrong(f"category {category!r}, which is not the likeliest of {list(allowed)}")
     refuse, comply = resolution.profile.refuse.get(category), resolution.profile.comply.get(category)
     if not _may_decide(decision, score, order, can_refuse=refuse is not None, can_comply=comply is not None):

@@ -5,13 +5,12 @@ Pure: the same spec, catalog and plan id give the same resolution. Knows nothing
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from msgspec import structs
+from msgspec import Struct, structs
 
 from server.catalog import BundleView, Catalog, EditView, GateView, ProfileView
 from steering.errors import InvalidSpec, NotSupported, UnknownName
@@ -50,8 +49,7 @@ class SteeringSpec:
     report: Report = Report.DECISION
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resolution:
+class Resolution(Struct, frozen=True, kw_only=True):
     """What was resolved and allowed.
 
     Attributes:
@@ -98,7 +96,7 @@ class Resolution:
         assert self.plan is not None
         assert self.plan.gate is not None
         gate = structs.replace(self.plan.gate, categories=(category,))
-        return dataclasses.replace(self, category=category, plan=structs.replace(self.plan, gate=gate))
+        return structs.replace(self, category=category, plan=structs.replace(self.plan, gate=gate))
 
 
 def resolve(spec: SteeringSpec | None, catalog: Catalog, *, plan_id: str) -> Resolution:
@@ -116,9 +114,9 @@ def resolve(spec: SteeringSpec | None, catalog: Catalog, *, plan_id: str) -> Res
     """
     found = _pattern(spec or _NOTHING, catalog)
     if found.plan is not None:
-        return dataclasses.replace(found, plan=found.plan.named(plan_id))
+        return structs.replace(found, plan=found.plan.named(plan_id))
     if found.observation is not None:
-        return dataclasses.replace(found, observation=found.observation.named(plan_id))
+        return structs.replace(found, observation=found.observation.named(plan_id))
     return found
 
 
@@ -135,9 +133,9 @@ def _pattern(spec: SteeringSpec, catalog: Catalog) -> Resolution:
     if bundle.reader is None:
         return resolution
     if resolution.plan is not None:
-        return dataclasses.replace(resolution, plan=structs.replace(resolution.plan, response=True))
+        return structs.replace(resolution, plan=structs.replace(resolution.plan, response=True))
     observation = Plan(id=_NOBODYS, bundle=bundle.digest, strength=1.0, response=True)
-    return dataclasses.replace(resolution, observation=observation)
+    return structs.replace(resolution, observation=observation)
 
 
 def _resolved(spec: SteeringSpec, bundle: BundleView, profile: ProfileView, catalog: Catalog) -> Resolution:

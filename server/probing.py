@@ -5,7 +5,6 @@ Knows nothing of HTTP, vLLM or torch.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,4 +86,4 @@ def observed(resolution: Resolution) -> Resolution:
     assert plan is not None
     assert plan.gate is not None
     gate = structs.replace(plan.gate, is_observed=True)
-    return dataclasses.replace(resolution, plan=structs.replace(plan, gate=gate, response=False))
+    return structs.replace(resolution, plan=structs.replace(plan, gate=gate, response=False))

@@ -6,7 +6,6 @@ always fall on the same side. Knows nothing of HTTP, vLLM or torch.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,11 +65,11 @@ class Rollout:
         if plan.gate is not None:
             gate = structs.replace(plan.gate, is_observed=True)
             observed = structs.replace(plan, gate=gate, reasoning=Reasoning.EDITED)
-            return dataclasses.replace(resolution, plan=observed, is_shadow=True)
+            return structs.replace(resolution, plan=observed, is_shadow=True)
         observation = None
         if bundle.reader is not None:
             observation = Plan(id=plan.id, bundle=plan.bundle, strength=1.0, response=True)
-        return dataclasses.replace(resolution, plan=None, observation=observation, is_shadow=True)
+        return structs.replace(resolution, plan=None, observation=observation, is_shadow=True)
 
 
 def drawn(*words: str) -> float:

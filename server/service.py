@@ -6,11 +6,12 @@ Nothing of a steered answer leaves before the engine has confirmed the edit. Kno
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
+
+from msgspec import structs
 
 from server.access.audit import AuditLog
 from server.access.caller import Caller, answer_tokens
@@ -189,7 +190,7 @@ class Service:
         if run.resolution.relaxes or run.ticket.is_internal:
             return
         if await check_prompt(run.ticket.caller, run.generation, prompt, self._catalog.now, self._engine):
-            run.resolution = dataclasses.replace(run.resolution, relaxes=True)
+            run.resolution = structs.replace(run.resolution, relaxes=True)
             await self._record(run)
 
     async def _categorise(self, run: Run) -> None:

@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
+from msgspec import structs
+
 from server.confirmed import Answer, OpenStream
 from server.effects import Effect
 from server.generation import Generation, Ticket
@@ -194,7 +196,7 @@ def _report(body: dict[str, Any], reports: Sequence[dict[str, Any]]) -> None:
 def _effect_of_all(effects: Sequence[Effect]) -> Effect:
     """What the header tells: of the first prompt, and whether the others were decided alike."""
     is_mixed = len({effect.decision for effect in effects}) > 1
-    return dataclasses.replace(effects[0], decision=MIXED) if is_mixed else effects[0]
+    return structs.replace(effects[0], decision=MIXED) if is_mixed else effects[0]
 
 
 def _raise_first(tasks: Sequence[asyncio.Task[Answer]]) -> None:

@@ -30,6 +30,10 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         """Probability that the prompt is to be refused."""
         return _sigmoid(self.logits[0])
 
+    def of(self, category: str) -> float:
+        """The score of a category, one of `names`."""
+        return self.logits[1 + self.names.index(category)]
+
     @property
     def categories(self) -> dict[str, float]:
         """Probability of each category, by a softmax over all of the probe's."""
@@ -40,7 +44,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         return {name: weight / total for name, weight in zip(self.names, weights, strict=True)}
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class Outcome(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What the engine did for one sample of a request, reported by the worker's first rank.
 
     Attributes:
@@ -71,7 +75,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-class Response(msgspec.Struct, frozen=True, kw_only=True):
+class Response(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What the response probe has read of one sample so far, reported by the worker's first rank.
 
     Attributes:

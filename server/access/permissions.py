@@ -6,9 +6,11 @@ for. Knows nothing of HTTP, files, vLLM or torch.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import NoReturn
+
+from msgspec import structs
 
 from server.access.caller import MOST_TOKENS, Caller, Permission
 from server.access.refusal_tokens import touch_of
@@ -24,19 +26,42 @@ from steering.plan import Mode
 def check_permitted(caller: Caller, generation: Generation, resolution: Resolution, catalog: Catalog) -> Resolution:
     """The resolution, where this caller may have it; `relaxes` says whether that must be on record.
 
+    Args:
+        caller: who asks.
+        generation: for what.
+        resolution: what `resolve` makes of its spec.
+        catalog: what is loaded.
+
     Raises:
         PermissionDenied: names the field, the key, what it lacks and what it may ask for.
         NotSupported: a salt of its own from a caller without a tenant to keep it apart from others' in.
     """
     _check_salt(caller, generation)
-    spec = generation.spec or SteeringSpec()
     _check_length(caller, generation)
+    touch = touch_of(generation, catalog)
+    if touch is not None:
+        require(caller, Permission.RELAX, touch.what, parameter=touch.parameter)
+    lowers = generation.spec is not None and _may_lower(caller, generation.spec, catalog)
+    relaxes = lowers or touch is not None
+    is_discreet = Permission.SCORES not in caller.permissions
+    if (relaxes, is_discreet) == (resolution.relaxes, resolution.is_discreet):
+        return resolution
+    return structs.replace(resolution, relaxes=relaxes, is_discreet=is_discreet)
+
+
+@functools.lru_cache(maxsize=1024)
+def _may_lower(caller: Caller, spec: SteeringSpec, catalog: Catalog) -> bool:
+    """Whether what a spec asks for can lower refusals, where this caller may have it. No prompt is needed.
+
+    Raises:
+        PermissionDenied: see `check_permitted`.
+    """
+    resolution = resolve(spec, catalog, plan_id="none")
     _check_names(caller, spec, resolution, catalog)
     _check_numbers(caller, spec, resolution)
     if spec.report is Report.FULL:
         require(caller, Permission.SCORES, "report 'full', which tells what probes read,", parameter="steering.report")
-    relaxes = _check_relaxed(caller, generation, spec, resolution, catalog)
-    return dataclasses.replace(resolution, relaxes=relaxes, is_discreet=Permission.SCORES not in caller.permissions)
+    return _check_lowered(caller, spec, resolution, catalog)
 
 
 def check_permitted_to_probe(caller: Caller, generation: Generation, resolution: Resolution, catalog: Catalog) -> None:
@@ -157,17 +182,12 @@ def _check_numbers(caller: Caller, spec: SteeringSpec, resolution: Resolution) -
         )
 
 
-def _check_relaxed(
-    caller: Caller, generation: Generation, spec: SteeringSpec, resolution: Resolution, catalog: Catalog
-) -> bool:
+def _check_lowered(caller: Caller, spec: SteeringSpec, resolution: Resolution, catalog: Catalog) -> bool:
     """Whether this can lower refusals, which the caller may then do."""
-    touch = touch_of(generation, catalog)
-    if touch is not None:
-        require(caller, Permission.RELAX, touch.what, parameter=touch.parameter)
     otherwise = _otherwise(caller, resolution, catalog)
-    categories = lowered(resolution, otherwise) if generation.spec is not None else frozenset()
+    categories = lowered(resolution, otherwise)
     if not categories:
-        return touch is not None
+        return False
     parameter, what = _what_lowers(spec)
     told = f"for {sorted(categories)}" if len(categories) <= 8 else f"for {len(categories)} categories"
     require(
@@ -196,7 +216,7 @@ def _otherwise(caller: Caller, resolution: Resolution, catalog: Catalog) -> Reso
     name = None
     if resolution.profile.gate is not None and is_listed:
         name = f"{resolution.bundle.name}/{resolution.profile.name}"
-    return resolve(SteeringSpec(profile=name), catalog, plan_id=resolution.order.id if resolution.order else "none")
+    return resolve(SteeringSpec(profile=name), catalog, plan_id="none")
 
 
 def _what_lowers(spec: SteeringSpec) -> tuple[str, str]:

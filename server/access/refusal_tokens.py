@@ -28,8 +28,7 @@ def touch_of(generation: Generation, catalog: Catalog) -> Touch | None:
 
     The tokens are the model's, so that those of every bundle count, whichever is asked for.
     """
-    refusing, answering = _tokens(catalog)
-    ids = {**refusing, **answering}
+    ids = _every_token(catalog)
     if not ids:
         return None
     fields = generation.fields
@@ -39,16 +38,16 @@ def touch_of(generation: Generation, catalog: Catalog) -> Touch | None:
         if bias > 0:
             return Touch("logit_bias", "a logit_bias above 0, which takes probability from the model's refusal tokens,")
     # Stop tokens are masked until there are `min_tokens`.
-    stopped = ids.keys() & {*(fields.get("stop_token_ids") or ())}
+    stopped = sorted(token for token in fields.get("stop_token_ids") or () if token in ids)
     if stopped:
-        return Touch("stop_token_ids", f"token {ids[min(stopped)]!r} among stop_token_ids")
+        return Touch("stop_token_ids", f"token {ids[stopped[0]]!r} among stop_token_ids")
     penalty = fields.get("repetition_penalty")
     if penalty is not None and penalty < 1:
         return Touch(
             "repetition_penalty", "a repetition_penalty below 1, which makes all words of the prompt likelier,"
         )
     guarded = guarded_of(generation, catalog)
-    if _holds(generation, guarded.keys(), [ids[token] for token in guarded]):
+    if guarded and _holds(generation, guarded.keys(), [ids[token] for token in guarded]):
         return next(iter(guarded.values()))
     return None
 
@@ -69,6 +68,13 @@ def _guarded(catalog: Catalog, parameter: str) -> Mapping[int, Touch]:
     """Without a penalty."""
     _, answering = _tokens(catalog)
     return {token: Touch(parameter, f"token {text!r} in a prompt") for token, text in answering.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _every_token(catalog: Catalog) -> Mapping[int, str]:
+    """Texts by id of all of them."""
+    refusing, answering = _tokens(catalog)
+    return {**refusing, **answering}
 
 
 @functools.lru_cache(maxsize=64)

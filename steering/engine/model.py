@@ -24,7 +24,7 @@ from steering.engine.outcome_sender import OutcomeSender
 from steering.engine.prefix_cache import plan_of
 from steering.engine.prepared import PreparedEdit, prepare
 from steering.engine.rows import Rows
-from steering.engine.steered import Due
+from steering.engine.steered import Due, Steered
 from steering.engine.uploads import RowDownload
 from steering.errors import UnsupportedConfiguration
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PREFIX = "Steered"
+
+_Row = tuple[Steered, int]
 
 
 class Steering:
@@ -136,17 +138,22 @@ class Steering:
         # By number: a request may have given its row back by the time the table has been read.
         due = [(steered, steered.row) for steered in outcomes]
         observed = [(steered, steered.row) for steered in responses]
+        if self._download.table is not None:
+            self._tell(self._download.table, due, observed)
+            return
+        reading = self._download.then(lambda table: self._tell(table, due, observed))
+        for steered, _ in due:
+            if steered.gate is not None:
+                steered.reading = reading
 
-        def send(table: NDArray[np.float32]) -> None:
-            told = [self.rows.outcome(steered, table[row]) for steered, row in due]
-            read = [self.rows.response(steered, table[row]) for steered, row in observed]
-            self._sender.send(told, [response for response in read if response is not None])
-
-        reading = self._download.then(send)
-        if reading is not None:
-            for steered, _ in due:
-                if steered.gate is not None:
-                    steered.reading = reading
+    def _tell(self, table: NDArray[np.float32], due: Sequence[_Row], observed: Sequence[_Row]) -> None:
+        """Send what the table of rows [S, W] says of requests, each with its row's number."""
+        told = [self.rows.outcome(steered, table[row]) for steered, row in due]
+        if not observed:
+            self._sender.send(told)
+            return
+        read = [self.rows.response(steered, table[row]) for steered, row in observed]
+        self._sender.send(told, [response for response in read if response is not None])
 
 
 class SteeredLayer(nn.Module):

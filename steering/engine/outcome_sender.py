@@ -67,7 +67,7 @@ class OutcomeSender:
         """Send what a step made known; never blocks the engine. What is lost fails its request at the gateway."""
         if self._socket is None:
             return
-        if max(len(outcomes), len(responses)) <= MOST_IN_A_MESSAGE:
+        if len(outcomes) <= MOST_IN_A_MESSAGE and len(responses) <= MOST_IN_A_MESSAGE:
             self._put(Message(outcomes=outcomes, responses=responses).to_bytes())
             return
         for start in range(0, max(len(outcomes), len(responses)), MOST_IN_A_MESSAGE):

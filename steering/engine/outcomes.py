@@ -15,7 +15,7 @@ import re
 import select
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -65,6 +65,19 @@ class _Receiver:
         """Connections that are open."""
         return len(self._workers)
 
+    def take(self) -> Message | None:
+        """One message, for one system call where there is one worker; None where none that can be read is there yet, or
+        `receive` has more to do than to read it.
+        """
+        for worker in self._workers.values():
+            try:
+                length = worker.recv_into(self._buffer)
+            except OSError:
+                continue
+            if length:
+                return self._read(length)
+        return None
+
     def receive(self) -> Iterator[Message]:
         """Every message there is and that can be read, without waiting; a worker that is gone is forgotten."""
         while found := self._readable.poll(0):
@@ -100,6 +113,10 @@ class _Receiver:
             del self._workers[number]
             worker.close()
             return None
+        return self._read(length)
+
+    def _read(self, length: int) -> Message | None:
+        """What has been received."""
         try:
             return Message.from_bytes(self._buffer[:length])
         except ValueError:
@@ -169,8 +186,10 @@ class OutcomeListener:
         self.expect(plan_id)
         told = self._told[plan_id]
         outcomes = told.outcomes
-        self._receive()
+        while len(outcomes) < samples and (message := self._receiver.take()) is not None:
+            self._keep(message)
         if len(outcomes) < samples:  # as a rule all are here: whoever has a token asks
+            self._receive()
             try:
                 async with asyncio.timeout(timeout):
                     while len(outcomes) < samples:
@@ -259,18 +278,22 @@ class OutcomeListener:
     def _receive(self) -> None:
         """Take every message there is."""
         for message in self._receiver.receive():
-            for outcome in message.outcomes:
-                if (told := self._told.get(outcome.plan_id)) is not None:
-                    told.outcomes[outcome.request_id] = outcome
-                    told.has_changed()
-            for response in message.responses:
-                if (told := self._told.get(response.plan_id)) is not None:
-                    _keep_longest(told.responses, response)
-                    told.has_changed()
-            for plan_id, fields in message.rejected.items():
-                if (told := self._told.get(plan_id)) is not None:
-                    told.rejection = TrimtabError.from_fields(fields)
-                    told.has_changed()
+            self._keep(message)
+
+    def _keep(self, message: Message) -> None:
+        """Keep what is told of plans that are expected, and wake whoever waits."""
+        for outcome in message.outcomes:
+            if (told := self._told.get(outcome.plan_id)) is not None:
+                told.outcomes[outcome.request_id] = outcome
+                told.has_changed()
+        for response in message.responses:
+            if (told := self._told.get(response.plan_id)) is not None:
+                _keep_longest(told.responses, response)
+                told.has_changed()
+        for plan_id, fields in message.rejected.items():
+            if (told := self._told.get(plan_id)) is not None:
+                told.rejection = TrimtabError.from_fields(fields)
+                told.has_changed()
 
 
 class OutcomeInbox:
@@ -293,6 +316,11 @@ class OutcomeInbox:
             os.environ.pop(ADDRESS_VARIABLE, None)
         else:
             os.environ[ADDRESS_VARIABLE] = self._before
+
+    def take(self) -> Sequence[Outcome]:
+        """The outcomes of one message, as a gateway takes them that has a token; none where there is none yet."""
+        message = self._receiver.take()
+        return () if message is None else message.outcomes
 
     def drain(self) -> tuple[list[Outcome], list[Response]]:
         """Every outcome and response there is, without waiting."""

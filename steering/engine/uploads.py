@@ -97,13 +97,16 @@ class RowDownload:
     """Reads a table [S, W] as it is once the work queued so far has been done, without stopping the host for it.
 
     On a device a thread of its own waits for the copy; on the CPU everything has been done when it is asked.
+
+    Attributes:
+        table: [S, W] on the CPU, to be read at once; None on a device.
     """
 
     def __init__(self, source: Tensor) -> None:
         self._source = source
         self._free: list[Tensor] = []
-        self._array: NDArray[np.float32] | None = source.numpy() if source.device.type == "cpu" else None
-        self._thread = ThreadPoolExecutor(1, "trimtab-outcomes") if self._array is None else None
+        self.table: NDArray[np.float32] | None = source.numpy() if source.device.type == "cpu" else None
+        self._thread = ThreadPoolExecutor(1, "trimtab-outcomes") if self.table is None else None
 
     def then(self, work: Callable[[NDArray[np.float32]], None]) -> Future[None] | None:
         """Call `work(table)` with a host array [S, W] that is valid during the call.
@@ -112,8 +115,8 @@ class RowDownload:
             What ends with it; None where it has ended, as on the CPU.
         """
         if self._thread is None:
-            assert self._array is not None
-            work(self._array)
+            assert self.table is not None
+            work(self.table)
             return None
         pinned = self._free.pop() if self._free else torch.empty_like(self._source, device="cpu", pin_memory=True)
         pinned.copy_(self._source, non_blocking=True)

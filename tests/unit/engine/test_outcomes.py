@@ -260,6 +260,7 @@ async def test_a_worker_that_ends_leaves_the_others(listener: OutcomeListener, s
     ended.send([outcome("second", "never")])
     sender.send([outcome("second")])
     assert await listener.wait("second", 1, 5.0) == [outcome("second")]
+    await asyncio.sleep(2 * SWEEP)
     assert listener._receiver.connected == 1
     late = OutcomeSender()
     late.send([outcome("third")])
@@ -309,5 +310,9 @@ def test_an_inbox_takes_what_there_is_without_waiting(monkeypatch: pytest.Monkey
         inbox.drain_into(outcomes, responses)
         assert outcomes == {"p": {"r": outcome("p")}}
         assert responses == {"p": {"r": longer}}
+        assert inbox.take() == ()
+        sender.send([outcome("p")])
+        sender.send([outcome("q"), outcome("r")])
+        assert [list(inbox.take()) for _ in range(3)] == [[outcome("p")], [outcome("q"), outcome("r")], []]
         sender.close()
     assert os.environ[ADDRESS_VARIABLE] == "before"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from server.access.audit import AuditLog, read_secret
 from server.access.caller import LOCAL, Caller
@@ -242,8 +243,8 @@ async def test_requests_of_the_server_itself_and_those_that_were_not_let_in_have
         (Ticket(request_id="r"), False, None),
         (Ticket(request_id="r"), True, AuditUnavailable("full")),
     ):
-        object.__setattr__(resolution, "relaxes", relaxes)
-        log.ended(Ended(ticket=ticket, generation=asked, resolution=resolution, error=error))
+        told = structs.replace(resolution, relaxes=relaxes)
+        log.ended(Ended(ticket=ticket, generation=asked, resolution=told, error=error))
     await log.drain()
     assert records(path) == []
 

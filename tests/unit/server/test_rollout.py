@@ -4,7 +4,6 @@ be so.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -71,7 +70,7 @@ def test_the_shadow_of_a_gate_decides_and_edits_nothing() -> None:
     """Thresholds, categories and strength stay; reasoning does not matter where nothing is edited."""
     resolution = resolved(comply_below=0.1)
     assert resolution.plan is not None
-    spared = dataclasses.replace(resolution, plan=structs.replace(resolution.plan, reasoning=Reasoning.SPARED))
+    spared = structs.replace(resolution, plan=structs.replace(resolution.plan, reasoning=Reasoning.SPARED))
     shadow = SHADOW.apply(spared, "r")
     assert shadow.is_shadow
     assert shadow.plan is not None
