@@ -209,14 +209,33 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             InvalidSpec: not a string, not JSON, unknown keys, wrong types, numbers that are not finite, or another
                 version.
         """
+        plan_id, plan = cls.shared(text)
+        return plan if plan.id == plan_id else plan.named(plan_id)
+
+    @classmethod
+    def shared(cls, text: object) -> tuple[str, Plan]:
+        """The id of a plan that `to_json` wrote, and a plan that says the same, under whatever id: one object for most
+        requests that differ in nothing else.
+
+        What follows an ordinary id is read once in a process: a scheduler and a worker both ask, of each request and
+        each of its samples.
+
+        Raises:
+            InvalidSpec: as `from_json`.
+        """
         if not isinstance(text, str):
             raise InvalidSpec(f"a plan is one JSON string, got {type(text).__name__}")
+        end = text.find('"', len(_HEAD))
+        name = text[len(_HEAD) : end]
         try:
-            return _read(text)
+            if text.startswith(_HEAD) and name.isalnum() and len(name) <= LONGEST_ID and len(text) <= _LONGEST_KEPT:
+                return name, _of_another(text[end:])
+            plan = _DECODER.decode(text).plan
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise InvalidSpec(
                 f"a plan is one line of JSON of version {PLAN_VERSION} with finite numbers: {error}"
             ) from error
+        return plan.id, plan
 
 
 def _check_id(plan_id: str) -> None:
@@ -239,17 +258,6 @@ _HEAD = f'{{"version":{PLAN_VERSION},"plan":{{"id":"'
 
 _LONGEST_KEPT = 4096
 """Characters of a plan that is kept once it has been read."""
-
-
-def _read(text: str) -> Plan:
-    """A plan. What follows an ordinary id is read once in a process: a scheduler and a worker both ask, of each request
-    and each of its samples, and most requests differ in nothing else.
-    """
-    end = text.find('"', len(_HEAD))
-    name = text[len(_HEAD) : end]
-    if not (text.startswith(_HEAD) and name.isalnum() and len(text) <= _LONGEST_KEPT):
-        return _DECODER.decode(text).plan
-    return _of_another(text[end:]).named(name)
 
 
 @functools.lru_cache(maxsize=1024)

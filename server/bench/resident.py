@@ -216,6 +216,7 @@ class Resident:
         """
         draw = random.Random(seed)
         seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._take_outcomes()
         self._clear_witness()
         for plan in plans:
             for is_steered in draw.sample([True, False], 2):

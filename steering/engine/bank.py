@@ -88,6 +88,9 @@ class Bank:
         terms: capacity N of each table; also one more than the number of edits it can name.
         device: where the tables live, for ever at the same address.
         dtype: of the model's residual stream; what an edit adds must be a number in it.
+
+    Attributes:
+        changes: how often something was loaded or unloaded, after which a number may mean something else.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Bank:
         self.tables: dict[int, Tensor] = {
             layer: torch.zeros(terms, table_width(width), dtype=torch.float32, device=device) for layer in layers
         }
+        self.changes = 0
         self._dtype = dtype
         self._held: dict[str, _Held] = {}
         self._names: dict[int, str] = {}
@@ -143,6 +147,7 @@ class Bank:
         if bundle.digest in self._held:
             return
         self.check(bundle)
+        self.changes += 1
         held = self._held[bundle.digest] = _Held()
         try:
             self._fill(bundle, held)
@@ -158,6 +163,7 @@ class Bank:
         held = self._held.pop(digest, None)
         if held is None:
             return
+        self.changes += 1
         for span in held.spans:
             self._spans[span.layer].give(span)
         for number in held.edits.values():

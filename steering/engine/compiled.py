@@ -26,6 +26,7 @@ from steering.engine.kernels import (
     CATEGORY,
     COMPLY_EDIT,
     COUNT,
+    DECIDED,
     EDIT,
     FACTOR,
     FIRST,
@@ -37,6 +38,7 @@ from steering.engine.kernels import (
     HIGH,
     LOW,
     MUTED,
+    OBSERVED,
     PLACE,
     REFUSE_EDIT,
     RESPONSE,
@@ -45,6 +47,7 @@ from steering.engine.kernels import (
     SCORES,
     STATE,
     STRENGTH,
+    TOUCHED,
     Latch,
 )
 
@@ -187,37 +190,70 @@ def _add(x: Any, row: Any, table: Any, new: Any) -> None:
         new[d] += total[d]
 
 
-_COUNTS = numba.types.Array(numba.int64, 1, "C")
+_NUMBERS = numba.types.Array(numba.int64, 1, "C")
+_LIMITS = numba.types.Array(numba.int64, 2, "C")
 _STEP = numba.types.Array(numba.int32, 1, "A", readonly=True)
 _TOKENS = numba.types.Array(numba.int32, 1, "C")
 
+FIRST_EDITED, LAST_OF_PROMPT, DECIDES, READ_FROM, READ_TO = range(5)
+"""Columns of a row's limits, which are positions: from which one on it is edited; the last one of a prompt that has not
+been in a step yet, and the same where a gate decides there; and of which tokens, without the last, the response probe
+reads."""
 
-@_compiled(numba.types.UniTuple(numba.int64, 2)(_TOKENS, _COUNTS, _COUNTS, _STEP, _STEP, numba.int64))
-def fill(target: Any, of_request: Any, first_edited: Any, tokens: Any, computed: Any, written: Any) -> Any:
-    """Write the row of every token of a step: that of its request from the first edited position on, else 0.
+NEVER = np.iinfo(np.int64).max // 2
+"""A limit that is never reached."""
+
+IS_DUE, IS_READ, IS_READ_TO_THE_END = 1, 2, 4
+"""What there is to say of a request: the last token of its prompt is in the step, or has been; tokens of it are read in
+this step; and no later ones will be."""
+
+
+@_compiled(numba.types.UniTuple(numba.int64, 2)(_TOKENS, _NUMBERS, _LIMITS, _STEP, _STEP, numba.int64, _NUMBERS))
+def fill(target: Any, of_request: Any, limits: Any, tokens: Any, computed: Any, written: Any, news: Any) -> Any:
+    """Write the row of every token of a step, and the numbers behind them, as `kernels` describes `token_rows`.
 
     Args:
-        target: [M] int32, written up to the step's number of tokens.
+        target: [M + 3] int32, written up to the step's number of tokens.
         of_request: [B] row of each request.
-        first_edited: [S] position of the first edited token, by row.
+        limits: [S, 5] by row.
         tokens: [B] int32, tokens of each request in this step.
         computed: [B] int32, tokens of each request computed before it.
         written: leading entries of `target` that are not 0 after the last step; those beyond this one's become so.
+        news: [B] written from its beginning on, for requests of which there is something to say: eight times their
+            place in the batch, and what there is.
 
     Returns:
-        How many tokens have a row, and how many there are.
+        How many tokens there are, and how many requests in `news`.
     """
-    place, touched = 0, 0
+    place = touched = decided = observed = told = 0
     for n in range(len(of_request)):
-        row, count = of_request[n], tokens[n]
-        untouched = min(max(first_edited[row] - computed[n], 0), count) if row else count
-        for k in range(count):
-            target[place + k] = row if k >= untouched else 0
-        touched += count - untouched
-        place += count
+        row, begin, end = of_request[n], np.int64(computed[n]), np.int64(computed[n]) + tokens[n]
+        first_edited, decides = limits[row, FIRST_EDITED], limits[row, DECIDES]
+        read_from, read_to = limits[row, READ_FROM], limits[row, READ_TO]
+        what = 0
+        for position in range(begin, end):
+            entry = row if position >= first_edited else 0
+            if position == decides:
+                entry = -row
+                decided += 1
+            if read_from <= position < read_to:
+                entry = row | ((position - read_from + 1) << PLACE)
+                observed += 1
+                what |= IS_READ
+            target[place] = entry
+            touched += entry != 0
+            place += 1
+        if end > limits[row, LAST_OF_PROMPT]:
+            what |= IS_DUE
+        if end >= read_to:
+            what |= IS_READ_TO_THE_END
+        if what:
+            news[told] = 8 * n + what
+            told += 1
     for k in range(place, written):
         target[k] = 0
-    return touched, place
+    target[TOUCHED], target[DECIDED], target[OBSERVED] = touched, decided, observed
+    return place, told
 
 
 _FLOATS, _BITS = numba.types.Array(numba.float32, 2, "A"), numba.types.Array(numba.uint16, 2, "A")

@@ -41,6 +41,7 @@ of them, so that no two write the same row.
 from __future__ import annotations
 
 import os
+import struct
 from enum import IntEnum
 from typing import Any
 
@@ -84,6 +85,9 @@ BROKEN = AWAITED + 1
 
 ROW_WIDTH = 40
 """A multiple of 4."""
+
+ROW = struct.Struct(f"{ROW_WIDTH}f")
+"""How a row lies in the host's memory."""
 
 COUNTS = 3
 """Entries of `token_rows` behind those of tokens."""

@@ -13,17 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import steering.engine.kernels  # noqa: F401 - defines torch.ops.trimtab.edit
 from steering.engine.bank import Bank
 from steering.engine.capture import Capture, capture_of
 from steering.engine.compat import ARCHITECTURES, check_configuration, class_location
 from steering.engine.finite import FiniteCheck, mark
+from steering.engine.kernels import ROW
 from steering.engine.loads import Loads
 from steering.engine.options import SteeringOptions, enter_compile_key, options_from
 from steering.engine.outcome_sender import OutcomeSender
 from steering.engine.prefix_cache import plan_of
 from steering.engine.prepared import PreparedEdit, prepare
-from steering.engine.rows import Rows
+from steering.engine.rows import NOTHING, Rows
 from steering.engine.steered import Due, Steered
 from steering.engine.uploads import RowDownload
 from steering.errors import UnsupportedConfiguration
@@ -93,11 +93,13 @@ class Steering:
             request: vLLM's `NewRequestData`.
             prompt_length: number of its tokens, without those generated before a preemption.
         """
-        plan = plan_of(request)
-        if plan is not None:
+        found = plan_of(request)
+        if found is not None:
+            plan_id, plan = found
             # The V2 runner adds a preempted request as a new one: these are its prompt and what it has generated.
             tokens = request.prefill_token_ids or request.prompt_token_ids or ()
-            self.rows.add(request.req_id, plan, plan.end_of_prompt(prompt_length), tokens, request.num_computed_tokens)
+            end, computed = plan.end_of_prompt(prompt_length), request.num_computed_tokens
+            self.rows.add(request.req_id, plan, end, tokens, computed, plan_id=plan_id)
         order = None if self.capture is None else capture_of(request)
         if self.capture is not None and order is not None:
             self.capture.add(request.req_id, order, prompt_length)
@@ -113,15 +115,16 @@ class Steering:
         self._sender.close()
 
     def before_forward(
-        self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]
+        self, request_ids: Sequence[str], tokens: NDArray[np.int32], computed: NDArray[np.int32]
     ) -> None:
         """Write the maps of the next step, and hold the requests whose outcomes its pass makes true.
 
         Arguments are those of `Rows.write_step`.
         """
-        outcomes, responses = self.rows.write_step(request_ids, tokens, computed)
-        self._due.outcomes.extend(outcomes)
-        self._due.responses.extend(responses)
+        due = self.rows.write_step(request_ids, tokens, computed)
+        if due is not NOTHING:
+            self._due.outcomes.extend(due.outcomes)
+            self._due.responses.extend(due.responses)
         if self.capture is not None:
             self.capture.write_step(request_ids, tokens, computed)
 
@@ -141,18 +144,21 @@ class Steering:
         if self._download.table is not None:
             self._tell(self._download.table, due, observed)
             return
-        reading = self._download.then(lambda table: self._tell(table, due, observed))
+        reading = self._download.then(lambda table: self._tell(table.data.cast("B"), due, observed))
         for steered, _ in due:
-            if steered.gate is not None:
+            if steered.order.gate is not None:
                 steered.reading = reading
 
-    def _tell(self, table: NDArray[np.float32], due: Sequence[_Row], observed: Sequence[_Row]) -> None:
-        """Send what the table of rows [S, W] says of requests, each with its row's number."""
-        told = [self.rows.outcome(steered, table[row]) for steered, row in due]
+    def _tell(self, table: memoryview, due: Sequence[_Row], observed: Sequence[_Row]) -> None:
+        """Send what the table of rows [S, W] float32, as bytes, says of requests, each with its row's number."""
+        told = [self.rows.outcome(steered, bytes(table[row * ROW.size : (row + 1) * ROW.size])) for steered, row in due]
         if not observed:
             self._sender.send(told)
             return
-        read = [self.rows.response(steered, table[row]) for steered, row in observed]
+        read = [
+            self.rows.response(steered, bytes(table[row * ROW.size : (row + 1) * ROW.size]))
+            for steered, row in observed
+        ]
         self._sender.send(told, [response for response in read if response is not None])
 
 

@@ -87,9 +87,10 @@ class OutcomeSender:
                 self._socket = None
 
     def _put(self, message: bytes) -> None:
+        # Without the lock, as nothing waits: messages of two threads have no order.
+        if not self._is_late and self._is_sent(message):
+            return
         with self._lock:
-            if not self._is_late and self._is_sent(message):
-                return
             self._late.append(message)
             begins, self._is_late = not self._is_late, True
         if begins:
@@ -97,10 +98,11 @@ class OutcomeSender:
 
     def _is_sent(self, message: bytes) -> bool:
         """Whether a message is off, if only because it never can be."""
-        if self._socket is None:
+        receiver = self._socket
+        if receiver is None:
             return True
         try:
-            self._socket.send(message)
+            receiver.send(message)
         except BlockingIOError:
             return False
         except OSError as error:

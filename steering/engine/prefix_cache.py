@@ -50,8 +50,8 @@ def _is_beam(request: Request) -> bool:
     )
 
 
-def plan_of(request: Any) -> Plan | None:
-    """The plan of a vLLM request or of its `NewRequestData`; None when it is unsteered.
+def plan_of(request: Any) -> tuple[str, Plan] | None:
+    """What `Plan.shared` makes of the plan of a vLLM request or of its `NewRequestData`; None when it is unsteered.
 
     Raises:
         InvalidSpec: there is a plan and it is not valid.
@@ -59,7 +59,7 @@ def plan_of(request: Any) -> Plan | None:
     parameters = request.sampling_params
     extra = parameters.extra_args if parameters is not None else None
     text = extra.get(PLAN_KEY) if extra else None
-    return None if text is None else Plan.from_json(text)
+    return None if text is None else Plan.shared(text)
 
 
 def _may_edit(plan: Plan) -> bool:
@@ -220,11 +220,12 @@ class SteeringScheduler:
             )
 
     def _checked_plan(self, request: Request) -> Plan | None:
-        plan = plan_of(request)
-        if plan is None:
+        found = plan_of(request)
+        if found is None:
             if _is_beam(request):
                 raise NotSupported("vLLM's beam search drops the plan of a request; a steering engine runs none")
             return None
+        _, plan = found
         plan.end_of_prompt(request.num_prompt_tokens)
         self.roster.check(plan)
         if request.resumable:
@@ -249,10 +250,11 @@ class SteeringScheduler:
 def _tell(request: Request, error: TrimtabError) -> None:
     """Say why a request is not run, where its plan can be read and somebody listens; vLLM says only that it failed."""
     with contextlib.suppress(TrimtabError):
-        plan = plan_of(request)
-        if plan is not None:
+        found = plan_of(request)
+        if found is not None:
+            plan_id, _ = found
             sender = OutcomeSender()  # for this once: it is rare, and the scheduler is told of no end
-            sender.reject(plan.id, error)
+            sender.reject(plan_id, error)
             sender.close()
 
 

@@ -5,8 +5,8 @@ Knows nothing of steps, sockets or vLLM. Shapes: `W` columns of a row.
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+import math
+import struct
 
 from steering.engine.bank import Bank
 from steering.engine.kernels import BROKEN, CATEGORY, EDIT, RESPONSE, SCORES, STATE, STRENGTH, Latch
@@ -18,23 +18,24 @@ from steering.plan import Decision
 _DECISIONS = {float(Latch.REFUSE): Decision.REFUSE, float(Latch.COMPLY): Decision.COMPLY}
 _DECISIONS[float(Latch.ABSTAIN)] = Decision.ABSTAIN
 _UNDECIDED = (float(Latch.FIXED), float(Latch.PENDING))
+_FLOAT, _READ = struct.Struct("f"), struct.Struct(f"{MAX_RESPONSE_TOKENS}f")
+_BROKEN, _ZERO = slice(BROKEN * _FLOAT.size, (BROKEN + 1) * _FLOAT.size), _FLOAT.pack(0.0)
 
 
-def outcome_of(steered: Steered, row: NDArray[np.float32], bank: Bank) -> Outcome:
+def outcome_of(steered: Steered, row: bytes, bank: Bank) -> Outcome:
     """What came of a due request, once its forward pass has run; its latch is kept for a later preemption.
 
     Args:
         steered: as `Rows.write_step` gave it.
-        row: [W] the request's row as that pass left it.
+        row: [W] float32, the request's row as that pass left it.
         bank: knows the edits by number.
     """
-    plan, gate = steered.plan, steered.gate
-    values = row.tolist()  # once: to take a single number out of an array is slow
-    if values[BROKEN]:
+    plan, gate = steered.order.plan, steered.order.gate
+    if row[_BROKEN] != _ZERO:
         return _failed(steered, "the residuals are not finite")
     if gate is None:
         return Outcome(
-            plan_id=plan.id,
+            plan_id=steered.plan_id,
             request_id=steered.request_id,
             applied=True,
             edit=plan.edit,
@@ -42,15 +43,16 @@ def outcome_of(steered: Steered, row: NDArray[np.float32], bank: Bank) -> Outcom
             scope=plan.scope,
             reasoning=plan.reasoning,
         )
+    values = steered.order.told.unpack_from(row)
     state = values[STATE]
     if state in _UNDECIDED:
         return _failed(steered, "the gate did not run at its layer")
-    steered.latched = row.copy()
+    steered.latched = row
     if state == Latch.FAILED:
         return _failed(steered, "the probe's scores are not finite")
     edit = bank.name(int(values[EDIT]))
     return Outcome(
-        plan_id=plan.id,
+        plan_id=steered.plan_id,
         request_id=steered.request_id,
         applied=edit is not None,
         edit=edit,
@@ -59,33 +61,35 @@ def outcome_of(steered: Steered, row: NDArray[np.float32], bank: Bank) -> Outcom
         reasoning=plan.reasoning,
         decision=_DECISIONS[state],
         category=gate.categories[int(values[CATEGORY])],
-        scores=Scores(names=gate.categories, logits=tuple(values[SCORES : SCORES + len(gate.categories) + 1])),
+        scores=Scores(names=gate.categories, logits=values[SCORES:]),
     )
 
 
-def response_of(steered: Steered, row: NDArray[np.float32]) -> Response | None:
+def response_of(steered: Steered, row: bytes) -> Response | None:
     """What the response probe has read of an observed request so far; None where it was nothing finite.
 
     Arguments are those of `outcome_of`.
     """
-    fresh = row[RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS]
+    fresh = _READ.unpack_from(row, _FLOAT.size * (RESPONSE + 1))
     # Not all that was read before a preemption is read again: it may come back from the prefix cache.
-    steered.scores = np.where(np.isfinite(fresh), fresh, steered.scores)
-    known = steered.scores[np.isfinite(steered.scores)]
-    if not len(known):
+    steered.scores = tuple(
+        new if math.isfinite(new) else known for new, known in zip(fresh, steered.scores, strict=True)
+    )
+    known = [score for score in steered.scores if math.isfinite(score)]
+    if not known:
         return None
     return Response(
-        plan_id=steered.plan.id,
+        plan_id=steered.plan_id,
         request_id=steered.request_id,
         tokens=len(known),
-        score=float(known.mean(dtype=np.float64)),
+        score=math.fsum(known) / len(known),
     )
 
 
 def _failed(steered: Steered, error: str) -> Outcome:
-    plan = steered.plan
+    plan = steered.order.plan
     return Outcome(
-        plan_id=plan.id,
+        plan_id=steered.plan_id,
         request_id=steered.request_id,
         applied=False,
         edit=None,

@@ -18,6 +18,8 @@ from steering.plan import Plan, Reasoning
 if TYPE_CHECKING:
     from steering.bundle import Bundle
 
+MOST_CHECKED = 1024
+
 RELEASED = "trimtab_released"
 """Attribute of vLLM's `SchedulerOutput`: digests whose place in the bank is free from this step on."""
 
@@ -77,6 +79,8 @@ class Roster:
 
     def __init__(self, bundles: Mapping[str, BundleNames]) -> None:
         self._open = dict(bundles)
+        self._checked: dict[int, Plan] = {}
+        """Plans that were found well since the last order, by identity: many requests share one (`Plan.shared`)."""
         self._closed: dict[str, BundleNames] = {}
         self._bundle_of: dict[str, str] = {}
         """By request."""
@@ -94,6 +98,14 @@ class Roster:
         Raises:
             UnknownName: one is not.
         """
+        if id(plan) in self._checked:
+            return
+        self._check(plan)
+        if len(self._checked) >= MOST_CHECKED:
+            self._checked.clear()
+        self._checked[id(plan)] = plan
+
+    def _check(self, plan: Plan) -> None:
         names = self._open.get(plan.bundle)
         if names is None:
             why = "is being unloaded" if plan.bundle in self._closed else "is not loaded"
@@ -153,6 +165,7 @@ class Roster:
         Raises:
             InvalidSpec: another order, or one to open without names.
         """
+        self._checked.clear()
         if order == "open" and names is not None:
             self._closed.pop(digest, None)
             self._open[digest] = BundleNames.from_fields(names)

@@ -8,6 +8,7 @@ Shapes: `B` requests of a step, `T` tokens of a step, `S` rows, `W` columns of a
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,22 +16,35 @@ import torch
 from numpy.typing import NDArray
 
 from steering.engine.bank import Bank
-from steering.engine.compiled import fill
-from steering.engine.first_row import first_row
-from steering.engine.kernels import AWAITED, COUNTS, DECIDED, OBSERVED, PLACE, RESPONSE, ROW_WIDTH, TOUCHED
+from steering.engine.compiled import (
+    DECIDES,
+    IS_DUE,
+    IS_READ,
+    IS_READ_TO_THE_END,
+    LAST_OF_PROMPT,
+    NEVER,
+    READ_FROM,
+    READ_TO,
+    fill,
+)
+from steering.engine.kernels import AWAITED, COUNTS, RESPONSE, ROW_WIDTH
+from steering.engine.orders import Orders
 from steering.engine.reports import outcome_of, response_of
 from steering.engine.steered import Due, Steered
 from steering.engine.uploads import MapUpload, RowUpload
 from steering.errors import CapacityExceeded
-from steering.manifest import MAX_RESPONSE_TOKENS
 from steering.outcome import Outcome, Response
 from steering.plan import Plan, Reasoning, Scope
 
-_NEVER = np.iinfo(np.int64).max // 2
-"""First edited position of row 0."""
-
-_LAST_OF_PROMPT = 8
+_TAIL = 8
 """Tokens at the end of a prompt among which a template that switches thinking off puts the end of reasoning."""
+
+_FLOAT, _LIMITS = struct.Struct("f"), struct.Struct("5q")
+_UNREAD = slice(RESPONSE * _FLOAT.size, AWAITED * _FLOAT.size)
+"""Bytes of a row that the response probe has: its number and scores."""
+
+NOTHING = Due([], [])
+"""A step makes nothing known. Never written."""
 
 
 class Rows:
@@ -54,17 +68,16 @@ class Rows:
         self.capacity = 2 * requests
         self.rows = torch.zeros(self.capacity + 1, ROW_WIDTH, dtype=torch.float32, device=device)
         self.token_rows = torch.zeros(tokens + COUNTS, dtype=torch.int32, device=device)
-        self._bank = bank
+        self._bank, self._orders = bank, Orders(bank)
         self._requests: dict[str, Steered] = {}
         self._row_of: dict[str, int] = {}
         self._free = list(range(self.capacity, 0, -1))
-        self._first_edited = np.full(self.capacity + 1, _NEVER, dtype=np.int64)
+        self._limits = np.full((self.capacity + 1, 5), NEVER, dtype=np.int64)
+        """Of each row, see `compiled.fill`; those of row 0 are never reached."""
+        self._limits_bytes = self._limits.data.cast("B")
+        self._news = np.zeros(self.capacity + 1, dtype=np.int64)
         self._rows_upload, self._tokens_upload = RowUpload(self.rows), MapUpload(self.token_rows)
         self._changed: set[int] = set()
-        self._waiting: dict[str, Steered] = {}
-        """Running requests whose last prompt token has not been in a step yet."""
-        self._observing: dict[str, Steered] = {}
-        """Running requests whose response probe has not read all it reads."""
         self._over: list[Steered] = []
         """Requests that nothing is asked of any more: only observed, or left alone by their gate. They have a row until
         the next step, and are then as if they had never been steered. A device's thread appends.
@@ -84,67 +97,93 @@ class Rows:
 
     def names(self, digest: str) -> bool:
         """Whether the plan of a known request, running or preempted, names this bundle."""
-        return any(steered.plan.bundle == digest for steered in self._requests.values())
+        return any(steered.order.plan.bundle == digest for steered in self._requests.values())
 
     def add(
-        self, request_id: str, plan: Plan, prompt_length: int, tokens: Sequence[int] = (), computed: int = 0
+        self,
+        request_id: str,
+        plan: Plan,
+        prompt_length: int,
+        tokens: Sequence[int] = (),
+        computed: int = 0,
+        *,
+        plan_id: str | None = None,
     ) -> None:
         """Take a row for a request that starts or comes back after a preemption.
 
         Args:
             request_id: the engine's id of the sample.
-            plan: what to do; its edit, gate or response probe must be in the bank.
+            plan: what to do; its edit, gate or response probe must be in the bank. Requests may share one.
             prompt_length: number of prompt tokens, without tokens generated before a preemption.
             tokens: the prompt and those generated before a preemption; read where reasoning is spared.
             computed: how many of them need not be computed again.
+            plan_id: under which its outcome is told; the plan's own by default.
 
         Raises:
             UnknownName: the edit, gate or response probe is not in the bank, or the bundle spares no reasoning.
             CapacityExceeded: no row is free; cannot happen while vLLM keeps to `max_num_seqs`.
         """
-        known = self._requests.get(request_id)
-        if known is not None and (known.row or known.is_over):
+        steered = self._requests.get(request_id)
+        if steered is None:
+            steered = Steered(
+                request_id=request_id,
+                plan_id=plan.id if plan_id is None else plan_id,
+                order=self._orders.of(plan),
+                prompt_length=prompt_length,
+            )
+        elif steered.row or steered.is_over:
             return
-        gate = None if plan.gate is None else self._bank.gate(bundle=plan.bundle, profile=plan.gate.profile)
-        response = self._bank.response(bundle=plan.bundle) if plan.response else None
-        steered = known or Steered(
-            request_id=request_id, plan=plan, prompt_length=prompt_length, gate=gate, response=response
-        )
-        if steered.reading is not None:
+        elif steered.reading is not None:
             # Preempted before the host had read what the gate decided: rare, and the only wait.
             steered.reading.result()
-        values = steered.latched if steered.latched is not None else first_row(plan, gate, self._bank)
         if not self._free:
             raise CapacityExceeded(f"all {self.capacity} rows are in use")
-        awaited = 0
-        if plan.reasoning is Reasoning.SPARED:
-            # What may have ended reasoning before the next token to compute.
-            before = tokens[max(prompt_length - _LAST_OF_PROMPT, 0) : max(prompt_length, computed)]
-            end = self._bank.reasoning_end(bundle=plan.bundle)
-            awaited = 0 if end in before else end + 1
+        written = self._first_row(steered, tokens, computed)
         row = self._free.pop()
+        self._rows_upload.write(row, written)
+        self._set_limits(steered, row)
         steered.row = row
         self._requests[request_id] = steered
         self._row_of[request_id] = row
-        first_edited = 0 if plan.scope is Scope.ALL else prompt_length - 1
-        self._first_edited[row] = first_edited if plan.is_steering else _NEVER
-        of_host = self._rows_upload.array[row]
-        of_host[:] = values
-        of_host[AWAITED] = awaited
-        if response is not None:
-            of_host[RESPONSE] = response.number
-            of_host[RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS] = np.nan
         self._changed.add(row)
-        if plan.is_steering and not steered.is_due:
-            self._waiting[request_id] = steered
-        if response is not None:
-            self._observing[request_id] = steered
+
+    def _first_row(self, steered: Steered, tokens: Sequence[int], computed: int) -> bytes | bytearray:
+        """[W] what a row holds before the next step of a request."""
+        order = steered.order
+        is_spared = order.plan.reasoning is Reasoning.SPARED
+        if not is_spared and steered.latched is None:
+            return order.row
+        row = bytearray(steered.latched or order.row)
+        row[_UNREAD] = order.row[_UNREAD]
+        awaited = 0
+        if is_spared:
+            # What may have ended reasoning before the next token to compute.
+            length = steered.prompt_length
+            before = tokens[max(length - _TAIL, 0) : max(length, computed)]
+            end = self._bank.reasoning_end(bundle=order.plan.bundle)
+            awaited = 0 if end in before else end + 1
+        _FLOAT.pack_into(row, AWAITED * _FLOAT.size, awaited)
+        return row
+
+    def _set_limits(self, steered: Steered, row: int) -> None:
+        """Say from where to where a request is edited, decided on and read; see `compiled.fill`."""
+        order, end = steered.order, steered.prompt_length
+        first_edited = due = decides = read_from = read_to = NEVER
+        if order.plan.is_steering:
+            first_edited = 0 if order.plan.scope is Scope.ALL else end - 1
+            if not steered.is_due:
+                due = end - 1
+                decides = NEVER if order.gate is None else due
+        if order.response is not None:
+            steered.is_observed = True
+            read_from, read_to = end, end + order.response.tokens
+        _LIMITS.pack_into(self._limits_bytes, row * _LIMITS.size, first_edited, due, decides, read_from, read_to)
 
     def resume(self, request_id: str, tokens: Sequence[int] = (), computed: int = 0) -> None:
         """Take a row again for a request that was preempted; does nothing for an unsteered one. See `add`."""
         steered = self._requests.get(request_id)
         if steered is not None:
-            self.add(request_id, steered.plan, steered.prompt_length, tokens, computed)
+            self.add(request_id, steered.order.plan, steered.prompt_length, tokens, computed)
 
     def preempt(self, request_id: str) -> None:
         """Give the row back and keep the plan and what was decided; does nothing for an unsteered request."""
@@ -152,15 +191,14 @@ class Rows:
         if steered is not None and steered.row:
             self._free.append(self._row_of.pop(request_id))
             steered.row = 0
-            self._waiting.pop(request_id, None)
-            self._observing.pop(request_id, None)
+            steered.is_observed = False
 
     def remove(self, request_id: str) -> None:
         """Forget a request that finished; does nothing for an unsteered one."""
         self.preempt(request_id)
         self._requests.pop(request_id, None)
 
-    def write_step(self, request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]) -> Due:
+    def write_step(self, request_ids: Sequence[str], tokens: NDArray[np.int32], computed: NDArray[np.int32]) -> Due:
         """Write the row of every token of the next step.
 
         Positions decide, never phases: a token is edited when its position is at or after the request's first edited
@@ -176,54 +214,39 @@ class Rows:
         """
         while self._over:
             self._give_back(self._over.pop())
-        if not self._row_of:
-            self._clear()
-            return Due([], [])
-        of_request = [self._row_of.get(request_id, 0) for request_id in request_ids]
+        row_of = self._row_of
+        of_request = [row_of.get(request_id, 0) for request_id in request_ids] if row_of else ()
         if not any(of_request):
             self._clear()
-            return Due([], [])
-        # Where every request is past its prompt and none is observed, no span is asked for.
-        spans = _spans(request_ids, tokens, computed) if self._waiting or self._observing else []
-        due, deciding = self._due(spans) if self._waiting else ([], [])
-        observed = self._observed(spans) if self._observing else {}
+            return NOTHING
         if self._changed:
             self._rows_upload.send(self._changed)
             self._changed.clear()
-        target = self._tokens_upload.array()
-        touched, total = fill(
-            target,
+        total, told = fill(
+            self._tokens_upload.array(),
             np.array(of_request, dtype=np.int64),
-            self._first_edited,
-            np.asarray(tokens, dtype=np.int32),
-            np.asarray(computed, dtype=np.int32),
+            self._limits,
+            tokens,
+            computed,
             self._written,
+            self._news,
         )
-        for place in deciding:
-            target[place] = -target[place]
-        responses, read = [], 0
-        for steered, (place, start, count) in observed.items():
-            target[start : start + count] = steered.row | (np.arange(place, place + count, dtype=np.int32) << PLACE)
-            touched += count
-            read += count
-            responses.append(steered)
-        target[TOUCHED], target[DECIDED], target[OBSERVED] = touched, len(deciding), read
         self._tokens_upload.send(max(total, self._written))
         self._written = total
-        return Due(due, responses)
+        return self._due(request_ids, self._news[:told].tolist()) if told else NOTHING
 
-    def outcome(self, steered: Steered, row: NDArray[np.float32]) -> Outcome:
+    def outcome(self, steered: Steered, row: bytes) -> Outcome:
         """What came of a due request; see `reports.outcome_of`. One that its gate left alone is over once it has been
         observed.
         """
         told = outcome_of(steered, row, self._bank)
-        if steered.gate is not None and told.edit is None and not told.error:
+        if steered.order.gate is not None and told.edit is None and not told.error:
             steered.is_left_alone = True
-            if steered.request_id not in self._observing:
+            if not steered.is_observed and (steered.row or steered.order.response is None):
                 self._over.append(steered)
         return told
 
-    def response(self, steered: Steered, row: NDArray[np.float32]) -> Response | None:
+    def response(self, steered: Steered, row: bytes) -> Response | None:
         """What the response probe has read of an observed request; see `reports.response_of`."""
         return response_of(steered, row)
 
@@ -242,47 +265,21 @@ class Rows:
             steered.is_over = True
             self.preempt(steered.request_id)
 
-    def _observed(self, spans: Sequence[_Span]) -> dict[Steered, tuple[int, int, int]]:
-        """Requests of whose first generated tokens some are in this step: which generated token the first of them is,
-        counted from 1, its place in the step, and how many they are.
-        """
-        found = {}
-        for request_id, start, first, count in spans:
-            steered = self._observing.get(request_id)
-            if steered is None or steered.response is None:
-                continue
-            begin, end = steered.prompt_length, steered.prompt_length + steered.response.tokens
-            low, high = max(begin, first), min(end, first + count)
-            if low < high:
-                found[steered] = (low - begin + 1, start + low - first, high - low)
-            if first + count >= end:
-                del self._observing[request_id]
-                if steered.is_left_alone or not steered.plan.is_steering:
-                    self._over.append(steered)
-        return found
-
-    def _due(self, spans: Sequence[_Span]) -> tuple[list[Steered], list[int]]:
-        """Requests whose last prompt token is in this step, and the places of those tokens that a gate decides on."""
-        due, deciding = [], []
-        for request_id, start, first, count in spans:
-            steered = self._waiting.get(request_id)
-            if steered is not None and first + count >= steered.prompt_length:
-                del self._waiting[request_id]
+    def _due(self, request_ids: Sequence[str], news: Sequence[int]) -> Due:
+        """What the step's forward pass makes known, and what is not to be said of a request again."""
+        due = Due([], [])
+        for each in news:
+            place, what = divmod(each, 8)
+            steered = self._requests[request_ids[place]]
+            if what & IS_READ:
+                due.responses.append(steered)
+            if what & IS_DUE:
                 steered.is_due = True
-                due.append(steered)
-                if steered.gate is not None:
-                    deciding.append(start + steered.prompt_length - 1 - first)
-        return due, deciding
-
-
-_Span = tuple[str, int, int, int]
-"""A request's id and its tokens in a step: where they begin in it, the position of the first, and how many they are."""
-
-
-def _spans(request_ids: Sequence[str], tokens: NDArray[np.integer], computed: NDArray[np.integer]) -> list[_Span]:
-    """Every request's span."""
-    spans, start = [], 0
-    for request_id, first, count in zip(request_ids, computed.tolist(), tokens.tolist(), strict=True):
-        spans.append((request_id, start, first, count))
-        start += count
-    return spans
+                self._limits[steered.row, LAST_OF_PROMPT] = self._limits[steered.row, DECIDES] = NEVER
+                due.outcomes.append(steered)
+            if what & IS_READ_TO_THE_END:
+                steered.is_observed = False
+                self._limits[steered.row, READ_FROM] = self._limits[steered.row, READ_TO] = NEVER
+                if steered.is_left_alone or not steered.order.plan.is_steering:
+                    self._over.append(steered)
+        return due

@@ -9,6 +9,8 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import numpy as np
+
 
 class SteeredState:
     """Mixed into the state class vLLM would have chosen for the model."""
@@ -31,8 +33,8 @@ class SteeredState:
         count = input_batch.num_reqs
         self.model.steering.before_forward(
             input_batch.req_ids[:count],
-            input_batch.num_scheduled_tokens[:count],
-            input_batch.num_computed_tokens_np[:count],
+            np.asarray(input_batch.num_scheduled_tokens[:count], dtype=np.int32),
+            np.asarray(input_batch.num_computed_tokens_np[:count], dtype=np.int32),
         )
         result: dict[str, Any] = super().prepare_inputs(input_batch, req_states)  # type: ignore[misc]
         return result

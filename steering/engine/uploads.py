@@ -64,19 +64,25 @@ class RowUpload:
     """Writes whole rows of a table [S, W] and leaves the others, which the device may have written, as they are.
 
     Attributes:
-        array: [S, W] to write rows into before `send`; on the CPU it is the table.
+        array: [S, W] of which rows are sent; on the CPU it is the table.
     """
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
         self._turns: _Turns | None = None
         self.array: NDArray[np.float32] = target.numpy() if target.device.type == "cpu" else target.cpu().numpy()
+        # Bytes of the same memory: to have NumPy write a row costs several times as much.
+        self._bytes, self._pitch = self.array.data.cast("B"), self.array.strides[0]
         if target.device.type != "cpu":
             self._staged = [
                 torch.zeros_like(target),
                 torch.zeros(len(target), dtype=torch.int64, device=target.device),
             ]
             self._turns = _Turns(self._staged)
+
+    def write(self, number: int, row: bytes | bytearray) -> None:
+        """Have a row, as `kernels.ROW` packs it, sent next time."""
+        self._bytes[number * self._pitch : (number + 1) * self._pitch] = row
 
     def send(self, numbers: Collection[int]) -> None:
         """Write `array[number]` into each row `number`; ordered on the current stream before the step's kernels."""
@@ -99,14 +105,15 @@ class RowDownload:
     On a device a thread of its own waits for the copy; on the CPU everything has been done when it is asked.
 
     Attributes:
-        table: [S, W] on the CPU, to be read at once; None on a device.
+        table: bytes of [S, W] float32 on the CPU, to be read at once; None on a device.
     """
 
     def __init__(self, source: Tensor) -> None:
         self._source = source
         self._free: list[Tensor] = []
-        self.table: NDArray[np.float32] | None = source.numpy() if source.device.type == "cpu" else None
-        self._thread = ThreadPoolExecutor(1, "trimtab-outcomes") if self.table is None else None
+        self._array: NDArray[np.float32] | None = source.numpy() if source.device.type == "cpu" else None
+        self.table: memoryview | None = None if self._array is None else self._array.data.cast("B")
+        self._thread = ThreadPoolExecutor(1, "trimtab-outcomes") if self._array is None else None
 
     def then(self, work: Callable[[NDArray[np.float32]], None]) -> Future[None] | None:
         """Call `work(table)` with a host array [S, W] that is valid during the call.
@@ -115,8 +122,8 @@ class RowDownload:
             What ends with it; None where it has ended, as on the CPU.
         """
         if self._thread is None:
-            assert self.table is not None
-            work(self.table)
+            assert self._array is not None
+            work(self._array)
             return None
         pinned = self._free.pop() if self._free else torch.empty_like(self._source, device="cpu", pin_memory=True)
         pinned.copy_(self._source, non_blocking=True)

@@ -29,7 +29,7 @@ def step(rows: Rows, *parts: tuple[str, int, int]) -> list[Outcome]:
     """Write a step of (request id, tokens in it, tokens computed before it); its outcomes once its pass has run."""
     ids, tokens, computed = zip(*parts, strict=True)
     due = rows.write_step(ids, np.array(tokens, dtype=np.int32), np.array(computed, dtype=np.int32))
-    return [rows.outcome(steered, rows.rows.numpy()[steered.row]) for steered in due.outcomes]
+    return [rows.outcome(steered, rows.rows.numpy()[steered.row].tobytes()) for steered in due.outcomes]
 
 
 def decide(rows: Rows, bank: Bank, residual: torch.Tensor) -> None:

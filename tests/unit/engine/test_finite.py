@@ -40,10 +40,10 @@ def test_a_request_is_named_until_its_row_is_anothers() -> None:
         rows.add(name, plan_for("e", bundle=bundle.digest), 2)
 
     def step(names: list[str], hidden: torch.Tensor) -> list[str]:
-        due = rows.write_step(names, np.array([2] * len(names)), np.array([0] * len(names)))
+        due = rows.write_step(names, np.full(len(names), 2, dtype=np.int32), np.zeros(len(names), dtype=np.int32))
         mark(hidden, rows.token_rows, rows.rows)
         check.after_forward()
-        return [rows.outcome(steered, rows.rows.numpy()[steered.row]).error for steered in due.outcomes]
+        return [rows.outcome(steered, rows.rows.numpy()[steered.row].tobytes()).error for steered in due.outcomes]
 
     hidden = torch.zeros(4, WIDTH)
     hidden[3, 0] = float("nan")

@@ -138,7 +138,7 @@ def test_a_bundle_in_use_is_not_taken_away(bundles: dict[str, tuple[Path, str]])
         rank.loads.release([small])
         assert rank.loads.is_waiting
         assert list(rank.bank.bundles) == [small]
-    rank.rows.write_step(["r"], np.array([3]), np.array([0]))
+    rank.rows.write_step(["r"], np.array([3], dtype=np.int32), np.array([0], dtype=np.int32))
     assert rank.rows.token_rows[:3].tolist() == [0, 0, rank.rows.token_rows[2].item()]
     assert rank.rows.token_rows[2] != 0
     rank.rows.remove("r")

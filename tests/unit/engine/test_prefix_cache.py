@@ -113,6 +113,9 @@ def test_plan_of_reads_the_plan_and_nothing_else() -> None:
     assert plan_of(FakeRequest(tokens=[1], sampling_params=None)) is None
     assert plan_of(FakeRequest(tokens=[1])) is None
     assert plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={"other": 1}))) is None
-    assert plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: plan.to_json()}))) == plan
+    found = plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: plan.to_json()})))
+    assert found is not None
+    plan_id, shared = found
+    assert shared.named(plan_id) == plan
     with pytest.raises(InvalidSpec):
         plan_of(FakeRequest(tokens=[1], sampling_params=Parameters(extra_args={PLAN_KEY: 1})))

@@ -37,7 +37,7 @@ def run_observed(rows: Rows, bank: Bank, value: float, *parts: tuple[str, int, i
     ids, tokens, computed = zip(*parts, strict=True)
     due = rows.write_step(ids, np.array(tokens, dtype=np.int32), np.array(computed, dtype=np.int32))
     decide(rows, bank, torch.zeros(16).index_put((torch.tensor([0]),), torch.tensor(value)))
-    told = [rows.response(steered, rows.rows.numpy()[steered.row]) for steered in due.responses]
+    told = [rows.response(steered, rows.rows.numpy()[steered.row].tobytes()) for steered in due.responses]
     return {response.request_id: (response.tokens, response.score) for response in told if response is not None}
 
 
@@ -104,7 +104,7 @@ def test_a_request_its_gate_leaves_alone_is_read_to_the_end(is_late: bool) -> No
     rows.add("r", replace(gate_plan("gate"), response=True), 2)
     due = rows.write_step(["r"], np.array([2], dtype=np.int32), np.array([0], dtype=np.int32))
     decide(rows, bank, torch.zeros(16))
-    told = rows.rows.numpy()[due.outcomes[0].row].copy()
+    told = rows.rows.numpy()[due.outcomes[0].row].tobytes()
     if not is_late:
         assert rows.outcome(due.outcomes[0], told).decision is Decision.ABSTAIN
     assert run_observed(rows, bank, 1.0, ("r", 1, 2)) == {"r": (1, 1.0)}
