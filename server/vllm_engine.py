@@ -24,7 +24,7 @@ from server.engine import Call, Chunk, Completion, Prompting, ServedModel, Worke
 from server.vllm_metrics import exposition, generated_tokens
 from server.vllm_shapes import as_chat, chunk_of, echo_of, plain_chat, plain_completion, prompt_of, report_of
 from steering.bundle import load_bundle
-from steering.engine.outcomes import OutcomeListener, sample_of
+from steering.engine.outcomes import OutcomeListener
 from steering.engine.plugin import engine_arguments
 from steering.engine.roster import BundleNames
 from steering.errors import (
@@ -145,14 +145,7 @@ class VllmEngine:
 
     async def outcomes(self, plan_id: str, samples: Collection[int], wait: float) -> Mapping[int, Outcome]:
         """Wait until these samples of a plan have reported; see `server.engine.Engine`."""
-        clock = asyncio.get_running_loop().time
-        end, count = clock() + wait, len(samples)
-        while True:
-            reported = await self._listener.wait(plan_id, count, max(0.0, end - clock()))
-            by_sample = {sample_of(outcome.request_id): outcome for outcome in reported}
-            if by_sample.keys() >= set(samples):
-                return by_sample
-            count = len(reported) + 1  # others came first
+        return await self._listener.wait(plan_id, samples, wait)
 
     async def responses(self, plan_id: str, tokens: Mapping[int, int], wait: float) -> Mapping[int, Response]:
         """What the response probe has read; see `server.engine.Engine`."""

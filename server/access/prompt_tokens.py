@@ -40,17 +40,19 @@ async def check_prompt(
     Raises:
         PermissionDenied: as for tokens that are found in the request's own texts.
     """
-    touch = await _written(generation, tokens, catalog, engine)
+    guarded = guarded_of(generation, catalog)
+    if not guarded or (tokens and guarded.keys().isdisjoint(tokens)):
+        return False
+    touch = await _written(generation, tokens, guarded, engine)
     if touch is not None:
         require(caller, Permission.RELAX, touch.what, parameter=touch.parameter)
     return touch is not None
 
 
-async def _written(generation: Generation, tokens: Sequence[int], catalog: Catalog, engine: Engine) -> Touch | None:
+async def _written(
+    generation: Generation, tokens: Sequence[int], guarded: Mapping[int, Touch], engine: Engine
+) -> Touch | None:
     """The first guarded token that is the client's; most prompts have none at all, and are looked at no further."""
-    guarded = guarded_of(generation, catalog)
-    if not guarded:
-        return None
     tokens = tokens or await engine.tokenize(generation.prompt_fields, generation.prompting)
     found = _counted(tokens, guarded)
     if not found:

@@ -11,11 +11,10 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import select
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -130,14 +129,14 @@ class _Told:
     """What has been told of a plan.
 
     Attributes:
-        outcomes: by the engine's id of the sample; one that was preempted may be reported again and still counts once.
-        responses: likewise; the one that has read most of a sample.
+        outcomes: by sample; one that was preempted may be reported again and still counts once.
+        responses: likewise; the one that has read most of it.
         rejection: why the request was never run.
         arrived: set when something has come; there once somebody waits.
     """
 
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    responses: dict[str, Response] = field(default_factory=dict)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    responses: dict[int, Response] = field(default_factory=dict)
     rejection: TrimtabError | None = None
     arrived: asyncio.Event | None = None
 
@@ -174,11 +173,11 @@ class OutcomeListener:
         if plan_id not in self._told:
             self._told[plan_id] = _Told()
 
-    async def wait(self, plan_id: str, samples: int, timeout: float) -> list[Outcome]:  # noqa: ASYNC109 - a deadline is part of the contract
-        """Outcomes of a plan, once `samples` of them are there.
+    async def wait(self, plan_id: str, samples: Collection[int], timeout: float) -> dict[int, Outcome]:  # noqa: ASYNC109 - a deadline is part of the contract
+        """Outcomes of these samples of a plan, once all of them are there.
 
         Raises:
-            EditNotConfirmed: fewer came within `timeout` seconds.
+            EditNotConfirmed: one did not come within `timeout` seconds.
             EditFailed: the engine says that an edit was not applied or a gate could not decide. A gate that decided to
                 edit nothing is no error.
             TrimtabError: the request was never run; see `rejection`.
@@ -186,25 +185,28 @@ class OutcomeListener:
         self.expect(plan_id)
         told = self._told[plan_id]
         outcomes = told.outcomes
-        while len(outcomes) < samples and (message := self._receiver.take()) is not None:
+        # As a rule all are here: whoever has a token asks.
+        while not _has(outcomes, samples) and (message := self._receiver.take()) is not None:
             self._keep(message)
-        if len(outcomes) < samples:  # as a rule all are here: whoever has a token asks
+        if not _has(outcomes, samples):
             self._receive()
             try:
                 async with asyncio.timeout(timeout):
-                    while len(outcomes) < samples:
+                    while not _has(outcomes, samples):
                         if told.rejection is not None:
                             raise told.rejection
                         await self._change(told)
             except TimeoutError:
+                there = sum(sample in outcomes for sample in samples)
                 raise EditNotConfirmed(
-                    f"the engine confirmed {len(outcomes)} of {samples} edits within {timeout} s; "
+                    f"the engine confirmed {there} of {len(samples)} edits within {timeout:.3g} s; "
                     "the answer is withheld"
                 ) from None
-        for outcome in outcomes.values():
+        found = {sample: outcomes[sample] for sample in samples}
+        for outcome in found.values():
             if outcome.error or not (outcome.applied or outcome.decision):
                 raise EditFailed(f"the engine did not apply edit {outcome.edit!r}: {outcome.error}")
-        return list(outcomes.values())
+        return found
 
     async def responses(self, plan_id: str, wanted: Mapping[int, int], timeout: float) -> dict[int, Response]:  # noqa: ASYNC109 - a deadline is part of the contract
         """What the response probe has read of a plan's samples; what is there after `timeout` seconds at the latest.
@@ -218,13 +220,12 @@ class OutcomeListener:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while True:
-                    read = {sample_of(response.request_id): response for response in kept.values()}
                     if plan_id not in self._told or all(
-                        sample in read and read[sample].tokens >= tokens for sample, tokens in wanted.items()
+                        sample in kept and kept[sample].tokens >= tokens for sample, tokens in wanted.items()
                     ):
-                        return read
+                        break
                     await self._change(told)
-        return {sample_of(response.request_id): response for response in kept.values()}
+        return dict(kept)
 
     def rejection(self, plan_id: str) -> TrimtabError | None:
         """Why the request of a plan was never run, once vLLM has said that it failed; None where it was run.
@@ -284,7 +285,7 @@ class OutcomeListener:
         """Keep what is told of plans that are expected, and wake whoever waits."""
         for outcome in message.outcomes:
             if (told := self._told.get(outcome.plan_id)) is not None:
-                told.outcomes[outcome.request_id] = outcome
+                told.outcomes[sample_of(outcome.request_id)] = outcome
                 told.has_changed()
         for response in message.responses:
             if (told := self._told.get(response.plan_id)) is not None:
@@ -327,23 +328,28 @@ class OutcomeInbox:
         messages = list(self._receiver.receive())
         return [each for one in messages for each in one.outcomes], [each for one in messages for each in one.responses]
 
-    def drain_into(self, outcomes: dict[str, dict[str, Outcome]], responses: dict[str, dict[str, Response]]) -> None:
-        """Take every message there is, without waiting, into these by plan and the engine's id of the sample."""
+    def drain_into(self, outcomes: dict[str, dict[int, Outcome]], responses: dict[str, dict[int, Response]]) -> None:
+        """Take every message there is, without waiting, into these by plan and sample."""
         told, read = self.drain()
         for outcome in told:
-            outcomes.setdefault(outcome.plan_id, {})[outcome.request_id] = outcome
+            outcomes.setdefault(outcome.plan_id, {})[sample_of(outcome.request_id)] = outcome
         for response in read:
             _keep_longest(responses.setdefault(response.plan_id, {}), response)
 
 
-def _keep_longest(known: dict[str, Response], response: Response) -> None:
+def _keep_longest(known: dict[int, Response], response: Response) -> None:
     """Keep what has read most of a sample; messages of a slow time may overtake each other."""
-    before = known.get(response.request_id)
+    sample = sample_of(response.request_id)
+    before = known.get(sample)
     if before is None or response.tokens >= before.tokens:
-        known[response.request_id] = response
+        known[sample] = response
+
+
+def _has(outcomes: Mapping[int, Outcome], samples: Collection[int]) -> bool:
+    return all(map(outcomes.__contains__, samples))
 
 
 def sample_of(request_id: str) -> int:
     """Which sample of its request this is: vLLM's `ParentRequest` puts that before the ids where n > 1."""
-    found = re.match(r"(\d+)_", request_id)
-    return int(found.group(1)) if found else 0
+    number, _, own = request_id.partition("_")
+    return int(number) if own and number.isdecimal() else 0

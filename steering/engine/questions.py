@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from steering.bundle import Bundle
 from steering.engine.asks import Answer, Ask, BundleGate, EditOrder, Sample
 from steering.engine.capture import CAPTURE_KEY
-from steering.engine.outcomes import sample_of
 from steering.errors import EditNotApplied, InvalidSpec
 from steering.outcome import Outcome, Response
 from steering.plan import PLAN_KEY, Plan
@@ -36,15 +35,15 @@ class Question:
 
 
 class Reports(NamedTuple):
-    """What the engine said it did, and what its response probe read, by plan and by its id of the sample."""
+    """What the engine said it did, and what its response probe read, by plan and sample."""
 
-    outcomes: dict[str, dict[str, Outcome]]
-    responses: dict[str, dict[str, Response]]
+    outcomes: dict[str, dict[int, Outcome]]
+    responses: dict[str, dict[int, Response]]
 
     def has_read(self, plan_id: str, tokens: Mapping[int, int]) -> bool:
         """Whether the probe has read so many tokens of each of these samples."""
-        read = {sample_of(name): each.tokens for name, each in self.responses.get(plan_id, {}).items()}
-        return all(read.get(sample, 0) >= wanted for sample, wanted in tokens.items())
+        read = self.responses.get(plan_id, {})
+        return all(sample in read and read[sample].tokens >= wanted for sample, wanted in tokens.items())
 
 
 def plan_of_ask(ask: Ask, bundles: Sequence[Bundle]) -> Plan | None:
@@ -123,8 +122,7 @@ def confirmed(number: int, question: Question, reports: Reports) -> tuple[Outcom
     plan = question.plan
     if plan is None or not plan.is_steering:
         return ()
-    by_sample = {sample_of(request_id): outcome for request_id, outcome in reports.outcomes[plan.id].items()}
-    reported = tuple(by_sample[sample] for sample in range(question.ask.samples))
+    reported = tuple(reports.outcomes[plan.id][sample] for sample in range(question.ask.samples))
     for outcome in reported:
         if outcome.error or not (outcome.applied or outcome.decision):
             raise EditNotApplied(f"ask {number}: the engine did not apply edit {plan.edit!r}: {outcome.error}")
@@ -136,8 +134,8 @@ def answer_of(question: Question, output: RequestOutput, reports: Reports, outco
     ask, plan = question.ask, question.plan
     response = None
     if plan is not None and plan.response:
-        read = {sample_of(name): each.probability for name, each in reports.responses[plan.id].items()}
-        response = tuple(read.get(sample) for sample in range(ask.samples))
+        read = reports.responses[plan.id]
+        response = tuple(read[sample].probability if sample in read else None for sample in range(ask.samples))
     if ask.answer is not None:
         assert output.prompt_logprobs is not None
         places = output.prompt_logprobs[len(ask.prompt) : len(ask.tokens)]

@@ -53,7 +53,7 @@ async def test_an_outcome_arrives_as_it_was_sent(listener: OutcomeListener, send
     """One message, one sample, every field."""
     listener.expect("p")
     sender.send([outcome("p")])
-    assert await listener.wait("p", 1, 5.0) == [outcome("p")]
+    assert await listener.wait("p", (0,), 5.0) == {0: outcome("p")}
 
 
 async def test_waiting_may_begin_before_or_after_the_message(listener: OutcomeListener, sender: OutcomeSender) -> None:
@@ -61,12 +61,12 @@ async def test_waiting_may_begin_before_or_after_the_message(listener: OutcomeLi
     listener.expect("early")
     sender.send([outcome("early")])
     await asyncio.sleep(0.1)
-    assert await listener.wait("early", 1, 0.01) == [outcome("early")]
-    waiting = asyncio.create_task(listener.wait("late", 1, 5.0))
+    assert await listener.wait("early", (0,), 0.01) == {0: outcome("early")}
+    waiting = asyncio.create_task(listener.wait("late", (0,), 5.0))
     await asyncio.sleep(0.05)
     assert not waiting.done()
     sender.send([outcome("late")])
-    assert await waiting == [outcome("late")]
+    assert await waiting == {0: outcome("late")}
 
 
 async def test_what_nobody_waits_for_is_taken_all_the_same(listener: OutcomeListener, sender: OutcomeSender) -> None:
@@ -75,7 +75,7 @@ async def test_what_nobody_waits_for_is_taken_all_the_same(listener: OutcomeList
     sender.send([outcome("p")])
     assert not listener._told["p"].outcomes
     await asyncio.sleep(3 * SWEEP)
-    assert listener._told["p"].outcomes == {outcome("p").request_id: outcome("p")}
+    assert listener._told["p"].outcomes == {0: outcome("p")}
 
 
 async def test_all_samples_of_a_request_must_be_confirmed(listener: OutcomeListener, sender: OutcomeSender) -> None:
@@ -85,10 +85,10 @@ async def test_all_samples_of_a_request_must_be_confirmed(listener: OutcomeListe
     for plan, sample in (("p", "0_r"), ("q", "r"), ("p", "1_r")):
         sender.send([outcome(plan, sample)])
     with pytest.raises(EditNotApplied, match=r"confirmed 2 of 3 edits within 0\.2 s"):
-        await listener.wait("p", 3, 0.2)
+        await listener.wait("p", range(3), 0.2)
     sender.send([outcome("p", "2_r")])
-    assert {each.request_id for each in await listener.wait("p", 3, 5.0)} == {"0_r", "1_r", "2_r"}
-    assert await listener.wait("q", 1, 5.0) == [outcome("q")]
+    assert await listener.wait("p", range(3), 5.0) == {sample: outcome("p", f"{sample}_r") for sample in range(3)}
+    assert await listener.wait("q", (0,), 5.0) == {0: outcome("q")}
 
 
 async def test_a_sample_reported_twice_counts_once(listener: OutcomeListener, sender: OutcomeSender) -> None:
@@ -97,13 +97,13 @@ async def test_a_sample_reported_twice_counts_once(listener: OutcomeListener, se
     for _ in range(2):
         sender.send([outcome("p", "0_r")])
     with pytest.raises(EditNotApplied, match="confirmed 1 of 2"):
-        await listener.wait("p", 2, 0.2)
+        await listener.wait("p", (0, 1), 0.2)
 
 
 async def test_silence_withholds_the_answer(listener: OutcomeListener) -> None:
     """No message within the time allowed is an error that says so."""
     with pytest.raises(EditNotApplied, match=r"0 of 1 edits within 0\.05 s; the answer is withheld"):
-        await listener.wait("p", 1, 0.05)
+        await listener.wait("p", (0,), 0.05)
 
 
 async def test_an_edit_that_was_not_applied_withholds_the_answer(
@@ -113,7 +113,7 @@ async def test_an_edit_that_was_not_applied_withholds_the_answer(
     listener.expect("p")
     sender.send([outcome("p", applied=False, error="no row")])
     with pytest.raises(EditNotApplied, match="did not apply edit 'e': no row"):
-        await listener.wait("p", 1, 5.0)
+        await listener.wait("p", (0,), 5.0)
 
 
 async def test_an_abstention_is_an_outcome_and_no_failure(listener: OutcomeListener, sender: OutcomeSender) -> None:
@@ -121,7 +121,7 @@ async def test_an_abstention_is_an_outcome_and_no_failure(listener: OutcomeListe
     listener.expect("p")
     sent = replace(outcome("p", applied=False), edit=None, strength=0.0, decision=Decision.ABSTAIN, category="c")
     sender.send([sent])
-    assert await listener.wait("p", 1, 5.0) == [sent]
+    assert await listener.wait("p", (0,), 5.0) == {0: sent}
 
 
 async def test_a_message_that_cannot_be_read_stops_no_other(listener: OutcomeListener, sender: OutcomeSender) -> None:
@@ -131,7 +131,7 @@ async def test_a_message_that_cannot_be_read_stops_no_other(listener: OutcomeLis
     for broken in (b"\xff", b"\xc0", b"{}", b"\x91\x91\x81", msgspec.msgpack.encode([[{"scope": "generated"}]])):
         sender._socket.send(broken)
     sender.send([outcome("p")])
-    assert len(await listener.wait("p", 1, 5.0)) == 1
+    assert len(await listener.wait("p", (0,), 5.0)) == 1
 
 
 async def test_forgotten_and_unexpected_plans_keep_nothing(listener: OutcomeListener, sender: OutcomeSender) -> None:
@@ -142,23 +142,23 @@ async def test_forgotten_and_unexpected_plans_keep_nothing(listener: OutcomeList
     sender.send([outcome("unknown")])
     listener.expect("last")
     sender.send([outcome("last")])
-    await listener.wait("last", 1, 5.0)
+    await listener.wait("last", (0,), 5.0)
     listener.forget("last")
     listener.forget("never")
     assert listener._told == {}
     with pytest.raises(EditNotApplied):
-        await listener.wait("p", 1, 0.05)
+        await listener.wait("p", (0,), 0.05)
 
 
 async def test_a_thousand_plans_find_their_own_outcomes(listener: OutcomeListener, sender: OutcomeSender) -> None:
     """Concurrent waits, sent in another order than awaited."""
     plans = [f"p{number}" for number in range(1000)]
-    waiting = [asyncio.create_task(listener.wait(plan, 1, 20.0)) for plan in plans]
+    waiting = [asyncio.create_task(listener.wait(plan, (0,), 20.0)) for plan in plans]
     await asyncio.sleep(0)
     for plan in reversed(plans):
         sender.send([outcome(plan, f"r-{plan}")])
     for plan, found in zip(plans, await asyncio.gather(*waiting), strict=True):
-        assert found == [outcome(plan, f"r-{plan}")]
+        assert found == {0: outcome(plan, f"r-{plan}")}
 
 
 async def test_nobody_listening_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,13 +217,13 @@ async def test_a_slow_receiver_loses_nothing_and_stops_no_engine(
         sender.send([outcome(plan) for plan in plans[start : start + 200]])
     assert sender._is_late
     for plan in plans:
-        assert await listener.wait(plan, 1, 20.0) == [outcome(plan)]
+        assert await listener.wait(plan, (0,), 20.0) == {0: outcome(plan)}
     for _ in range(100):
         await asyncio.sleep(0.01)
         if not sender._is_late:
             break
-    sender.send([outcome(plans[0], "again")])
-    assert len(await listener.wait(plans[0], 2, 5.0)) == 2
+    sender.send([outcome(plans[0], "1_again")])
+    assert await listener.wait(plans[0], (1,), 5.0) == {1: outcome(plans[0], "1_again")}
     assert not sender._is_late
 
 
@@ -234,7 +234,7 @@ async def test_why_a_request_was_never_run_arrives_with_its_class(listener: Outc
     error = UnknownName("bundle sha256:b is not loaded", parameter="steering.profile")
     scheduler = OutcomeSender()
     listener.expect("p")
-    waiting = asyncio.create_task(listener.wait("p", 1, 5.0))
+    waiting = asyncio.create_task(listener.wait("p", (0,), 5.0))
     await asyncio.sleep(0)
     assert listener.rejection("p") is None
     for plan in ("p", "other"):
@@ -254,17 +254,17 @@ async def test_a_worker_that_ends_leaves_the_others(listener: OutcomeListener, s
     for plan in ("first", "second", "third"):
         listener.expect(plan)
     ended.send([outcome("first")])
-    assert await listener.wait("first", 1, 5.0)
+    assert await listener.wait("first", (0,), 5.0)
     assert listener._receiver.connected == 2
     ended.close()
     ended.send([outcome("second", "never")])
     sender.send([outcome("second")])
-    assert await listener.wait("second", 1, 5.0) == [outcome("second")]
+    assert await listener.wait("second", (0,), 5.0) == {0: outcome("second")}
     await asyncio.sleep(2 * SWEEP)
     assert listener._receiver.connected == 1
     late = OutcomeSender()
     late.send([outcome("third")])
-    assert await listener.wait("third", 1, 5.0)
+    assert await listener.wait("third", (0,), 5.0)
     late.close()
 
 
@@ -301,15 +301,15 @@ def test_an_inbox_takes_what_there_is_without_waiting(monkeypatch: pytest.Monkey
     longer = Response(plan_id="p", request_id="r", tokens=2, score=1.0)
     with OutcomeInbox() as inbox:
         sender = OutcomeSender()
-        outcomes: dict[str, dict[str, Outcome]] = {}
-        responses: dict[str, dict[str, Response]] = {}
+        outcomes: dict[str, dict[int, Outcome]] = {}
+        responses: dict[str, dict[int, Response]] = {}
         inbox.drain_into(outcomes, responses)
         assert outcomes == {}
         sender.send([outcome("p")], [longer])
         sender.send([], [replace(longer, tokens=1)])
         inbox.drain_into(outcomes, responses)
-        assert outcomes == {"p": {"r": outcome("p")}}
-        assert responses == {"p": {"r": longer}}
+        assert outcomes == {"p": {0: outcome("p")}}
+        assert responses == {"p": {0: longer}}
         assert inbox.take() == ()
         sender.send([outcome("p")])
         sender.send([outcome("q"), outcome("r")])
