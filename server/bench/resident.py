@@ -224,8 +224,7 @@ class Resident:
                 parameters = self._parameters(1, plan if is_steered else None)
                 began = time.perf_counter()
                 self._llm.generate(prompts, parameters, use_tqdm=False)
-                # As a gateway does that has a token, and waits for nothing else.
-                told = len(self._inbox.take()) if is_steered and self._inbox is not None else 0
+                told = self._take_outcomes() if is_steered else 0
                 seconds[is_steered].append(time.perf_counter() - began)
                 if told != is_steered:
                     raise EditNotApplied(f"{told} outcomes came with the first token of a request")

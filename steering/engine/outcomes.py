@@ -1,4 +1,4 @@
-"""Outcomes: what the engine tells whoever started it, received over the socket that `outcome_sender` sends to.
+"""Outcomes: what the engine tells whoever started it, received over the pipe that `outcome_sender` writes to.
 
 An outcome is there before the token that it is about, so that whoever has the token finds it without waiting: nobody is
 woken for it, which on a small machine would take the processor from the engine when it makes that token. Only while
@@ -9,119 +9,101 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import io
 import logging
 import os
-import select
-import socket
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from steering.engine.outcome_sender import ADDRESS_VARIABLE, LONGEST_MESSAGE
+from steering.engine.outcome_sender import ADDRESS_VARIABLE, HEAD
 from steering.errors import EditFailed, EditNotConfirmed, TrimtabError, UnsupportedConfiguration
 from steering.outcome import Message, Outcome, Response
 
 _log = logging.getLogger("trimtab")
 
 SWEEP = 0.2
-"""Seconds between looks at what nobody asked for; what a socket holds until then is some hundred messages, and a worker
+"""Seconds between looks at what nobody asked for; what a pipe holds until then is some thousand messages, and a worker
 keeps what it has no room for."""
+
+ROOM, AT_ONCE = 1 << 20, 1 << 16
+"""Bytes that a pipe holds, where the system lets it, and that are read at once."""
 
 
 class _Receiver:
-    """A bound socket and the workers' connections to it, of which the kernel says at once what there is to read.
+    """A named pipe, and what there is to read of it.
+
+    Attributes:
+        address: its path.
 
     Raises:
-        UnsupportedConfiguration: no socket can be made in the folder for temporary files.
+        UnsupportedConfiguration: none can be made in the folder for temporary files.
     """
 
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="trimtab-")
-        self.address = str(Path(self._directory.name) / "outcomes")
-        self._buffer = memoryview(bytearray(LONGEST_MESSAGE))
-        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listening.settimeout(0)
-        self._workers: dict[int, socket.socket] = {}
-        self._readable = select.epoll()
+        path = Path(self._directory.name) / "outcomes"
+        self.address = str(path)
+        self._buffer = memoryview(bytearray(AT_ONCE))
+        self._begun = 0
+        """Bytes of a message in the buffer whose end has not been read."""
         try:
-            self._listening.bind(self.address)
+            os.mkfifo(path, mode=0o600)
+            self._pipe = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "r")
         except OSError as error:
-            self.close()
+            self._directory.cleanup()
             raise UnsupportedConfiguration(
-                f"no socket can be made at {self.address!r}: {error}; TMPDIR says where temporary files go"
+                f"no pipe can be made at {self.address!r}: {error}; TMPDIR says where temporary files go"
             ) from error
-        self._listening.listen(1024)
-        self._readable.register(self._listening, select.EPOLLIN)
+        # A pipe without a writer looks as if there always were something to read.
+        self._writer = io.FileIO(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "w")
+        with contextlib.suppress(OSError):  # the user has no more room for pipes: workers keep what does not fit
+            fcntl.fcntl(self._writer, fcntl.F_SETPIPE_SZ, ROOM)
 
     def fileno(self) -> int:
         """Readable when `receive` has something to do."""
-        return self._readable.fileno()
+        return self._pipe.fileno()
 
-    @property
-    def connected(self) -> int:
-        """Connections that are open."""
-        return len(self._workers)
-
-    def take(self) -> Message | None:
-        """One message, for one system call where there is one worker; None where none that can be read is there yet, or
-        `receive` has more to do than to read it.
-        """
-        for worker in self._workers.values():
-            try:
-                length = worker.recv_into(self._buffer)
-            except OSError:
-                continue
-            if length:
-                return self._read(length)
-        return None
-
-    def receive(self) -> Iterator[Message]:
-        """Every message there is and that can be read, without waiting; a worker that is gone is forgotten."""
-        while found := self._readable.poll(0):
-            for number, _ in found:
-                if number == self._listening.fileno():
-                    self._accept()
-                elif (message := self._message(number)) is not None:
-                    yield message
+    def receive(self) -> list[Message]:
+        """Every message there is and that can be read, without waiting: one system call, if there are not many."""
+        found: list[Message] = []
+        while count := self._pipe.readinto(self._buffer[self._begun :]):
+            end, place = self._begun + count, 0
+            while end - place >= HEAD.size:
+                length, is_left = HEAD.unpack_from(self._buffer, place)
+                if place + HEAD.size + length > end:
+                    break
+                place += HEAD.size
+                self._read(self._buffer[place : place + length], bool(is_left), found)
+                place += length
+            self._begun = end - place
+            if self._begun:
+                self._buffer[: self._begun] = bytes(self._buffer[place:end])
+            if end < AT_ONCE:
+                break
+        return found
 
     def close(self) -> None:
-        """Close every socket and remove the file."""
-        self._readable.close()
-        for each in (self._listening, *self._workers.values()):
-            each.close()
+        """Close the pipe and remove it."""
+        self._pipe.close()
+        self._writer.close()
         self._directory.cleanup()
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # one that is gone already
-            worker, _ = self._listening.accept()
-            worker.settimeout(0)
-            self._workers[worker.fileno()] = worker
-            self._readable.register(worker, select.EPOLLIN)
-
-    def _message(self, number: int) -> Message | None:
-        """The next message of a worker that has one, or has ended."""
-        worker = self._workers[number]
+    def _read(self, message: memoryview, is_left: bool, found: list[Message]) -> None:
+        """Add a message to those found."""
         try:
-            length = worker.recv_into(self._buffer)
-        except OSError:
-            length = 0
-        if not length:
-            self._readable.unregister(number)
-            del self._workers[number]
-            worker.close()
-            return None
-        return self._read(length)
-
-    def _read(self, length: int) -> Message | None:
-        """What has been received."""
-        try:
-            return Message.from_bytes(self._buffer[:length])
-        except ValueError:
+            if is_left:
+                path = Path(self.address).with_name(bytes(message).decode())
+                found.append(Message.from_bytes(path.read_bytes()))
+                path.unlink()
+            else:
+                found.append(Message.from_bytes(message))
+        except (ValueError, OSError):
             # One broken message fails the requests that wait for it, by their time limit, and no other.
             _log.exception("outcomes cannot be read")
-            return None
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +132,7 @@ class OutcomeListener:
     """Gateway's end. Make it before the engine starts, call `start` in the running event loop.
 
     Attributes:
-        address: of the socket, in the environment as well.
+        address: of the pipe, in the environment as well.
     """
 
     def __init__(self) -> None:
@@ -185,11 +167,9 @@ class OutcomeListener:
         self.expect(plan_id)
         told = self._told[plan_id]
         outcomes = told.outcomes
-        # As a rule all are here: whoever has a token asks.
-        while not _has(outcomes, samples) and (message := self._receiver.take()) is not None:
-            self._keep(message)
         if not _has(outcomes, samples):
             self._receive()
+        if not _has(outcomes, samples):  # as a rule all are here: whoever has a token asks
             try:
                 async with asyncio.timeout(timeout):
                     while not _has(outcomes, samples):
@@ -241,7 +221,7 @@ class OutcomeListener:
         self._told.pop(plan_id, None)
 
     async def close(self) -> None:
-        """Stop receiving and remove the socket."""
+        """Stop receiving and remove the pipe."""
         if self._sweeping is not None:
             self._sweeping.cancel()
         self._receiver.close()
@@ -271,7 +251,7 @@ class OutcomeListener:
                 self._loop.remove_reader(self._receiver.fileno())
 
     def _sweep(self) -> None:
-        """Receive what nobody waits for, before the sockets are full of it."""
+        """Receive what nobody waits for, before the pipe is full of it."""
         assert self._loop is not None
         self._receive()
         self._sweeping = self._loop.call_later(SWEEP, self._sweep)
@@ -279,22 +259,18 @@ class OutcomeListener:
     def _receive(self) -> None:
         """Take every message there is."""
         for message in self._receiver.receive():
-            self._keep(message)
-
-    def _keep(self, message: Message) -> None:
-        """Keep what is told of plans that are expected, and wake whoever waits."""
-        for outcome in message.outcomes:
-            if (told := self._told.get(outcome.plan_id)) is not None:
-                told.outcomes[sample_of(outcome.request_id)] = outcome
-                told.has_changed()
-        for response in message.responses:
-            if (told := self._told.get(response.plan_id)) is not None:
-                _keep_longest(told.responses, response)
-                told.has_changed()
-        for plan_id, fields in message.rejected.items():
-            if (told := self._told.get(plan_id)) is not None:
-                told.rejection = TrimtabError.from_fields(fields)
-                told.has_changed()
+            for outcome in message.outcomes:
+                if (told := self._told.get(outcome.plan_id)) is not None:
+                    told.outcomes[sample_of(outcome.request_id)] = outcome
+                    told.has_changed()
+            for response in message.responses:
+                if (told := self._told.get(response.plan_id)) is not None:
+                    _keep_longest(told.responses, response)
+                    told.has_changed()
+            for plan_id, fields in message.rejected.items():
+                if (told := self._told.get(plan_id)) is not None:
+                    told.rejection = TrimtabError.from_fields(fields)
+                    told.has_changed()
 
 
 class OutcomeInbox:
@@ -304,28 +280,23 @@ class OutcomeInbox:
     """
 
     def __enter__(self) -> Self:
-        """Bind the socket and name it in the environment."""
+        """Make the pipe and name it in the environment."""
         self._receiver = _Receiver()
         self._before = os.environ.get(ADDRESS_VARIABLE)
         os.environ[ADDRESS_VARIABLE] = self._receiver.address
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Remove the socket."""
+        """Remove the pipe."""
         self._receiver.close()
         if self._before is None:
             os.environ.pop(ADDRESS_VARIABLE, None)
         else:
             os.environ[ADDRESS_VARIABLE] = self._before
 
-    def take(self) -> Sequence[Outcome]:
-        """The outcomes of one message, as a gateway takes them that has a token; none where there is none yet."""
-        message = self._receiver.take()
-        return () if message is None else message.outcomes
-
     def drain(self) -> tuple[list[Outcome], list[Response]]:
         """Every outcome and response there is, without waiting."""
-        messages = list(self._receiver.receive())
+        messages = self._receiver.receive()
         return [each for one in messages for each in one.outcomes], [each for one in messages for each in one.responses]
 
     def drain_into(self, outcomes: dict[str, dict[int, Outcome]], responses: dict[str, dict[int, Response]]) -> None:
