@@ -79,7 +79,7 @@ class Steering:
         )
         # Every rank edits and decides alike, on the same residuals; one of them tells.
         self._sender = OutcomeSender() if _is_first_rank() else OutcomeSender("")
-        self._due = Due([], [])
+        self._due = NOTHING
 
     @property
     def live(self) -> int:
@@ -123,8 +123,8 @@ class Steering:
         """
         due = self.rows.write_step(request_ids, tokens, computed)
         if due is not NOTHING:
-            self._due.outcomes.extend(due.outcomes)
-            self._due.responses.extend(due.responses)
+            left = self._due  # of a pass that was prepared and failed
+            self._due = due if left is NOTHING else Due(*(one + other for one, other in zip(left, due, strict=True)))
         if self.capture is not None:
             self.capture.write_step(request_ids, tokens, computed)
 
@@ -134,30 +134,31 @@ class Steering:
             self.capture.after_forward()
         if self.finite is not None:
             self.finite.after_forward()
-        outcomes, responses = self._due
-        if not (outcomes or responses):
+        if self._due is NOTHING:
             return
-        self._due = Due([], [])
+        due, self._due = self._due, NOTHING
         # By number: a request may have given its row back by the time the table has been read.
-        due = [(steered, steered.row) for steered in outcomes]
-        observed = [(steered, steered.row) for steered in responses]
+        outcomes = [(steered, steered.row) for steered in due.outcomes]
+        responses = [(steered, steered.row) for steered in due.responses]
         if self._download.table is not None:
-            self._tell(self._download.table, due, observed)
+            self._tell(self._download.table, outcomes, responses)
             return
-        reading = self._download.then(lambda table: self._tell(table.data.cast("B"), due, observed))
-        for steered, _ in due:
+        reading = self._download.then(lambda table: self._tell(table.data.cast("B"), outcomes, responses))
+        for steered, _ in outcomes:
             if steered.order.gate is not None:
                 steered.reading = reading
 
-    def _tell(self, table: memoryview, due: Sequence[_Row], observed: Sequence[_Row]) -> None:
+    def _tell(self, table: memoryview, outcomes: Sequence[_Row], responses: Sequence[_Row]) -> None:
         """Send what the table of rows [S, W] float32, as bytes, says of requests, each with its row's number."""
-        told = [self.rows.outcome(steered, bytes(table[row * ROW.size : (row + 1) * ROW.size])) for steered, row in due]
-        if not observed:
+        told = [
+            self.rows.outcome(steered, bytes(table[row * ROW.size : (row + 1) * ROW.size])) for steered, row in outcomes
+        ]
+        if not responses:
             self._sender.send(told)
             return
         read = [
             self.rows.response(steered, bytes(table[row * ROW.size : (row + 1) * ROW.size]))
-            for steered, row in observed
+            for steered, row in responses
         ]
         self._sender.send(told, [response for response in read if response is not None])
 

@@ -88,28 +88,49 @@ def set_apart(request: Request, *, plan: Plan, number: int, prompt_length: int, 
         first_edited, key = 0, f"all|{plan.bundle}|{plan.edit}|{plan.strength!r}"
     else:
         first_edited, key = prompt_length - 1, f"generated|{number}"
-    clean, salt = first_edited // block_size, b"|" + key.encode()
-    chain: list[Any] = []
+    apart = _Apart(hasher, first_edited // block_size, key, block_size)
+    if request.block_hashes:
+        request.block_hashes[:] = apart.apart(request.block_hashes)
+    request._block_hasher = apart  # noqa: SLF001
 
-    def apart(plain: Sequence[Any]) -> list[Any]:
+
+class _Apart:
+    """A block hasher of one request, around vLLM's own.
+
+    Args:
+        hasher: vLLM's.
+        clean: blocks that are shared with everyone.
+        key: of the others.
+        block_size: tokens per hash.
+    """
+
+    __slots__ = ("_block_size", "_chain", "_clean", "_hasher", "_key")
+
+    def __init__(self, hasher: BlockHasher, clean: int, key: str, block_size: int) -> None:
+        self._hasher, self._clean, self._key, self._block_size = hasher, clean, key, block_size
+        self._chain: list[Any] = []
+        """VLLM's own hashes."""
+
+    def apart(self, plain: Sequence[Any]) -> list[Any]:
         """The next hashes of vLLM's, set apart from the first block on that may be edited."""
-        shared = max(clean - len(chain), 0)
-        chain.extend(plain)
+        shared = max(self._clean - len(self._chain), 0)
+        self._chain.extend(plain)
+        salt = b"|" + self._key.encode()
         # Hashing vLLM's hash keeps what it already holds: all tokens so far, the tenant's salt, the parent block.
         return [*plain[:shared], *(hashlib.sha256(each + salt).digest() for each in plain[shared:])]
 
-    def hash_blocks(request: Any) -> list[Any]:
+    def __call__(self, request: Any) -> list[Any]:
+        """Hashes of the blocks that are full by now and have none; vLLM asks at every token."""
+        if (len(self._chain) + 1) * self._block_size > request.num_tokens:
+            return []
         # vLLM's hasher takes the last hash of the request as the parent of the next. It must find its own there, not
         # the one made of it here: a block's key would else depend on how many blocks were hashed at a time.
-        ours, request.block_hashes = request.block_hashes, chain
+        ours, request.block_hashes = request.block_hashes, self._chain
         try:
-            new = hasher(request)
+            new = self._hasher(request)
         finally:
             request.block_hashes = ours
-        return apart(new)
-
-    request.block_hashes[:] = apart(request.block_hashes)
-    request._block_hasher = hash_blocks  # noqa: SLF001
+        return self.apart(new)
 
 
 class SteeringScheduler:

@@ -37,6 +37,10 @@ class FakeRequest:
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens)
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
     def update_block_hashes(self) -> None:
         if self._block_hasher is not None:
             self.block_hashes.extend(self._block_hasher(self))
