@@ -214,8 +214,8 @@ def fill(target: Any, of_request: Any, limits: Any, tokens: Any, computed: Any, 
 
     Args:
         target: [M + 3] int32, written up to the step's number of tokens.
-        of_request: [B] row of each request.
-        limits: [S, 5] by row.
+        of_request: [B] row of each request, of a longer array.
+        limits: [S, 5] by row; what has been reached will not be again.
         tokens: [B] int32, tokens of each request in this step.
         computed: [B] int32, tokens of each request computed before it.
         written: leading entries of `target` that are not 0 after the last step; those beyond this one's become so.
@@ -226,7 +226,7 @@ def fill(target: Any, of_request: Any, limits: Any, tokens: Any, computed: Any, 
         How many tokens there are, and how many requests in `news`.
     """
     place = touched = decided = observed = told = 0
-    for n in range(len(of_request)):
+    for n in range(len(tokens)):
         row, begin, end = of_request[n], np.int64(computed[n]), np.int64(computed[n]) + tokens[n]
         first_edited, decides = limits[row, FIRST_EDITED], limits[row, DECIDES]
         read_from, read_to = limits[row, READ_FROM], limits[row, READ_TO]
@@ -245,8 +245,10 @@ def fill(target: Any, of_request: Any, limits: Any, tokens: Any, computed: Any, 
             place += 1
         if end > limits[row, LAST_OF_PROMPT]:
             what |= IS_DUE
+            limits[row, LAST_OF_PROMPT] = limits[row, DECIDES] = NEVER
         if end >= read_to:
             what |= IS_READ_TO_THE_END
+            limits[row, READ_FROM] = limits[row, READ_TO] = NEVER
         if what:
             news[told] = 8 * n + what
             told += 1

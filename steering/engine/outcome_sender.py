@@ -73,8 +73,11 @@ class OutcomeSender:
         if self._pipe is None:
             return
         message = Message(outcomes=outcomes, responses=responses).to_bytes()
-        if len(message) <= LONGEST or len(outcomes) + len(responses) == 1:
-            self._send(message)
+        if len(message) <= LONGEST:
+            self._put(HEAD.pack(len(message), 0) + message)
+            return
+        if len(outcomes) + len(responses) == 1:
+            self._leave(message)
             return
         for part in (outcomes[: len(outcomes) // 2], outcomes[len(outcomes) // 2 :]):
             if part:
@@ -86,7 +89,11 @@ class OutcomeSender:
     def reject(self, plan_id: str, error: TrimtabError) -> None:
         """Tell why a request was never run; vLLM's own way back has no room for a reason."""
         if self._pipe is not None:
-            self._send(Message(rejected={plan_id: error.to_fields()}).to_bytes())
+            message = Message(rejected={plan_id: error.to_fields()}).to_bytes()
+            if len(message) <= LONGEST:
+                self._put(HEAD.pack(len(message), 0) + message)
+            else:
+                self._leave(message)
 
     def close(self) -> None:
         """Send nothing any more, not even what waits."""
@@ -95,28 +102,24 @@ class OutcomeSender:
                 self._pipe.close()
                 self._pipe = None
 
-    def _send(self, message: bytes) -> None:
-        is_left = len(message) > LONGEST
-        if is_left:
-            message = self._leave(message)
-        framed = HEAD.pack(len(message), is_left) + message
+    def _put(self, message: bytes) -> None:
         # Without the lock, as nothing waits: messages of two threads have no order.
-        if not self._is_late and self._is_sent(framed):
+        if not self._is_late and self._is_sent(message):
             return
         with self._lock:
-            self._late.append(framed)
+            self._late.append(message)
             begins, self._is_late = not self._is_late, True
         if begins:
             threading.Thread(target=self._send_late, daemon=True, name="trimtab-late-outcomes").start()
 
-    def _leave(self, message: bytes) -> bytes:
-        """Put a message that is too long for the pipe into a file beside it; the name of that."""
+    def _leave(self, message: bytes) -> None:
+        """Put a message that is too long for the pipe into a file beside it, and send the name of that."""
         name = secrets.token_hex(16)
         try:
             Path(self._address).with_name(name).write_bytes(message)
         except OSError as error:
             _log.error("an outcome of %d bytes cannot be left for its receiver: %s", len(message), error)
-        return name.encode()
+        self._put(HEAD.pack(len(name), 1) + name.encode())
 
     def _is_sent(self, message: bytes) -> bool:
         """Whether a message is off, if only because it never can be."""

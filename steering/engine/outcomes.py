@@ -70,20 +70,26 @@ class _Receiver:
     def receive(self) -> list[Message]:
         """Every message there is and that can be read, without waiting: one system call, if there are not many."""
         found: list[Message] = []
-        while count := self._pipe.readinto(self._buffer[self._begun :]):
-            end, place = self._begun + count, 0
-            while end - place >= HEAD.size:
-                length, is_left = HEAD.unpack_from(self._buffer, place)
-                if place + HEAD.size + length > end:
+        buffer, begun = self._buffer, self._begun
+        while count := self._pipe.readinto(buffer[begun:] if begun else buffer):
+            end, place = begun + count, HEAD.size
+            while place <= end:
+                length, is_left = HEAD.unpack_from(buffer, place - HEAD.size)
+                if place + length > end:
                     break
-                place += HEAD.size
-                self._read(self._buffer[place : place + length], bool(is_left), found)
-                place += length
-            self._begun = end - place
-            if self._begun:
-                self._buffer[: self._begun] = bytes(self._buffer[place:end])
+                try:
+                    message = buffer[place : place + length]
+                    found.append(Message.from_bytes(self._left(message) if is_left else message))
+                except (ValueError, OSError):
+                    # One broken message fails the requests that wait for it, by their time limit, and no other.
+                    _log.exception("outcomes cannot be read")
+                place += length + HEAD.size
+            begun = end - (place - HEAD.size)
+            if begun:
+                buffer[:begun] = bytes(buffer[end - begun : end])
             if end < AT_ONCE:
                 break
+        self._begun = begun
         return found
 
     def close(self) -> None:
@@ -92,18 +98,12 @@ class _Receiver:
         self._writer.close()
         self._directory.cleanup()
 
-    def _read(self, message: memoryview, is_left: bool, found: list[Message]) -> None:
-        """Add a message to those found."""
-        try:
-            if is_left:
-                path = Path(self.address).with_name(bytes(message).decode())
-                found.append(Message.from_bytes(path.read_bytes()))
-                path.unlink()
-            else:
-                found.append(Message.from_bytes(message))
-        except (ValueError, OSError):
-            # One broken message fails the requests that wait for it, by their time limit, and no other.
-            _log.exception("outcomes cannot be read")
+    def _left(self, name: memoryview) -> bytes:
+        """What a sender left beside the pipe under a name."""
+        path = Path(self.address).with_name(bytes(name).decode())
+        message = path.read_bytes()
+        path.unlink()
+        return message
 
 
 @dataclass(slots=True, eq=False)

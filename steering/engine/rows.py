@@ -9,6 +9,7 @@ Shapes: `B` requests of a step, `T` tokens of a step, `S` rows, `W` columns of a
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,17 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from steering.engine.bank import Bank
-from steering.engine.compiled import (
-    DECIDES,
-    IS_DUE,
-    IS_READ,
-    IS_READ_TO_THE_END,
-    LAST_OF_PROMPT,
-    NEVER,
-    READ_FROM,
-    READ_TO,
-    fill,
-)
+from steering.engine.compiled import IS_DUE, IS_READ, IS_READ_TO_THE_END, NEVER, fill
 from steering.engine.kernels import AWAITED, COUNTS, RESPONSE, ROW_WIDTH
 from steering.engine.orders import Orders
 from steering.engine.reports import outcome_of, response_of
@@ -75,9 +66,9 @@ class Rows:
         self._limits = np.full((self.capacity + 1, 5), NEVER, dtype=np.int64)
         """Of each row, see `compiled.fill`; those of row 0 are never reached."""
         self._limits_bytes = self._limits.data.cast("B")
-        self._news = np.zeros(self.capacity + 1, dtype=np.int64)
+        self._batch, self._news = (np.zeros(self.capacity + 1, dtype=np.int64) for _ in range(2))
+        self._batch_numbers = self._batch.data.cast("B").cast("q")
         self._rows_upload, self._tokens_upload = RowUpload(self.rows), MapUpload(self.token_rows)
-        self._changed: set[int] = set()
         self._over: list[Steered] = []
         """Requests that nothing is asked of any more: only observed, or left alone by their gate. They have a row until
         the next step, and are then as if they had never been steered. A device's thread appends.
@@ -145,7 +136,6 @@ class Rows:
         steered.row = row
         self._requests[request_id] = steered
         self._row_of[request_id] = row
-        self._changed.add(row)
 
     def _first_row(self, steered: Steered, tokens: Sequence[int], computed: int) -> bytes | bytearray:
         """[W] what a row holds before the next step of a request."""
@@ -219,20 +209,21 @@ class Rows:
         if not any(of_request):
             self._clear()
             return NOTHING
-        if self._changed:
-            self._rows_upload.send(self._changed)
-            self._changed.clear()
-        total, told = fill(
-            self._tokens_upload.array(),
-            np.array(of_request, dtype=np.int64),
+        if self._rows_upload.waiting:
+            self._rows_upload.send()
+        here, written = self._tokens_upload.here, self._written
+        self._batch_numbers[: len(of_request)] = array("q", of_request)
+        self._written, told = fill(
+            self._tokens_upload.array() if here is None else here,
+            self._batch,
             self._limits,
             tokens,
             computed,
-            self._written,
+            written,
             self._news,
         )
-        self._tokens_upload.send(max(total, self._written))
-        self._written = total
+        if here is None:
+            self._tokens_upload.send(max(self._written, written))
         return self._due(request_ids, self._news[:told].tolist()) if told else NOTHING
 
     def outcome(self, steered: Steered, row: bytes) -> Outcome:
@@ -266,7 +257,7 @@ class Rows:
             self.preempt(steered.request_id)
 
     def _due(self, request_ids: Sequence[str], news: Sequence[int]) -> Due:
-        """What the step's forward pass makes known, and what is not to be said of a request again."""
+        """What the step's forward pass makes known."""
         due = Due([], [])
         for each in news:
             place, what = divmod(each, 8)
@@ -275,11 +266,9 @@ class Rows:
                 due.responses.append(steered)
             if what & IS_DUE:
                 steered.is_due = True
-                self._limits[steered.row, LAST_OF_PROMPT] = self._limits[steered.row, DECIDES] = NEVER
                 due.outcomes.append(steered)
             if what & IS_READ_TO_THE_END:
                 steered.is_observed = False
-                self._limits[steered.row, READ_FROM] = self._limits[steered.row, READ_TO] = NEVER
                 if steered.is_left_alone or not steered.order.plan.is_steering:
                     self._over.append(steered)
         return due

@@ -7,7 +7,7 @@ Shapes: `S` rows, `W` columns of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -37,19 +37,23 @@ class _Turns:
 
 
 class MapUpload:
-    """Writes the leading entries of a flat int32 tensor; on the CPU all of it."""
+    """Writes the leading entries of a flat int32 tensor; on the CPU all of it.
+
+    Attributes:
+        here: on the CPU, the tensor's own memory: whoever writes it needs no `send`. None on a device.
+    """
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
-        self._turns = None if target.device.type == "cpu" else _Turns([target])
         # The tensor stays where it is: to ask for its array at every step costs more than a row does.
-        self._array: NDArray[np.int32] | None = target.numpy() if self._turns is None else None
+        self.here: NDArray[np.int32] | None = target.numpy() if target.device.type == "cpu" else None
+        self._turns = _Turns([target]) if self.here is None else None
 
     def array(self) -> NDArray[np.int32]:
         """The host array to fill before `send`."""
         if self._turns is None:
-            assert self._array is not None
-            return self._array
+            assert self.here is not None
+            return self.here
         array: NDArray[np.int32] = self._turns.next()[0].numpy()
         return array
 
@@ -64,15 +68,17 @@ class RowUpload:
     """Writes whole rows of a table [S, W] and leaves the others, which the device may have written, as they are.
 
     Attributes:
-        array: [S, W] of which rows are sent; on the CPU it is the table.
+        waiting: rows that `send` would write; none on the CPU.
     """
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
         self._turns: _Turns | None = None
-        self.array: NDArray[np.float32] = target.numpy() if target.device.type == "cpu" else target.cpu().numpy()
+        self.waiting: set[int] = set()
+        # [S, W] of which rows are sent; on the CPU it is the table.
+        self._array: NDArray[np.float32] = target.numpy() if target.device.type == "cpu" else target.cpu().numpy()
         # Bytes of the same memory: to have NumPy write a row costs several times as much.
-        self._bytes, self._pitch = self.array.data.cast("B"), self.array.strides[0]
+        self._bytes, self._pitch = self._array.data.cast("B"), self._array.strides[0]
         if target.device.type != "cpu":
             self._staged = [
                 torch.zeros_like(target),
@@ -81,17 +87,20 @@ class RowUpload:
             self._turns = _Turns(self._staged)
 
     def write(self, number: int, row: bytes | bytearray) -> None:
-        """Have a row, as `kernels.ROW` packs it, sent next time."""
+        """Write a row, as `kernels.ROW` packs it, with the next `send`; on the CPU now."""
         self._bytes[number * self._pitch : (number + 1) * self._pitch] = row
+        if self._turns is not None:
+            self.waiting.add(number)
 
-    def send(self, numbers: Collection[int]) -> None:
-        """Write `array[number]` into each row `number`; ordered on the current stream before the step's kernels."""
+    def send(self) -> None:
+        """Write what is waiting; ordered on the current stream before the step's kernels."""
         if self._turns is None:
             return
-        chosen = np.asarray(sorted(numbers), dtype=np.int64)
+        chosen = np.asarray(sorted(self.waiting), dtype=np.int64)
+        self.waiting.clear()
         count = len(chosen)
         pinned_rows, pinned_numbers = self._turns.next()
-        pinned_rows.numpy()[:count] = self.array[chosen]
+        pinned_rows.numpy()[:count] = self._array[chosen]
         pinned_numbers.numpy()[:count] = chosen
         for staged, pinned in zip(self._staged, (pinned_rows, pinned_numbers), strict=True):
             staged[:count].copy_(pinned[:count], non_blocking=True)

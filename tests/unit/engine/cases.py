@@ -95,7 +95,6 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
             places = (of_token == number).nonzero().squeeze(1)[:MAX_RESPONSE_TOKENS]
             of_token[places] += torch.arange(1, len(places) + 1, dtype=torch.int32) << kernels.PLACE
     assert [rows._row_of[str(number)] for number in range(1, len(plans) + 1)] == list(range(1, len(plans) + 1))
-    rows.rows[: len(plans) + 1] = torch.from_numpy(rows._rows_upload.array[: len(plans) + 1])
     is_muted = torch.rand(tokens, generator=generator) < 0.25
     rows.token_rows[:tokens] = of_token + is_muted * of_token.sign() * (1 << kernels.MUTED)
     counted = (of_token != 0, of_token < 0, of_token >> kernels.PLACE > 0)
