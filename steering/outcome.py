@@ -14,7 +14,7 @@ import msgspec
 from steering.plan import Decision, Reasoning, Scope
 
 
-class Scores(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class Scores(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What a probe read from one prompt. It travels as it was read: who wants probabilities makes them.
 
     Attributes:
@@ -44,7 +44,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         return {name: weight / total for name, weight in zip(self.names, weights, strict=True)}
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class Outcome(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What the engine did for one sample of a request, reported by the worker's first rank.
 
     Attributes:
@@ -75,7 +75,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     error: str = ""
 
 
-class Response(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class Response(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What the response probe has read of one sample so far, reported by the worker's first rank.
 
     Attributes:

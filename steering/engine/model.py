@@ -259,10 +259,9 @@ class SteeredModel(nn.Module):
 
     def compute_logits(self, *arguments: Any, **named: Any) -> Any:
         """As vLLM's; both runners call it right after every forward pass, outside the graph."""
-        logits = super().compute_logits(*arguments, **named)  # type: ignore[misc]
         if self.steering is not None:
             self.steering.after_forward()
-        return logits
+        return super().compute_logits(*arguments, **named)  # type: ignore[misc]
 
     def get_model_state_cls(self) -> type[Any]:
         """State class for the V2 runner (vLLM 0.32 `model_states.resolve_model_state_cls`)."""
