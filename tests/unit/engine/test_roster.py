@@ -81,6 +81,18 @@ def test_a_bundle_nobody_names_is_released_at_once() -> None:
     assert held.obey("close", "one") is False
 
 
+def test_a_plan_that_was_well_is_looked_at_again_after_an_order() -> None:
+    """The one object that many requests share is refused once its bundle is closed, and well again when it is back."""
+    held, plan = roster(), plan_for("e", bundle="one")
+    for _ in range(2):
+        held.check(plan)
+        held.obey("close", "one")
+        with pytest.raises(UnknownName, match="is being unloaded"):
+            held.check(plan)
+        held.obey("revive", "one")
+    held.check(plan)
+
+
 def test_a_closed_bundle_is_revived_until_it_is_released() -> None:
     """Then its requests go on counting; afterwards it has to be loaded anew."""
     held = roster()

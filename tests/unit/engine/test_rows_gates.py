@@ -10,9 +10,10 @@ from steering.engine import kernels
 from steering.engine.bank import Bank
 from steering.engine.rows import Rows
 from steering.errors import UnknownName
+from steering.gate import Probe
 from steering.outcome import Outcome
 from steering.plan import Decision
-from tests.samples import gate_plan
+from tests.samples import bundle_in_memory, gate_plan, random_edit
 from tests.unit.engine.steps import BUNDLE, decide, gated, step
 
 
@@ -155,6 +156,30 @@ def test_orders_reach_the_gate() -> None:
             probability = torch.sigmoid(torch.tensor(3.0)).item()
             assert outcome.strength == pytest.approx((probability - 0.6) / 0.4)
         assert (rows.rows[int(rows.token_rows[0].abs()), kernels.EDIT] != 0) == outcome.applied
+
+
+def test_a_plan_means_what_the_bank_holds_when_its_request_comes() -> None:
+    """One plan for many requests, under ids of their own: bundles come and go, and its numbers with them."""
+    probe = Probe(name="probe", layer=0, categories=("safety",), weight=torch.zeros(2, 16), bias=torch.ones(2))
+    edits = {name: random_edit(name, ranks={0: 1}) for name in ("a", "b")}
+    first, second = (
+        bundle_in_memory(edits, digest=digest, gates={"gate": (probe, {"safety": edit}, {})})
+        for digest, edit in (("first", "a"), ("second", "b"))
+    )
+    bank = Bank(layers=(0,), width=16, terms=16, device=torch.device("cpu"))
+    rows, plan = Rows(bank=bank, requests=4, tokens=8, device=torch.device("cpu")), gate_plan("gate", bundle="second")
+    told = []
+    for loaded in ((first, second), (second,), (second, first)):
+        for bundle in loaded:
+            bank.load(bundle)
+        rows.add("r", plan, 1, plan_id="mine")
+        told += run_gated(rows, bank, torch.zeros(16), ("r", 1, 0))
+        rows.remove("r")
+        for bundle in loaded:
+            bank.unload(bundle.digest)
+        with pytest.raises(UnknownName, match="no gate 'gate'"):
+            rows.add("r", plan, 1)
+    assert [(outcome.plan_id, outcome.edit) for outcome in told] == [("mine", "b")] * 3
 
 
 def test_unknown_gates_and_categories_take_no_row() -> None:

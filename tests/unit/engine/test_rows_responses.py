@@ -115,6 +115,26 @@ def test_a_request_its_gate_leaves_alone_is_read_to_the_end(is_late: bool) -> No
     assert (rows.token_rows.count_nonzero(), rows.requests) == (0, {})
 
 
+def test_a_request_left_alone_while_it_waits_is_read_when_it_is_back() -> None:
+    """Preempted before the host has read that its gate leaves it alone: its response probe still reads its tokens."""
+    gate = Probe(name="probe", layer=0, categories=("safety",), weight=torch.zeros(2, 16), bias=torch.zeros(2))
+    reader = Probe(name="response", layer=0, categories=(), weight=torch.ones(1, 16) / 16, bias=torch.zeros(1))
+    bank = Bank(layers=(0,), width=16, terms=8, device=CPU)
+    edits = {"a": random_edit("a", ranks={0: 1})}
+    bank.load(bundle_in_memory(edits, gates={"gate": (gate, {"safety": "a"}, {})}, response=(reader, 2)))
+    rows = Rows(bank=bank, requests=2, tokens=TOKENS, device=CPU)
+    rows.add("r", replace(gate_plan("gate"), response=True), 2)
+    due = rows.write_step(["r"], np.array([2], dtype=np.int32), np.array([0], dtype=np.int32))
+    decide(rows, bank, torch.zeros(16))
+    told = rows.rows.numpy()[due.outcomes[0].row].tobytes()
+    rows.preempt("r")
+    assert rows.outcome(due.outcomes[0], told).decision is Decision.ABSTAIN
+    rows.resume("r")
+    assert run_observed(rows, bank, 16.0, ("r", 4, 0)) == {"r": (2, 1.0)}
+    assert run_observed(rows, bank, 16.0, ("r", 1, 4)) == {}
+    assert rows.requests == {}
+
+
 def test_what_is_no_number_is_not_told() -> None:
     """A score that is not finite is as good as none; those of other tokens count."""
     rows, bank = observed()

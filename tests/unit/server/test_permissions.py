@@ -119,6 +119,17 @@ def test_a_name_on_a_list_that_has_become_ambiguous_lists_nothing() -> None:
         )
 
 
+def test_what_may_be_asked_for_is_what_is_loaded_now() -> None:
+    """What was worked out for a caller and a spec is not kept when the bundles, or the caller's permissions, change."""
+    strict, lax = make_catalog(make_gated_bundle()), make_catalog(make_bundle())
+    spec = SteeringSpec(mode=Mode.OFF)
+    for _ in range(2):
+        with pytest.raises(PermissionDenied, match="steer:relax"):
+            permitted(caller(USE), spec, strict)
+        assert not permitted(caller(USE), spec, lax).relaxes
+        assert permitted(caller(USE, RELAX), spec, strict).relaxes
+
+
 def test_categories_are_those_on_the_list() -> None:
     """Neither by name nor by what a mode or a threshold reaches can others be asked for."""
     safety = caller(*Permission, categories=frozenset({"Safety"}))

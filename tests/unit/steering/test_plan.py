@@ -79,6 +79,21 @@ def test_plans_that_differ_in_their_id_alone_are_read_apart(ids: list[str]) -> N
             assert Plan.from_json(given_text) == Plan(id=each, bundle="sha256:0", edit="e", strength=2.0)
 
 
+def test_requests_that_differ_in_their_id_alone_share_a_plan() -> None:
+    """One object for all of them, beside the id of each; another for another plan, and one of its own for a text that
+    is written otherwise.
+    """
+    plans = [Plan(id=each, bundle="sha256:0", edit="e", strength=2.0) for each in ("a1", "b2")]
+    (first, one), (second, other) = (Plan.shared(plan.to_json()) for plan in plans)
+    assert (first, second) == ("a1", "b2")
+    assert one is other
+    assert one.named("a1") == plans[0]
+    assert Plan.shared(replace(plans[0], strength=1.0).to_json())[1].strength == 1.0
+    odd = plans[0].to_json().replace('"version":5,', '"version": 5,')
+    assert Plan.shared(odd) == ("a1", plans[0])
+    assert Plan.shared(odd)[1] is not one
+
+
 @given(text=st.text() | JSON.map(json.dumps))
 @example(text="[" * 100_000)
 @example(text='{"a":' * 100_000)
