@@ -232,7 +232,7 @@ def _run(question: Path, inbox: Any) -> Result:
             steps.append(steps_of(engine))
             preempted.append(preemptions_of(engine))
         told, read = inbox.drain()
-        outcomes = msgspec.to_builtins(told)
+        outcomes = [msgspec.structs.asdict(outcome) for outcome in told]
         responses = [[each.plan_id, each.request_id, each.tokens, each.score] for each in read]
         report = engine.collective_rpc("steering_report")[0] if steering else {}
         return Result(

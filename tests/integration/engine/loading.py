@@ -140,7 +140,7 @@ def run_loading(question: Path, inbox: Any) -> LoadingResult:
         return LoadingResult(
             steps=results,
             answers=played.answers,
-            outcomes=msgspec.to_builtins(played.outcomes),
+            outcomes=[msgspec.structs.asdict(outcome) for outcome in played.outcomes],
             in_time=[name for (name, _), is_in_time in played.begun.items() if is_in_time],
             late=[name for (name, _), is_in_time in played.begun.items() if not is_in_time],
             preemptions=driver.preemptions_of(engine),
