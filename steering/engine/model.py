@@ -150,16 +150,11 @@ class Steering:
 
     def _tell(self, table: memoryview, outcomes: Sequence[_Row], responses: Sequence[_Row]) -> None:
         """Send what the table of rows [S, W] float32, as bytes, says of requests, each with its row's number."""
-        told = [
-            self.rows.outcome(steered, bytes(table[row * ROW.size : (row + 1) * ROW.size])) for steered, row in outcomes
-        ]
+        told = [self.rows.outcome(steered, table, row * ROW.size) for steered, row in outcomes]
         if not responses:
             self._sender.send(told)
             return
-        read = [
-            self.rows.response(steered, bytes(table[row * ROW.size : (row + 1) * ROW.size]))
-            for steered, row in responses
-        ]
+        read = [self.rows.response(steered, table, row * ROW.size) for steered, row in responses]
         self._sender.send(told, [response for response in read if response is not None])
 
 
@@ -259,9 +254,10 @@ class SteeredModel(nn.Module):
 
     def compute_logits(self, *arguments: Any, **named: Any) -> Any:
         """As vLLM's; both runners call it right after every forward pass, outside the graph."""
+        logits = super().compute_logits(*arguments, **named)  # type: ignore[misc]
         if self.steering is not None:
             self.steering.after_forward()
-        return super().compute_logits(*arguments, **named)  # type: ignore[misc]
+        return logits
 
     def get_model_state_cls(self) -> type[Any]:
         """State class for the V2 runner (vLLM 0.32 `model_states.resolve_model_state_cls`)."""

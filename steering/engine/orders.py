@@ -45,7 +45,7 @@ class Order:
         gate: the gate that decides; None for a plan that names its edit or only observes.
         response: the probe that reads the answer; None for none.
         row: [W] float32, what a row holds before any gate has decided.
-        told: the leading columns of a row that its gate writes, to the last score.
+        told: the leading columns of a row, up to the last score of its gate, which writes them.
     """
 
     plan: Plan

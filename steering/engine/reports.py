@@ -19,19 +19,20 @@ _DECISIONS = {float(Latch.REFUSE): Decision.REFUSE, float(Latch.COMPLY): Decisio
 _DECISIONS[float(Latch.ABSTAIN)] = Decision.ABSTAIN
 _UNDECIDED = (float(Latch.FIXED), float(Latch.PENDING))
 _FLOAT, _READ = struct.Struct("f"), struct.Struct(f"{MAX_RESPONSE_TOKENS}f")
-_BROKEN, _ZERO = slice(BROKEN * _FLOAT.size, (BROKEN + 1) * _FLOAT.size), _FLOAT.pack(0.0)
+_BROKEN = BROKEN * _FLOAT.size
 
 
-def outcome_of(steered: Steered, row: bytes, bank: Bank) -> Outcome:
+def outcome_of(steered: Steered, table: memoryview, place: int, bank: Bank) -> Outcome:
     """What came of a due request, once its forward pass has run; its latch is kept for a later preemption.
 
     Args:
         steered: as `Rows.write_step` gave it.
-        row: [W] float32, the request's row as that pass left it.
+        table: bytes of rows [S, W] float32, as that pass left them.
+        place: where in them the request's row begins.
         bank: knows the edits by number.
     """
     plan, gate = steered.order.plan, steered.order.gate
-    if row[_BROKEN] != _ZERO:
+    if _FLOAT.unpack_from(table, place + _BROKEN)[0]:
         return _failed(steered, "the residuals are not finite")
     if gate is None:
         return Outcome(
@@ -43,11 +44,11 @@ def outcome_of(steered: Steered, row: bytes, bank: Bank) -> Outcome:
             scope=plan.scope,
             reasoning=plan.reasoning,
         )
-    values = steered.order.told.unpack_from(row)
+    values = steered.order.told.unpack_from(table, place)
     state = values[STATE]
     if state in _UNDECIDED:
         return _failed(steered, "the gate did not run at its layer")
-    steered.latched = row
+    steered.latched = values
     if state == Latch.FAILED:
         return _failed(steered, "the probe's scores are not finite")
     edit = bank.name(int(values[EDIT]))
@@ -65,12 +66,12 @@ def outcome_of(steered: Steered, row: bytes, bank: Bank) -> Outcome:
     )
 
 
-def response_of(steered: Steered, row: bytes) -> Response | None:
+def response_of(steered: Steered, table: memoryview, place: int) -> Response | None:
     """What the response probe has read of an observed request so far; None where it was nothing finite.
 
     Arguments are those of `outcome_of`.
     """
-    fresh = _READ.unpack_from(row, _FLOAT.size * (RESPONSE + 1))
+    fresh = _READ.unpack_from(table, place + _FLOAT.size * (RESPONSE + 1))
     # Not all that was read before a preemption is read again: it may come back from the prefix cache.
     steered.scores = tuple(
         new if math.isfinite(new) else known for new, known in zip(fresh, steered.scores, strict=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from steering.engine.bank import Bank
 from steering.engine.compiled import IS_DUE, IS_READ, IS_READ_TO_THE_END, NEVER, fill
-from steering.engine.kernels import AWAITED, COUNTS, RESPONSE, ROW_WIDTH
+from steering.engine.kernels import AWAITED, COUNTS, ROW_WIDTH
 from steering.engine.orders import Orders
 from steering.engine.reports import outcome_of, response_of
 from steering.engine.steered import Due, Steered
@@ -31,9 +31,6 @@ _TAIL = 8
 """Tokens at the end of a prompt among which a template that switches thinking off puts the end of reasoning."""
 
 _FLOAT, _LIMITS = struct.Struct("f"), struct.Struct("5q")
-_UNREAD = slice(RESPONSE * _FLOAT.size, AWAITED * _FLOAT.size)
-"""Bytes of a row that the response probe has: its number and scores."""
-
 NOTHING = Due([], [])
 """A step makes nothing known. Never written."""
 
@@ -143,16 +140,15 @@ class Rows:
         is_spared = order.plan.reasoning is Reasoning.SPARED
         if not is_spared and steered.latched is None:
             return order.row
-        row = bytearray(steered.latched or order.row)
-        row[_UNREAD] = order.row[_UNREAD]
-        awaited = 0
+        row = bytearray(order.row)
+        if steered.latched is not None:
+            order.told.pack_into(row, 0, *steered.latched)
         if is_spared:
             # What may have ended reasoning before the next token to compute.
             length = steered.prompt_length
             before = tokens[max(length - _TAIL, 0) : max(length, computed)]
             end = self._bank.reasoning_end(bundle=order.plan.bundle)
-            awaited = 0 if end in before else end + 1
-        _FLOAT.pack_into(row, AWAITED * _FLOAT.size, awaited)
+            _FLOAT.pack_into(row, AWAITED * _FLOAT.size, 0 if end in before else end + 1)
         return row
 
     def _set_limits(self, steered: Steered, row: int) -> None:
@@ -226,20 +222,20 @@ class Rows:
             self._tokens_upload.send(max(self._written, written))
         return self._due(request_ids, self._news[:told].tolist()) if told else NOTHING
 
-    def outcome(self, steered: Steered, row: bytes) -> Outcome:
+    def outcome(self, steered: Steered, table: memoryview, place: int) -> Outcome:
         """What came of a due request; see `reports.outcome_of`. One that its gate left alone is over once it has been
         observed.
         """
-        told = outcome_of(steered, row, self._bank)
+        told = outcome_of(steered, table, place, self._bank)
         if steered.order.gate is not None and told.edit is None and not told.error:
             steered.is_left_alone = True
             if not steered.is_observed and (steered.row or steered.order.response is None):
                 self._over.append(steered)
         return told
 
-    def response(self, steered: Steered, row: bytes) -> Response | None:
+    def response(self, steered: Steered, table: memoryview, place: int) -> Response | None:
         """What the response probe has read of an observed request; see `reports.response_of`."""
-        return response_of(steered, row)
+        return response_of(steered, table, place)
 
     def _clear(self) -> None:
         """Point every token to row 0; free of cost when they do already."""

@@ -1,7 +1,4 @@
-"""Steered: a request with a plan, as the worker knows it from its first step to its last. Knows nothing of tables.
-
-Shapes: `W` columns of a row.
-"""
+"""Steered: a request with a plan, as the worker knows it from its first step to its last. Knows nothing of tables."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ class Steered(Struct, kw_only=True, eq=False):
         is_over: nothing is asked of it any more: nothing is edited, and what was to be observed has been.
         row: 0 while it waits after a preemption.
         is_due: its last prompt token has been in a step, whose forward pass decides or applies.
-        latched: [W] float32, its row as the gate left it, once the host knows; survives preemption.
+        latched: what its gate has written into its row, `Order.told` of it, once the host knows; survives preemption.
         reading: ends when the host knows it.
     """
 
@@ -44,7 +41,7 @@ class Steered(Struct, kw_only=True, eq=False):
     is_over: bool = False
     row: int = 0
     is_due: bool = False
-    latched: bytes | None = None
+    latched: tuple[float, ...] | None = None
     reading: Future[None] | None = None
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from steering.engine.bank import Bank
-from steering.engine.kernels import COUNTS
+from steering.engine.kernels import COUNTS, ROW
 from steering.engine.rows import Rows
+from steering.engine.steered import Steered
 from steering.gate import Probe
 from steering.outcome import Outcome
 from tests.samples import bundle_in_memory, random_edit
@@ -29,7 +30,12 @@ def step(rows: Rows, *parts: tuple[str, int, int]) -> list[Outcome]:
     """Write a step of (request id, tokens in it, tokens computed before it); its outcomes once its pass has run."""
     ids, tokens, computed = zip(*parts, strict=True)
     due = rows.write_step(ids, np.array(tokens, dtype=np.int32), np.array(computed, dtype=np.int32))
-    return [rows.outcome(steered, rows.rows.numpy()[steered.row].tobytes()) for steered in due.outcomes]
+    return [rows.outcome(steered, *row_of(rows, steered)) for steered in due.outcomes]
+
+
+def row_of(rows: Rows, steered: Steered) -> tuple[memoryview, int]:
+    """A copy of the rows as they are, and where in it the request's begins."""
+    return memoryview(rows.rows.numpy().tobytes()), steered.row * ROW.size
 
 
 def decide(rows: Rows, bank: Bank, residual: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from steering.engine.kernels import BROKEN, MUTED, PLACE, ROW_WIDTH
 from steering.engine.rows import Rows
 from steering.engine.uploads import RowDownload
 from tests.samples import WIDTH, bundle_in_memory, plan_for, random_edit
+from tests.unit.engine.steps import row_of
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
@@ -43,7 +44,7 @@ def test_a_request_is_named_until_its_row_is_anothers() -> None:
         due = rows.write_step(names, np.full(len(names), 2, dtype=np.int32), np.zeros(len(names), dtype=np.int32))
         mark(hidden, rows.token_rows, rows.rows)
         check.after_forward()
-        return [rows.outcome(steered, rows.rows.numpy()[steered.row].tobytes()).error for steered in due.outcomes]
+        return [rows.outcome(steered, *row_of(rows, steered)).error for steered in due.outcomes]
 
     hidden = torch.zeros(4, WIDTH)
     hidden[3, 0] = float("nan")

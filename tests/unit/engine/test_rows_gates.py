@@ -14,7 +14,7 @@ from steering.gate import Probe
 from steering.outcome import Outcome
 from steering.plan import Decision
 from tests.samples import bundle_in_memory, gate_plan, random_edit
-from tests.unit.engine.steps import BUNDLE, decide, gated, step
+from tests.unit.engine.steps import BUNDLE, decide, gated, row_of, step
 
 
 def run_gated(rows: Rows, bank: Bank, residual: torch.Tensor, *parts: tuple[str, int, int]) -> list[Outcome]:
@@ -22,7 +22,7 @@ def run_gated(rows: Rows, bank: Bank, residual: torch.Tensor, *parts: tuple[str,
     ids, tokens, computed = zip(*parts, strict=True)
     due = rows.write_step(ids, np.array(tokens, dtype=np.int32), np.array(computed, dtype=np.int32))
     decide(rows, bank, residual)
-    return [rows.outcome(steered, rows.rows.numpy()[steered.row].tobytes()) for steered in due.outcomes]
+    return [rows.outcome(steered, *row_of(rows, steered)) for steered in due.outcomes]
 
 
 def test_a_gate_decides_at_the_last_prompt_token_and_never_again() -> None:
@@ -102,10 +102,10 @@ def test_a_late_report_ends_nothing_of_a_later_request() -> None:
     rows.add("r", gate_plan("gate"), 1)
     due = rows.write_step(["r"], np.array([1], dtype=np.int32), np.array([0], dtype=np.int32))
     decide(rows, bank, torch.zeros(16))
-    row = rows.rows.numpy()[due.outcomes[0].row].tobytes()
+    row = row_of(rows, due.outcomes[0])
     rows.remove("r")
     rows.add("r", gate_plan("gate"), 1)
-    assert rows.outcome(due.outcomes[0], row).decision is Decision.ABSTAIN
+    assert rows.outcome(due.outcomes[0], *row).decision is Decision.ABSTAIN
     assert run_gated(rows, bank, harmful, ("r", 1, 0))[0].edit == "a"
     run_gated(rows, bank, harmful, ("r", 1, 1))
     assert rows.token_rows[0] > 0

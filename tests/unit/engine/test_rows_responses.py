@@ -14,7 +14,7 @@ from steering.errors import UnknownName
 from steering.gate import Probe
 from steering.plan import Decision
 from tests.samples import bundle_in_memory, gate_plan, plan_for, random_edit
-from tests.unit.engine.steps import BUNDLE, CPU, EDITS, TOKENS, decide, rows_of
+from tests.unit.engine.steps import BUNDLE, CPU, EDITS, TOKENS, decide, row_of, rows_of
 
 
 def observed(requests: int = 8, tokens: int = 3) -> tuple[Rows, Bank]:
@@ -37,7 +37,7 @@ def run_observed(rows: Rows, bank: Bank, value: float, *parts: tuple[str, int, i
     ids, tokens, computed = zip(*parts, strict=True)
     due = rows.write_step(ids, np.array(tokens, dtype=np.int32), np.array(computed, dtype=np.int32))
     decide(rows, bank, torch.zeros(16).index_put((torch.tensor([0]),), torch.tensor(value)))
-    told = [rows.response(steered, rows.rows.numpy()[steered.row].tobytes()) for steered in due.responses]
+    told = [rows.response(steered, *row_of(rows, steered)) for steered in due.responses]
     return {response.request_id: (response.tokens, response.score) for response in told if response is not None}
 
 
@@ -104,13 +104,13 @@ def test_a_request_its_gate_leaves_alone_is_read_to_the_end(is_late: bool) -> No
     rows.add("r", replace(gate_plan("gate"), response=True), 2)
     due = rows.write_step(["r"], np.array([2], dtype=np.int32), np.array([0], dtype=np.int32))
     decide(rows, bank, torch.zeros(16))
-    told = rows.rows.numpy()[due.outcomes[0].row].tobytes()
+    told = row_of(rows, due.outcomes[0])
     if not is_late:
-        assert rows.outcome(due.outcomes[0], told).decision is Decision.ABSTAIN
+        assert rows.outcome(due.outcomes[0], *told).decision is Decision.ABSTAIN
     assert run_observed(rows, bank, 1.0, ("r", 1, 2)) == {"r": (1, 1.0)}
     assert run_observed(rows, bank, 3.0, ("r", 1, 3)) == {"r": (2, 2.0)}
     if is_late:
-        assert rows.outcome(due.outcomes[0], told).decision is Decision.ABSTAIN
+        assert rows.outcome(due.outcomes[0], *told).decision is Decision.ABSTAIN
     assert run_observed(rows, bank, 9.0, ("r", 1, 4)) == {}
     assert (rows.token_rows.count_nonzero(), rows.requests) == (0, {})
 
@@ -126,9 +126,9 @@ def test_a_request_left_alone_while_it_waits_is_read_when_it_is_back() -> None:
     rows.add("r", replace(gate_plan("gate"), response=True), 2)
     due = rows.write_step(["r"], np.array([2], dtype=np.int32), np.array([0], dtype=np.int32))
     decide(rows, bank, torch.zeros(16))
-    told = rows.rows.numpy()[due.outcomes[0].row].tobytes()
+    told = row_of(rows, due.outcomes[0])
     rows.preempt("r")
-    assert rows.outcome(due.outcomes[0], told).decision is Decision.ABSTAIN
+    assert rows.outcome(due.outcomes[0], *told).decision is Decision.ABSTAIN
     rows.resume("r")
     assert run_observed(rows, bank, 16.0, ("r", 4, 0)) == {"r": (2, 1.0)}
     assert run_observed(rows, bank, 16.0, ("r", 1, 4)) == {}

@@ -16,6 +16,7 @@ from steering.gate import Probe
 from steering.plan import Plan, Reasoning
 from tests.samples import DIGEST, bundle_in_memory, gate_plan, plan_for, random_edit
 from tests.unit.engine.sparing import END, judge_sparing
+from tests.unit.engine.steps import row_of
 
 CPU = torch.device("cpu")
 EDITS = {"e": random_edit("e", ranks={0: 1})}
@@ -44,7 +45,7 @@ def run(rows: Rows, *parts: tuple[str, list[int], int, int]) -> dict[str, list[b
     ids = [token for _, tokens, first, count in parts for token in tokens[first : first + count]]
     torch.ops.trimtab.spare(torch.tensor(ids, dtype=torch.int32), rows.token_rows, rows.rows)
     entries = rows.token_rows.tolist()
-    assert all(rows.outcome(each, rows.rows[each.row].numpy().tobytes()).reasoning for each in due.outcomes)
+    assert all(rows.outcome(each, *row_of(rows, each)).reasoning for each in due.outcomes)
     edited, start = {}, 0
     for name, _, _, count in parts:
         edited[name] = [entry != 0 and not abs(entry) >> MUTED for entry in entries[start : start + count]]
@@ -123,7 +124,7 @@ def test_a_gate_decides_on_the_last_prompt_token_though_its_edit_waits() -> None
         torch.ops.trimtab.edit(hidden, torch.zeros(2 * count, 16), rows.token_rows, rows.rows, bank.tables[0])
         assert (hidden != 1).any(1).tolist() == changed
         for each in due.outcomes:
-            outcome = rows.outcome(each, rows.rows[each.row].numpy().tobytes())
+            outcome = rows.outcome(each, *row_of(rows, each))
             is_first = outcome.request_id == "r"
             assert outcome.applied
             assert outcome.edit == "e"
