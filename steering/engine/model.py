@@ -139,7 +139,7 @@ class Steering:
         due, self._due = self._due, NOTHING
         # By number: a request may have given its row back by the time the table has been read.
         outcomes = [(steered, steered.row) for steered in due.outcomes]
-        responses = [(steered, steered.row) for steered in due.responses]
+        responses = [(steered, steered.row) for steered in due.responses] if due.responses else []
         if self._download.table is not None:
             self._tell(self._download.table, outcomes, responses)
             return

@@ -30,7 +30,7 @@ from steering.engine.kernels import (
 )
 from steering.errors import UnknownName
 from steering.manifest import MAX_RESPONSE_TOKENS
-from steering.plan import Plan, log_odds
+from steering.plan import Plan, Reasoning, log_odds
 
 MOST = 1024
 """Orders that are kept."""
@@ -45,6 +45,7 @@ class Order:
         gate: the gate that decides; None for a plan that names its edit or only observes.
         response: the probe that reads the answer; None for none.
         row: [W] float32, what a row holds before any gate has decided.
+        is_spared: its edit waits for the end of reasoning.
         told: the leading columns of a row, up to the last score of its gate, which writes them.
     """
 
@@ -52,6 +53,7 @@ class Order:
     gate: BankedGate | None
     response: BankedResponse | None
     row: bytes
+    is_spared: bool
     told: struct.Struct
 
 
@@ -94,7 +96,8 @@ class Orders:
             row[RESPONSE] = response.number
             row[RESPONSE + 1 : RESPONSE + 1 + MAX_RESPONSE_TOKENS] = [math.nan] * MAX_RESPONSE_TOKENS
         told = struct.Struct(f"{SCORES + (0 if gate is None else 1 + len(gate.categories))}f")
-        return Order(plan=plan, gate=gate, response=response, row=ROW.pack(*row), told=told)
+        is_spared = plan.reasoning is Reasoning.SPARED
+        return Order(plan=plan, gate=gate, response=response, row=ROW.pack(*row), is_spared=is_spared, told=told)
 
 
 def _first_row(plan: Plan, gate: BankedGate | None, bank: Bank) -> list[float]:

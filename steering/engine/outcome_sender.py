@@ -104,8 +104,11 @@ class OutcomeSender:
 
     def _put(self, message: bytes) -> None:
         # Without the lock, as nothing waits: messages of two threads have no order.
-        if not self._is_late and self._is_sent(message):
-            return
+        if self._is_late or not self._is_sent(message):
+            self._keep(message)
+
+    def _keep(self, message: bytes) -> None:
+        """Have a message sent when there is room for it."""
         with self._lock:
             self._late.append(message)
             begins, self._is_late = not self._is_late, True

@@ -25,7 +25,7 @@ from steering.engine.steered import Due, Steered
 from steering.engine.uploads import MapUpload, RowUpload
 from steering.errors import CapacityExceeded
 from steering.outcome import Outcome, Response
-from steering.plan import Plan, Reasoning, Scope
+from steering.plan import Plan, Scope
 
 _TAIL = 8
 """Tokens at the end of a prompt among which a template that switches thinking off puts the end of reasoning."""
@@ -126,32 +126,31 @@ class Rows:
             steered.reading.result()
         if not self._free:
             raise CapacityExceeded(f"all {self.capacity} rows are in use")
-        written = self._first_row(steered, tokens, computed)
+        order, first = steered.order, steered.order.row
+        if order.is_spared or steered.latched is not None:
+            first = self._first_row(steered, tokens, computed)
         row = self._free.pop()
-        self._rows_upload.write(row, written)
-        self._set_limits(steered, row)
+        self._rows_upload.write(row, first)
+        self._limit(steered, row)
         steered.row = row
         self._requests[request_id] = steered
         self._row_of[request_id] = row
 
-    def _first_row(self, steered: Steered, tokens: Sequence[int], computed: int) -> bytes | bytearray:
-        """[W] what a row holds before the next step of a request."""
+    def _first_row(self, steered: Steered, tokens: Sequence[int], computed: int) -> bytes:
+        """[W] what a row holds before the next step of a request, where that is not what its order says."""
         order = steered.order
-        is_spared = order.plan.reasoning is Reasoning.SPARED
-        if not is_spared and steered.latched is None:
-            return order.row
         row = bytearray(order.row)
         if steered.latched is not None:
             order.told.pack_into(row, 0, *steered.latched)
-        if is_spared:
+        if order.is_spared:
             # What may have ended reasoning before the next token to compute.
             length = steered.prompt_length
             before = tokens[max(length - _TAIL, 0) : max(length, computed)]
             end = self._bank.reasoning_end(bundle=order.plan.bundle)
             _FLOAT.pack_into(row, AWAITED * _FLOAT.size, 0 if end in before else end + 1)
-        return row
+        return bytes(row)
 
-    def _set_limits(self, steered: Steered, row: int) -> None:
+    def _limit(self, steered: Steered, row: int) -> None:
         """Say from where to where a request is edited, decided on and read; see `compiled.fill`."""
         order, end = steered.order, steered.prompt_length
         first_edited = due = decides = read_from = read_to = NEVER

@@ -86,7 +86,7 @@ class RowUpload:
             ]
             self._turns = _Turns(self._staged)
 
-    def write(self, number: int, row: bytes | bytearray) -> None:
+    def write(self, number: int, row: bytes) -> None:
         """Write a row, as `kernels.ROW` packs it, with the next `send`; on the CPU now."""
         self._bytes[number * self._pitch : (number + 1) * self._pitch] = row
         if self._turns is not None:
