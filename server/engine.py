@@ -182,7 +182,7 @@ class Engine(Protocol):
             wait: seconds after which it is given up.
 
         Returns:
-            By sample; those asked for, and perhaps others.
+            By sample.
 
         Raises:
             EditNotApplied: one did not report in time, or reported an error. An abstention of a gate is none.

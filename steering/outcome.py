@@ -1,7 +1,7 @@
 """Outcome and response: what the engine did for a sample, and what its response probe read of the answer.
 
 What one step made known travels as one message from the worker to whoever started the engine. Knows nothing of HTTP,
-models, sockets or vLLM.
+models, pipes or vLLM.
 """
 
 from __future__ import annotations

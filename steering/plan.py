@@ -108,6 +108,8 @@ class GateOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
         if self.categories is not None and not self.categories:
             raise InvalidSpec("a gate needs at least one category it may choose", parameter="steering.category")
+        if self.categories is not None and len(set(self.categories)) != len(self.categories):
+            raise InvalidSpec("a gate's categories are named once each", parameter="steering.category")
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -26,7 +26,7 @@ USED: dict[str, dict[str, str]] = {
     "vllm.v1.worker.gpu.model_runner": {"GPUModelRunner": "model_state add_request remove_request prepare_inputs"},
     "vllm.v1.worker.gpu.input_batch": {"InputBatch": "req_ids num_reqs num_scheduled_tokens num_computed_tokens_np"},
     "vllm.v1.worker.gpu.model_states.interface": {"ModelState": "add_request remove_request prepare_inputs"},
-    "vllm.v1.core.sched.scheduler": {"Scheduler": "add_request has_finished_requests update_from_output"},
+    "vllm.v1.core.sched.scheduler": {"Scheduler": "add_request has_finished_requests update_from_output shutdown"},
     "vllm.v1.core.sched.output": {
         "SchedulerOutput": "finished_req_ids preempted_req_ids scheduled_new_reqs scheduled_cached_reqs",
         "CachedRequestData": "req_ids resumed_req_ids num_computed_tokens all_token_ids",

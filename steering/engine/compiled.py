@@ -213,7 +213,7 @@ def fill(target: Any, of_request: Any, limits: Any, tokens: Any, computed: Any, 
     """Write the row of every token of a step, and the numbers behind them, as `kernels` describes `token_rows`.
 
     Args:
-        target: [M + 3] int32, written up to the step's number of tokens.
+        target: [M + 3] int32, written up to the step's number of tokens, and at its end.
         of_request: [B] row of each request, of a longer array.
         limits: [S, 5] by row; what has been reached will not be again.
         tokens: [B] int32, tokens of each request in this step.

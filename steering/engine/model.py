@@ -112,6 +112,7 @@ class Steering:
 
     def close(self) -> None:
         """The engine ends."""
+        self._download.settle()  # another thread sends what a device has made known
         self._sender.close()
 
     def before_forward(

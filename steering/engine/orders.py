@@ -46,7 +46,7 @@ class Order:
         response: the probe that reads the answer; None for none.
         row: [W] float32, what a row holds before any gate has decided.
         is_spared: its edit waits for the end of reasoning.
-        told: the leading columns of a row, up to the last score of its gate, which writes them.
+        told: the leading columns of a row, up to the last score of its gate: all that a gate reads and writes.
     """
 
     plan: Plan

@@ -152,6 +152,7 @@ class SteeringScheduler:
             self.hash_block_size = arguments.get("hash_block_size") or arguments["block_size"]
         end_with_parent()  # of the engine's own process, which may hold no worker
         self._rejected: list[Request] = []
+        self._sender: OutcomeSender | None = None
         self._numbers = itertools.count()
 
     def __call__(self, order: str, digest: str, names: Mapping[str, Any] | None = None) -> bool:
@@ -179,7 +180,7 @@ class SteeringScheduler:
             from vllm.logger import init_logger
 
             init_logger(__name__).error("request %s rejected: %s", request.request_id, error)
-            _tell(request, error)
+            self._tell(request, error)
             self._rejected.append(request)
             return
         if plan is not None and plan.prompt_length is not None:
@@ -196,6 +197,12 @@ class SteeringScheduler:
         if plan is not None:
             self.roster.accept(request.request_id, plan.bundle)
         super().add_request(request)  # type: ignore[misc]
+
+    def shutdown(self) -> None:
+        """As vLLM's; nobody is told anything any more."""
+        if self._sender is not None:
+            self._sender.close()
+        super().shutdown()  # type: ignore[misc]
 
     def has_finished_requests(self) -> bool:
         """As vLLM's; what a step has to tell counts, so that the engine takes one: to the clients of rejected requests
@@ -240,6 +247,14 @@ class SteeringScheduler:
                 EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
             )
 
+    def _tell(self, request: Request, error: TrimtabError) -> None:
+        """Say why a request is not run, where its plan can be read and somebody listens; vLLM tells no reason."""
+        with contextlib.suppress(TrimtabError):
+            found = plan_of(request)
+            if found is not None:
+                self._sender = self._sender or OutcomeSender()
+                self._sender.reject(found[0], error)
+
     def _checked_plan(self, request: Request) -> Plan | None:
         found = plan_of(request)
         if found is None:
@@ -266,17 +281,6 @@ class SteeringScheduler:
                 )
             # As for a plan: all tokens from the real end on have to be computed here.
             request.skip_reading_prefix_cache = True
-
-
-def _tell(request: Request, error: TrimtabError) -> None:
-    """Say why a request is not run, where its plan can be read and somebody listens; vLLM says only that it failed."""
-    with contextlib.suppress(TrimtabError):
-        found = plan_of(request)
-        if found is not None:
-            plan_id, _ = found
-            sender = OutcomeSender()  # for this once: it is rare, and the scheduler is told of no end
-            sender.reject(plan_id, error)
-            sender.close()
 
 
 def make_scheduler(*, vllm_config: VllmConfig, **arguments: Any) -> Any:

@@ -266,4 +266,4 @@ class Rows:
                 steered.is_observed = False
                 if steered.is_left_alone or not steered.order.plan.is_steering:
                     self._over.append(steered)
-        return due
+        return due if due.outcomes or due.responses else NOTHING

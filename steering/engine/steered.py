@@ -49,7 +49,7 @@ class Due(NamedTuple):
     """What a step's forward pass makes known once it has run.
 
     Attributes:
-        outcomes: requests whose last prompt token is in the step.
+        outcomes: requests whose last prompt token is in the step, or was in none that has run.
         responses: requests of whose first generated tokens one is in the step.
     """
 

@@ -216,12 +216,15 @@ async def test_a_slow_receiver_loses_nothing_and_stops_no_engine(
     for start in range(0, len(plans), 200):  # the event loop receives nothing meanwhile
         sender.send([outcome(plan) for plan in plans[start : start + 200]])
     assert sender._is_late
+    listener.expect("rejected")
+    sender.reject("rejected", UnknownName("not loaded"))
     for plan in plans:
         assert await listener.wait(plan, (0,), 20.0) == {0: outcome(plan)}
     for _ in range(100):
         await asyncio.sleep(0.01)
         if not sender._is_late:
             break
+    assert isinstance(listener.rejection("rejected"), UnknownName)
     sender.send([outcome(plans[0], "1_again")])
     assert await listener.wait(plans[0], (1,), 5.0) == {1: outcome(plans[0], "1_again")}
     assert not sender._is_late

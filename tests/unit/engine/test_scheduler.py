@@ -37,6 +37,9 @@ class FakeScheduler:
     def has_finished_requests(self) -> bool:
         return False
 
+    def shutdown(self) -> None:
+        """Ends."""
+
     def schedule(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(finished_req_ids=self.ended)
 
@@ -263,6 +266,7 @@ async def test_whoever_sent_a_rejected_request_is_told_why(monkeypatch: pytest.M
         found = listener.rejection("p")
         assert isinstance(found, UnknownName)
         assert f"bundle {DIGEST} is being unloaded" in str(found)
+        scheduler.shutdown()
     finally:
         await listener.close()
 

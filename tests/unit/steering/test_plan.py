@@ -150,7 +150,7 @@ def test_any_value_in_any_field_of_a_gate_is_a_plan_or_an_invalid_spec(field: st
 @given(
     low=st.floats(0, 1),
     room=st.floats(0, 1),
-    categories=st.none() | st.lists(st.text(), min_size=1, max_size=16).map(tuple),
+    categories=st.none() | st.lists(st.text(), min_size=1, max_size=16, unique=True).map(tuple),
     flags=st.tuples(st.booleans(), st.booleans()),
 )
 def test_gate_plan_round_trip(
@@ -167,6 +167,12 @@ def test_gate_plan_round_trip(
     )
     plan = Plan(id="p", bundle="b", gate=order, strength=1.0)
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_category_is_named_once() -> None:
+    """A plan is no longer than the names it may have, so that engines may keep it."""
+    with pytest.raises(InvalidSpec, match="named once"):
+        GateOrder(profile="p", comply_below=0.2, refuse_above=0.8, categories=("x", "y", "x"))
 
 
 @pytest.mark.parametrize("thresholds", [(0.6, 0.4), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 0.5), (0.5, float("nan"))])
