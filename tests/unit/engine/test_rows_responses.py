@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from steering.engine import kernels
 from steering.engine.bank import Bank
 from steering.engine.rows import Rows
+from steering.engine.steered import Steered
 from steering.errors import UnknownName
 from steering.gate import Probe
 from steering.plan import Decision
@@ -39,6 +40,21 @@ def run_observed(rows: Rows, bank: Bank, value: float, *parts: tuple[str, int, i
     decide(rows, bank, torch.zeros(16).index_put((torch.tensor([0]),), torch.tensor(value)))
     told = [rows.response(steered, *row_of(rows, steered)) for steered in due.responses]
     return {response.request_id: (response.tokens, response.score) for response in told if response is not None}
+
+
+def left_alone() -> tuple[Rows, Bank, Steered, tuple[memoryview, int]]:
+    """A request that its gate has just left alone, whose response probe reads the sum of two tokens; and its row."""
+    gate = Probe(name="probe", layer=0, categories=("safety",), weight=torch.zeros(2, 16), bias=torch.zeros(2))
+    reader = Probe(name="response", layer=0, categories=(), weight=torch.ones(1, 16), bias=torch.zeros(1))
+    bank = Bank(layers=(0,), width=16, terms=8, device=CPU)
+    edits = {"a": random_edit("a", ranks={0: 1})}
+    bank.load(bundle_in_memory(edits, gates={"gate": (gate, {"safety": "a"}, {})}, response=(reader, 2)))
+    rows = Rows(bank=bank, requests=2, tokens=TOKENS, device=CPU)
+    rows.add("r", replace(gate_plan("gate"), response=True), 2)
+    due = rows.write_step(["r"], np.array([2], dtype=np.int32), np.array([0], dtype=np.int32))
+    decide(rows, bank, torch.zeros(16))
+    (steered,) = due.outcomes
+    return rows, bank, steered, row_of(rows, steered)
 
 
 def test_the_response_probe_reads_each_of_the_first_generated_tokens() -> None:
@@ -95,43 +111,25 @@ def test_a_request_its_gate_leaves_alone_is_read_to_the_end(is_late: bool) -> No
     """Its row is free when the response probe has read its tokens, and not before; also where the host learns of the
     decision only then.
     """
-    gate = Probe(name="probe", layer=0, categories=("safety",), weight=torch.zeros(2, 16), bias=torch.zeros(2))
-    reader = Probe(name="response", layer=0, categories=(), weight=torch.ones(1, 16), bias=torch.zeros(1))
-    bank = Bank(layers=(0,), width=16, terms=8, device=CPU)
-    edits = {"a": random_edit("a", ranks={0: 1})}
-    bank.load(bundle_in_memory(edits, gates={"gate": (gate, {"safety": "a"}, {})}, response=(reader, 2)))
-    rows = Rows(bank=bank, requests=2, tokens=TOKENS, device=CPU)
-    rows.add("r", replace(gate_plan("gate"), response=True), 2)
-    due = rows.write_step(["r"], np.array([2], dtype=np.int32), np.array([0], dtype=np.int32))
-    decide(rows, bank, torch.zeros(16))
-    told = row_of(rows, due.outcomes[0])
+    rows, bank, steered, told = left_alone()
     if not is_late:
-        assert rows.outcome(due.outcomes[0], *told).decision is Decision.ABSTAIN
+        assert rows.outcome(steered, *told).decision is Decision.ABSTAIN
     assert run_observed(rows, bank, 1.0, ("r", 1, 2)) == {"r": (1, 1.0)}
     assert run_observed(rows, bank, 3.0, ("r", 1, 3)) == {"r": (2, 2.0)}
     if is_late:
-        assert rows.outcome(due.outcomes[0], *told).decision is Decision.ABSTAIN
+        assert rows.outcome(steered, *told).decision is Decision.ABSTAIN
     assert run_observed(rows, bank, 9.0, ("r", 1, 4)) == {}
     assert (rows.token_rows.count_nonzero(), rows.requests) == (0, {})
 
 
 def test_a_request_left_alone_while_it_waits_is_read_when_it_is_back() -> None:
     """Preempted before the host has read that its gate leaves it alone: its response probe still reads its tokens."""
-    gate = Probe(name="probe", layer=0, categories=("safety",), weight=torch.zeros(2, 16), bias=torch.zeros(2))
-    reader = Probe(name="response", layer=0, categories=(), weight=torch.ones(1, 16) / 16, bias=torch.zeros(1))
-    bank = Bank(layers=(0,), width=16, terms=8, device=CPU)
-    edits = {"a": random_edit("a", ranks={0: 1})}
-    bank.load(bundle_in_memory(edits, gates={"gate": (gate, {"safety": "a"}, {})}, response=(reader, 2)))
-    rows = Rows(bank=bank, requests=2, tokens=TOKENS, device=CPU)
-    rows.add("r", replace(gate_plan("gate"), response=True), 2)
-    due = rows.write_step(["r"], np.array([2], dtype=np.int32), np.array([0], dtype=np.int32))
-    decide(rows, bank, torch.zeros(16))
-    told = row_of(rows, due.outcomes[0])
+    rows, bank, steered, told = left_alone()
     rows.preempt("r")
-    assert rows.outcome(due.outcomes[0], *told).decision is Decision.ABSTAIN
+    assert rows.outcome(steered, *told).decision is Decision.ABSTAIN
     rows.resume("r")
-    assert run_observed(rows, bank, 16.0, ("r", 4, 0)) == {"r": (2, 1.0)}
-    assert run_observed(rows, bank, 16.0, ("r", 1, 4)) == {}
+    assert run_observed(rows, bank, 1.0, ("r", 4, 0)) == {"r": (2, 1.0)}
+    assert run_observed(rows, bank, 1.0, ("r", 1, 4)) == {}
     assert rows.requests == {}
 
 
