@@ -189,13 +189,11 @@ class Engine(Protocol):
         """
         ...
 
-    async def responses(self, plan_id: str, tokens: Mapping[int, int], wait: float) -> Mapping[int, Response]:
-        """What the response probe has read of a plan's samples.
+    def responses(self, plan_id: str) -> Mapping[int, Response]:
+        """What the response probe has read of a plan's samples, of each up to its latest token but the last.
 
         Args:
             plan_id: the plan's `id`.
-            tokens: how many it should have read of each sample; it is waited for no longer than for these.
-            wait: seconds after which what is there has to do.
 
         Returns:
             By sample; those of which nothing was read are missing. Never raises for lack of something.

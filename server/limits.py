@@ -27,7 +27,6 @@ class Limits:
         first_token: from admission to the first token of a stream.
         between: between two chunks of a stream.
         total: from admission to the end.
-        verdict: from the last token of an answer to what the response probe read of it; then it is unknown.
     """
 
     inflight: int = 1024
@@ -36,7 +35,6 @@ class Limits:
     first_token: float = 120.0
     between: float = 60.0
     total: float = 600.0
-    verdict: float = 0.05
 
 
 class Places:

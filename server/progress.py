@@ -25,7 +25,6 @@ class Progress:
 
     Attributes:
         effects: of choices that have begun.
-        lengths: tokens of each choice.
         texts: pieces of each choice's text as the client gets them.
     """
 
@@ -35,7 +34,6 @@ class Progress:
         self._verdicts = [UNKNOWN] * samples
         self._finished: set[int] = set()
         self.effects: dict[int, Effect] = {}
-        self.lengths = [0] * samples
         self.texts: list[list[str]] = [[] for _ in range(samples)]
 
     @property
@@ -72,7 +70,6 @@ class Progress:
         """Take markers out of the chunk's text; False when nothing is left to tell the client."""
         choice = chunk.body["choices"][0]
         index, delta = choice["index"], choice["delta"]
-        self.lengths[index] += len(chunk.tokens)
         is_last = bool(choice.get("finish_reason"))
         if is_last:
             self._finished.add(index)

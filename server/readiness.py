@@ -125,7 +125,7 @@ async def _check_reader(engine: Engine, bundle: BundleView, reader: ResponseView
     call = _call(engine, plan, tokens=2)
     try:
         await engine.complete(call)
-        read = await engine.responses(plan.id, {0: 1}, PATIENCE)
+        read = engine.responses(plan.id)
     finally:
         engine.forget(plan.id)
     if 0 not in read:

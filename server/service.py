@@ -128,7 +128,7 @@ class Service:
             await self._look_at(run, completion.prompt)
             await self._confirm(run, range(run.samples))
             verdicts = [self._table(run).verdict(tokens) for tokens in completion.tokens]
-            run.verdicts = await self._read(run, verdicts, [len(tokens) for tokens in completion.tokens])
+            run.verdicts = self._read(run, verdicts)
             body = self._reported(completion, run)
             return Answer(body=body, effect=run.effects[0], verdicts=run.verdicts)
 
@@ -237,7 +237,7 @@ class Service:
                         body["usage"] = None
                     kept = progress.cleaned(chunk)
                     if progress.is_finished:
-                        run.verdicts = await self._read(run, progress.verdicts, progress.lengths)
+                        run.verdicts = self._read(run, progress.verdicts)
                         run.contents, run.is_complete = progress.contents, True
                         self._count(run)
                         attach(body, run.resolution, self._effects(run), run.verdicts)
@@ -281,18 +281,12 @@ class Service:
             self._metrics.unapplied.labels(error.reason).inc()
             raise
 
-    async def _read(self, run: Run, verdicts: Sequence[Verdict], lengths: Sequence[int]) -> list[Verdict]:
-        """The verdicts, with those of the response probe where no token told; an answer never waits for one for long.
-
-        Args:
-            lengths: tokens of each answer; the last of them is not fed back, and so cannot be read.
-        """
+    def _read(self, run: Run, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """The verdicts, with those of the response probe where no token told."""
         reader, order = run.resolution.bundle.reader, run.resolution.order
         if reader is None or order is None:
             return list(verdicts)
-        wanted = {sample: min(reader.tokens, length - 1) for sample, length in enumerate(lengths) if length > 1}
-        with run.stages.timed(Stage.VERDICT):
-            read = await self._engine.responses(order.id, wanted, self._limits.verdict)
+        read = self._engine.responses(order.id)
         return [
             verdict if verdict.refused is not None else read_verdict(reader, read.get(sample))
             for sample, verdict in enumerate(verdicts)

@@ -24,7 +24,7 @@ from server.engine import Call, Chunk, Completion, Prompting, ServedModel, Worke
 from server.vllm_metrics import exposition, generated_tokens
 from server.vllm_shapes import as_chat, chunk_of, echo_of, plain_chat, plain_completion, prompt_of, report_of
 from steering.bundle import load_bundle
-from steering.engine.outcomes import OutcomeListener
+from steering.engine.outcomes import OutcomeListener, listen
 from steering.engine.plugin import engine_arguments
 from steering.engine.roster import BundleNames
 from steering.errors import (
@@ -147,9 +147,9 @@ class VllmEngine:
         """Wait until these samples of a plan have reported; see `server.engine.Engine`."""
         return await self._listener.wait(plan_id, samples, wait)
 
-    async def responses(self, plan_id: str, tokens: Mapping[int, int], wait: float) -> Mapping[int, Response]:
+    def responses(self, plan_id: str) -> Mapping[int, Response]:
         """What the response probe has read; see `server.engine.Engine`."""
-        return await self._listener.responses(plan_id, tokens, wait)
+        return self._listener.responses(plan_id)
 
     def forget(self, plan_id: str) -> None:
         """Drop what was reported under a plan."""
@@ -305,15 +305,14 @@ async def started(arguments: Namespace, bundles: Sequence[Path], **steering: Any
     if len(arguments.reasoning_parser_plugin) > 3:
         ReasoningParserManager.import_reasoning_parser(arguments.reasoning_parser_plugin)
     async with AsyncExitStack() as stack:
-        listener = OutcomeListener()  # before the engine, whose processes inherit its address
-        stack.push_async_callback(listener.close)
         try:
             engine_args = AsyncEngineArgs.from_cli_args(arguments)
-            for name, value in engine_arguments(bundles, **steering).items():
+            for name, value in engine_arguments(bundles, is_reporting=True, **steering).items():
                 setattr(engine_args, name, value)
             _check_ranks(engine_args.data_parallel_size)
             client = await stack.enter_async_context(build_async_engine_client_from_engine_args(engine_args))
-            listener.start()
+            listener = OutcomeListener()
+            listen(client, listener.receive)
             state = State()
             await init_app_state(client, state, arguments, await client.get_supported_tasks())
         except TrimtabError:

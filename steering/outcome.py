@@ -1,13 +1,13 @@
 """Outcome and response: what the engine did for a sample, and what its response probe read of the answer.
 
-What one step made known travels as one message from the worker to whoever started the engine. Knows nothing of HTTP,
-models, pipes or vLLM.
+What a step made known of a sample travels as one report, beside the step's token of it, from the worker to whoever
+started the engine. Knows nothing of HTTP, models or vLLM.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import msgspec
 
@@ -96,39 +96,54 @@ class Response(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=Fa
         return _sigmoid(self.score)
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """What one step made known, or why requests are never run.
+class Rejection(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """Why a request is never run.
 
     Attributes:
-        outcomes, responses: of samples that run.
-        rejected: fields of the error (`TrimtabError.to_fields`) by id of the plan, of requests that are never run.
+        plan_id: the plan's `id`.
+        error: fields of the error (`TrimtabError.to_fields`).
     """
 
-    outcomes: Sequence[Outcome] = ()
-    responses: Sequence[Response] = ()
-    rejected: Mapping[str, Mapping[str, str | None]] = {}
+    plan_id: str
+    error: Mapping[str, str | None]
 
-    def to_bytes(self) -> bytes:
-        """As it travels."""
-        return _ENCODER.encode(self)
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """What is told of one sample, together with a step's token of it.
+
+    Attributes:
+        outcome: of the step in which it became true; None in later ones.
+        response: what the response probe has read by now; None where it read nothing in this step.
+        rejection: of a request that is never run.
+    """
+
+    outcome: Outcome | None = None
+    response: Response | None = None
+    rejection: Rejection | None = None
+
+    def followed_by(self, later: Report) -> Report:
+        """This report and a later one of the same sample, as one."""
+        return Report(
+            outcome=later.outcome or self.outcome,
+            response=later.response or self.response,
+            rejection=later.rejection or self.rejection,
+        )
 
     @classmethod
-    def from_bytes(cls, message: bytes | memoryview) -> Message:
-        """Read what `to_bytes` wrote.
+    def from_builtins(cls, fields: object) -> Report:
+        """Read what a MessagePack decoder that knows no types made of a report; a report is taken as it is.
 
         Raises:
-            ValueError: it did not.
+            ValueError: it is none.
         """
+        if isinstance(fields, cls):
+            return fields
         try:
-            return _DECODER.decode(message)
-        except msgspec.MsgspecError as error:
-            raise ValueError(f"{len(message)} bytes are no message of outcomes: {error}") from error
+            return msgspec.convert(fields, cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"this is no report of a sample: {error}") from error
 
 
 def _sigmoid(score: float) -> float:
     # Of two equal forms the one that does not overflow.
     return 1.0 / (1.0 + math.exp(-score)) if score >= 0 else math.exp(score) / (1.0 + math.exp(score))
-
-
-_ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(Message)

@@ -64,7 +64,7 @@ class ScriptedEngine(FakeEngine):
         self.calls = deque(maxlen=KEPT)  # type: ignore[assignment]
         self.aborted = deque(maxlen=KEPT)  # type: ignore[assignment]
         self.forgotten = deque(maxlen=KEPT)  # type: ignore[assignment]
-        self.waits = deque(maxlen=KEPT)  # type: ignore[assignment]
+        self.read = deque(maxlen=KEPT)  # type: ignore[assignment]
 
     @property
     def model(self) -> ServedModel:

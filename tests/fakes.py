@@ -147,7 +147,7 @@ class FakeEngine:
         gate: when given, no token comes before it is set.
         loadable: bundles that can be loaded, by folder.
         generated: tokens made so far.
-        calls, aborted, forgotten, waits, tokenized: what happened, for assertions.
+        calls, aborted, forgotten, read, tokenized: what happened, for assertions.
     """
 
     words: Sequence[str] = ("Hello", " there", "!")
@@ -174,7 +174,7 @@ class FakeEngine:
     calls: list[Call] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
-    waits: list[tuple[dict[int, int], float]] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
     tokenized: int = 0
     _outcomes: dict[str, dict[int, Outcome]] = field(default_factory=dict)
     _witness: set[int] = field(default_factory=set)
@@ -244,10 +244,10 @@ class FakeEngine:
             raise EditNotConfirmed(f"{sorted(found)} of {sorted(samples)} samples confirmed the edit within {wait:g} s")
         return found
 
-    async def responses(self, plan_id: str, tokens: Mapping[int, int], wait: float) -> Mapping[int, Response]:
-        self.waits.append((dict(tokens), wait))
+    def responses(self, plan_id: str) -> Mapping[int, Response]:
+        self.read.append(plan_id)
         return {
-            sample: Response(plan_id=plan_id, request_id=f"{sample}_sample", tokens=tokens.get(sample, 1), score=score)
+            sample: Response(plan_id=plan_id, request_id=f"{sample}_sample", tokens=len(self.words), score=score)
             for sample, score in enumerate(self.answers)
             if not math.isnan(score)
         }

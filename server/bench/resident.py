@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from server.bench.companion import serve, take_over_output
-from steering.engine.outcomes import OutcomeInbox
+from steering.engine.outcomes import listen
 from steering.errors import EditNotApplied
+from steering.outcome import Report
 from steering.plan import PLAN_KEY, Plan
 
 PROMPT_TOKENS = 32
@@ -40,20 +41,21 @@ class Resident:
         settings: model: folder; options: of vLLM; bundles: folders, empty for stock vLLM; batch and tokens of a round;
             vocabulary: number of token ids to draw prompts from; key: under which a plan travels, where it is another
             plugin's.
-        inbox: where outcomes arrive, read as the gateway does, so that it is part of what is measured; None for stock
-            vLLM.
     """
 
-    def __init__(self, settings: Mapping[str, Any], inbox: OutcomeInbox | None = None) -> None:
+    def __init__(self, settings: Mapping[str, Any]) -> None:
         from vllm import LLM
 
         from steering.engine.plugin import engine_arguments
 
         self._settings = settings
-        self._inbox = inbox
         self._is_steering = bool(settings["bundles"])
-        own = engine_arguments([Path(path) for path in settings["bundles"]]) if self._is_steering else {}
+        bundles = [Path(path) for path in settings["bundles"]]
+        own = engine_arguments(bundles, is_reporting=True) if self._is_steering else {}
         self._llm = LLM(model=settings["model"], **settings["options"], **own)
+        self._reports: list[Report] = []
+        if self._is_steering:  # outcomes are read as the gateway does, so that it is part of what is measured
+            listen(self._llm.llm_engine, self._reports.append)
         _keep_apart()
 
     def close(self) -> None:
@@ -149,7 +151,6 @@ class Resident:
             engine.add_request(name, prompt, asked)
         while engine.has_unfinished_requests():
             outputs = engine.step()
-            self._take_outcomes()
             now = time.perf_counter()
             is_late = len(firsts) == len(names)
             for output in outputs:
@@ -260,8 +261,10 @@ class Resident:
         )
 
     def _take_outcomes(self) -> int:
-        """Read what the engine has told; how many samples it was about."""
-        return len(self._inbox.drain()[0]) if self._inbox is not None else 0
+        """Forget what the engine has told; how many samples' outcomes were among it."""
+        told = sum(report.outcome is not None for report in self._reports)
+        self._reports.clear()
+        return told
 
     def _clear_witness(self) -> None:
         if self._is_steering:
@@ -339,10 +342,9 @@ def main() -> None:
     """Hold an engine for as long as there are orders."""
     answers = take_over_output()
     settings = json.loads(sys.argv[1])
-    with contextlib.ExitStack() as stack:
-        resident = Resident(settings, stack.enter_context(OutcomeInbox()) if settings["bundles"] else None)
-        serve(answers, resident.about(), resident.order)
-        resident.close()
+    resident = Resident(settings)
+    serve(answers, resident.about(), resident.order)
+    resident.close()
 
 
 if __name__ == "__main__":

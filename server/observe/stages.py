@@ -13,7 +13,7 @@ class Stage(StrEnum):
     """A part of the way, by which the gateway's own time can be told from the engine's.
 
     `CATEGORY` is the pass that asks refusal tokens, `FIRST_TOKEN` the wait for the engine's first in a stream,
-    `CONFIRM` that for its word on what it edited, `VERDICT` that for the response probe at the end.
+    `CONFIRM` that for its word on what it edited.
     """
 
     AUTH = "auth"
@@ -23,7 +23,6 @@ class Stage(StrEnum):
     CATEGORY = "category"
     FIRST_TOKEN = "first_token"  # noqa: S105 - of text
     CONFIRM = "confirm"
-    VERDICT = "verdict"
 
 
 class Stages(dict[Stage, float]):

@@ -6,6 +6,7 @@ torch.compile traces through it, there are no forward hooks and nothing is patch
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -20,13 +21,13 @@ from steering.engine.finite import FiniteCheck, mark
 from steering.engine.kernels import ROW
 from steering.engine.loads import Loads
 from steering.engine.options import SteeringOptions, enter_compile_key, options_from
-from steering.engine.outcome_sender import OutcomeSender
 from steering.engine.prefix_cache import plan_of
 from steering.engine.prepared import PreparedEdit, prepare
 from steering.engine.rows import NOTHING, Rows
 from steering.engine.steered import Due, Steered
 from steering.engine.uploads import RowDownload
 from steering.errors import UnsupportedConfiguration
+from steering.outcome import Report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
 PREFIX = "Steered"
 
 _Row = tuple[Steered, int]
+Reports = dict[str, Report] | Future[dict[str, Report]]
+"""By request; on a device they are read once it has done the step."""
 
 
 class Steering:
-    """All state of the plugin in one worker: bank, rows, outcomes on their way out, and what is captured.
+    """All state of the plugin in one worker: bank, rows, reports on their way out, and what is captured.
 
     Args:
         options: bundles, capacity, and what to capture.
@@ -77,9 +80,8 @@ class Steering:
             settle=self._download.settle,
             can_spare=self.is_sparing,
         )
-        # Every rank edits and decides alike, on the same residuals; one of them tells.
-        self._sender = OutcomeSender() if _is_first_rank() else OutcomeSender("")
         self._due = NOTHING
+        self._reports: Reports | None = None
 
     @property
     def live(self) -> int:
@@ -112,8 +114,7 @@ class Steering:
 
     def close(self) -> None:
         """The engine ends."""
-        self._download.settle()  # another thread sends what a device has made known
-        self._sender.close()
+        self._download.settle()
 
     def before_forward(
         self, request_ids: Sequence[str], tokens: NDArray[np.int32], computed: NDArray[np.int32]
@@ -130,7 +131,7 @@ class Steering:
             self.capture.write_step(request_ids, tokens, computed)
 
     def after_forward(self) -> None:
-        """Send what became true; called once the forward pass has been launched without an error."""
+        """Read what became true; called once the forward pass has been launched without an error."""
         if self.capture is not None:
             self.capture.after_forward()
         if self.finite is not None:
@@ -142,21 +143,32 @@ class Steering:
         outcomes = [(steered, steered.row) for steered in due.outcomes]
         responses = [(steered, steered.row) for steered in due.responses] if due.responses else []
         if self._download.table is not None:
-            self._tell(self._download.table, outcomes, responses)
+            self._reports = self._read(self._download.table, outcomes, responses)
             return
-        reading = self._download.then(lambda table: self._tell(table.data.cast("B"), outcomes, responses))
+        reading = self._download.then(lambda table: self._read(table.data.cast("B"), outcomes, responses))
+        self._reports = reading
         for steered, _ in outcomes:
             if steered.order.gate is not None:
                 steered.reading = reading
 
-    def _tell(self, table: memoryview, outcomes: Sequence[_Row], responses: Sequence[_Row]) -> None:
-        """Send what the table of rows [S, W] float32, as bytes, says of requests, each with its row's number."""
-        told = [self.rows.outcome(steered, table, row * ROW.size) for steered, row in outcomes]
-        if not responses:
-            self._sender.send(told)
-            return
-        read = [self.rows.response(steered, table, row * ROW.size) for steered, row in responses]
-        self._sender.send(told, [response for response in read if response is not None])
+    def take_reports(self) -> Reports | None:
+        """What the step whose forward pass was the last one made known, to go with its output; None for nothing."""
+        reports, self._reports = self._reports, None
+        return reports
+
+    def _read(self, table: memoryview, outcomes: Sequence[_Row], responses: Sequence[_Row]) -> dict[str, Report]:
+        """What the table of rows [S, W] float32, as bytes, says of requests, each with its row's number."""
+        reports = {
+            steered.request_id: Report(outcome=self.rows.outcome(steered, table, row * ROW.size))
+            for steered, row in outcomes
+        }
+        for steered, row in responses:
+            response = self.rows.response(steered, table, row * ROW.size)
+            if response is not None:
+                report = Report(response=response)
+                before = reports.get(steered.request_id)
+                reports[steered.request_id] = report if before is None else before.followed_by(report)
+        return reports
 
 
 class SteeredLayer(nn.Module):

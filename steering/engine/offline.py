@@ -9,8 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import secrets
-import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,20 +21,18 @@ from steering.engine.asks import Answer, Ask, BundleGate, EditOrder, Sample
 from steering.engine.capture_notes import CaptureNotes
 from steering.engine.compat import set_environment, startable
 from steering.engine.options import CAPTURE_FOLDER_VARIABLE, CaptureSettings, engine_arguments
-from steering.engine.outcomes import OutcomeInbox
-from steering.engine.questions import Question, Reports, answer_of, confirmed, fed, parameters_of, plan_of_ask
-from steering.errors import CaptureError, EditNotApplied, EngineError, InvalidSpec, UnsupportedConfiguration
+from steering.engine.outcomes import listen
+from steering.engine.questions import Question, Reports, answer_of, confirmed, parameters_of, plan_of_ask
+from steering.errors import CaptureError, EngineError, InvalidSpec, UnsupportedConfiguration
 from steering.fingerprint import fingerprint_of
 from steering.fit.captured import CapturedShards
+from steering.outcome import Report
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
 __all__ = ["Answer", "Ask", "BundleGate", "CaptureSettings", "EditOrder", "OfflineEngine", "Sample"]
-
-OUTCOME_PATIENCE = 10.0
-"""Seconds after the last answer for what the engine did to arrive; it comes before the first token as a rule."""
 
 
 class OfflineEngine:
@@ -80,13 +76,14 @@ class OfflineEngine:
             bundle.manifest.model.check(fingerprint, bundle=bundle.manifest.name, accept_transfer=self._accept_transfer)
         set_environment()
         with ExitStack() as stack:
-            self._inbox = stack.enter_context(OutcomeInbox())
             changed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
             if self._capture is not None:
                 changed[CAPTURE_FOLDER_VARIABLE] = str(self._capture.folder.resolve())
             stack.enter_context(_environment(changed))
             self._engine = self._started()
             stack.callback(self._stop)
+            self._reports = Reports()
+            listen(self._engine, self._receive)
             if self._capture is not None:
                 identity = {"model": fingerprint.model_dump(), "dtype": str(self._engine.model_config.dtype)}
                 self._notes = CaptureNotes(self._capture.folder, identity=identity, generated=self._capture.generated)
@@ -185,7 +182,9 @@ class OfflineEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        own = engine_arguments(self._paths, capture=self._capture) if self._paths or self._capture else {}
+        own: dict[str, Any] = {}
+        if self._paths or self._capture:
+            own = engine_arguments(self._paths, capture=self._capture, is_reporting=True)
         taken = sorted(set(own) & set(self._options))
         if taken:
             raise UnsupportedConfiguration(f"vLLM's options {taken} are set by the plugin")
@@ -213,7 +212,7 @@ class OfflineEngine:
             if needed > most:
                 raise InvalidSpec(f"ask {number} has {needed - 1} tokens, the engine's context is {most}")
         outputs: dict[int, RequestOutput] = {}
-        reports = Reports(outcomes=defaultdict(dict), responses=defaultdict(dict))
+        reports = self._reports = Reports()
         mine = secrets.token_hex(4)
         names = {f"ask-{mine}-{number}": number for number in range(len(questions))}
         try:
@@ -226,41 +225,18 @@ class OfflineEngine:
                     if output.finished:
                         outputs[names[output.request_id]] = output  # type: ignore[assignment]
                         on_progress(len(outputs))
-                self._inbox.drain_into(*reports)
         except BaseException:
             self._engine.abort_request([name for name, number in names.items() if number not in outputs])
             raise
         for number, output in outputs.items():
             if any(sample.finish_reason in ("error", "abort") for sample in output.outputs):
-                raise EngineError(f"the engine rejected ask {number}; its log says why")
-        self._await(questions, reports, outputs)
+                plan = questions[number].plan
+                reason = None if plan is None else reports.rejections.get(plan.id)
+                raise EngineError(f"the engine rejected ask {number}: {reason or 'its log says why'}")
         return outputs, reports
 
-    def _await(self, questions: Sequence[Question], reports: Reports, outputs: Mapping[int, RequestOutput]) -> None:
-        """Wait for what the engine did to each sample of each question that is steered, and for what it observed."""
-        end = time.monotonic() + OUTCOME_PATIENCE
-        steered = {
-            question.plan.id: question.ask.samples
-            for question in questions
-            if question.plan and question.plan.is_steering
-        }
-        readable = {bundle.digest: bundle.manifest.response for bundle in self.bundles}
-        wanted: dict[str, dict[int, int]] = {}
-        for number, question in enumerate(questions):
-            plan = question.plan
-            if plan is not None and (record := readable.get(plan.bundle)) is not None and record.tokens is not None:
-                lengths = {sample.index: fed(question.ask, sample) for sample in outputs[number].outputs}
-                wanted[plan.id] = {sample: min(record.tokens, length) for sample, length in lengths.items() if length}
-        while True:
-            self._inbox.drain_into(*reports)
-            lacking = [plan for plan, samples in steered.items() if len(reports.outcomes[plan]) < samples]
-            if not lacking and all(reports.has_read(plan, tokens) for plan, tokens in wanted.items()):
-                return
-            if time.monotonic() > end:
-                if not lacking:  # what could not be read is told as None
-                    return
-                raise EditNotApplied(f"the engine did not confirm the edits of {len(lacking)} of {len(steered)} asks")
-            time.sleep(0.01)
+    def _receive(self, report: Report) -> None:
+        self._reports.receive(report)  # of the asks that are answered now
 
     def _questions(self, asks: Sequence[Ask]) -> list[Question]:
         indexes: Sequence[int | None] = [None] * len(asks)

@@ -72,6 +72,7 @@ class SteeringOptions:
         capture: what is captured; None where nothing can be.
         is_checking_finite: the residuals of requests with a row are checked at every step.
         armed: decoder blocks that carry the op whatever these bundles need, for those loaded later.
+        is_reporting: what was done to a request is told with its tokens.
     """
 
     bundles: tuple[Bundle, ...]
@@ -79,6 +80,7 @@ class SteeringOptions:
     capture: CaptureSettings | None = None
     armed: tuple[int, ...] = ()
     is_checking_finite: bool = False
+    is_reporting: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -95,6 +97,7 @@ def engine_arguments(
     capture: CaptureSettings | None = None,
     layers: Sequence[int] | Literal["all"] = (),
     check_finite: bool = False,
+    is_reporting: bool = False,
 ) -> dict[str, Any]:
     """Values for vLLM's `AsyncEngineArgs` that make an engine steer with these bundles.
 
@@ -106,6 +109,8 @@ def engine_arguments(
         layers: decoder blocks that carry the op beside those these bundles need, so that bundles that need them can be
             loaded later; an idle op costs little, and not nothing.
         check_finite: a steered request whose residuals become infinite or no numbers is ended with an error.
+        is_reporting: what was done to a request is told with its tokens, to whoever calls `outcomes.listen`; in answers
+            of plain `vllm serve`, where nobody does, it would be found as `kv_transfer_params`.
 
     Raises:
         BundleError: a bundle does not pass its checks.
@@ -119,6 +124,8 @@ def engine_arguments(
         options["terms_per_layer"] = terms_per_layer
     if check_finite:
         options["check_finite"] = True
+    if is_reporting:
+        options["reports"] = True
     if layers:
         options["layers"] = "all" if layers == "all" else sorted(set(layers))
     if capture is not None:
@@ -142,7 +149,7 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
     given = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
     if not given:
         return None
-    unknown = set(given) - {"bundles", "terms_per_layer", "capture", "version", "layers", "check_finite"}
+    unknown = set(given) - {"bundles", "terms_per_layer", "capture", "version", "layers", "check_finite", "reports"}
     if unknown:
         raise UnsupportedConfiguration(f"unknown keys {sorted(unknown)} in additional_config[{CONFIG_KEY!r}]")
     for option, value, needed in (
@@ -164,17 +171,18 @@ def options_from(config: VllmConfig) -> SteeringOptions | None:
             raise BundleDigestError(f"bundle {path} has digest {bundle.digest}, the engine was started with {digest}")
         bundles.append(bundle)
     terms = given.get("terms_per_layer") or max(DEFAULT_TERMS_PER_LAYER, terms_needed(bundles))
-    is_checking_finite = given.get("check_finite", False)
-    if not isinstance(is_checking_finite, bool):
-        raise UnsupportedConfiguration(
-            f"additional_config[{CONFIG_KEY!r}]['check_finite'] is true or false, got {is_checking_finite!r}"
-        )
+    for name in ("check_finite", "reports"):
+        if not isinstance(given.get(name, False), bool):
+            raise UnsupportedConfiguration(
+                f"additional_config[{CONFIG_KEY!r}][{name!r}] is true or false, got {given[name]!r}"
+            )
     return SteeringOptions(
         bundles=tuple(bundles),
         terms_per_layer=int(terms),
         capture=capture,
         armed=armed,
-        is_checking_finite=is_checking_finite,
+        is_checking_finite=given.get("check_finite", False),
+        is_reporting=given.get("reports", False),
     )
 
 

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from steering.engine.capture import capture_of
 from steering.engine.finite import BROKEN_REQUESTS
-from steering.engine.outcome_sender import OutcomeSender
+from steering.engine.outcomes import REPORT_KEY
 from steering.engine.parent import end_with_parent
 from steering.engine.roster import RELEASED, BundleNames, Roster
 from steering.errors import InvalidSpec, NotSupported, TrimtabError
+from steering.outcome import Rejection, Report
 from steering.plan import PLAN_KEY, Plan, Scope
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 BlockHasher = Callable[[Any], list[Any]]
+
+REPORTS = "trimtab_reports"
+"""Attribute of vLLM's `ModelRunnerOutput`: a step's reports by request."""
 
 _BEAM = re.compile(r"-beam-\d+(-[0-9a-f]+)?$")
 """How vLLM's beam search ends the ids of its requests (0.32 `entrypoints/generate/beam_search`), and what vLLM adds."""
@@ -133,15 +137,26 @@ class _Apart:
         return self.apart(new)
 
 
+def _rejection(request: Request, error: TrimtabError) -> Report | None:
+    """Why a request is not run, which vLLM does not tell; None where its plan cannot be read, and so has no id."""
+    with contextlib.suppress(TrimtabError):
+        found = plan_of(request)
+        if found is not None:
+            return Report(rejection=Rejection(plan_id=found[0], error=error.to_fields()))
+    return None
+
+
 class SteeringScheduler:
     """Mixed into vLLM's scheduler: sets a steered request's blocks apart before it can be scheduled.
 
     Attributes:
         roster: bundles that requests may name, and requests that name them.
         is_capturing: requests may ask for their residuals.
+        is_reporting: whoever started the engine takes reports out of its outputs.
     """
 
     is_capturing: bool = False
+    is_reporting: bool = False
     roster: Roster
     hash_block_size: int
     requests: dict[str, Request]
@@ -151,8 +166,9 @@ class SteeringScheduler:
         if not hasattr(self, "hash_block_size"):  # vLLM 0.25 takes it and does not keep it
             self.hash_block_size = arguments.get("hash_block_size") or arguments["block_size"]
         end_with_parent()  # of the engine's own process, which may hold no worker
-        self._rejected: list[Request] = []
-        self._sender: OutcomeSender | None = None
+        self._rejected: list[tuple[Request, Report | None]] = []
+        self._untold: dict[str, Report] = {}
+        """What is known of requests and waits for a token of theirs to go with."""
         self._numbers = itertools.count()
 
     def __call__(self, order: str, digest: str, names: Mapping[str, Any] | None = None) -> bool:
@@ -180,8 +196,7 @@ class SteeringScheduler:
             from vllm.logger import init_logger
 
             init_logger(__name__).error("request %s rejected: %s", request.request_id, error)
-            self._tell(request, error)
-            self._rejected.append(request)
+            self._rejected.append((request, _rejection(request, error)))
             return
         if plan is not None and plan.prompt_length is not None:
             # Of a prompt found in the cache only the last token is computed here, and this one's real end lies before.
@@ -197,12 +212,6 @@ class SteeringScheduler:
         if plan is not None:
             self.roster.accept(request.request_id, plan.bundle)
         super().add_request(request)  # type: ignore[misc]
-
-    def shutdown(self) -> None:
-        """As vLLM's; nobody is told anything any more."""
-        if self._sender is not None:
-            self._sender.close()
-        super().shutdown()  # type: ignore[misc]
 
     def has_finished_requests(self) -> bool:
         """As vLLM's; what a step has to tell counts, so that the engine takes one: to the clients of rejected requests
@@ -220,13 +229,34 @@ class SteeringScheduler:
         broken = getattr(model_runner_output, BROKEN_REQUESTS, ())
         if broken:
             self._end_broken(broken, outputs)
-        for request in self._rejected:
+        for request, rejection in self._rejected:
             group = outputs.setdefault(request.client_index, EngineCoreOutputs())
-            group.outputs.append(
-                EngineCoreOutput(request_id=request.request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
-            )
+            ended = EngineCoreOutput(request_id=request.request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
+            if rejection is not None and self.is_reporting:
+                ended.kv_transfer_params = {REPORT_KEY: rejection}
+            group.outputs.append(ended)
         self._rejected.clear()
+        reports = getattr(model_runner_output, REPORTS, None)
+        if self.is_reporting and (reports or self._untold):
+            self._report(reports or {}, outputs)
         return outputs
+
+    def _report(self, reports: Mapping[str, Report], outputs: Mapping[int, Any]) -> None:
+        """Put what a step made known of requests beside their tokens.
+
+        A request whose prompt is given with its answer, or that vLLM took the token of, has none in the step that made
+        something known: that goes with its next.
+        """
+        untold = self._untold
+        for request_id, report in reports.items():
+            before = untold.get(request_id)
+            untold[request_id] = report if before is None else before.followed_by(report)
+        for group in outputs.values():
+            for output in group.outputs:
+                if output.request_id in untold:
+                    output.kv_transfer_params = {REPORT_KEY: untold.pop(output.request_id)}
+        if untold:  # with asynchronous scheduling a step may tell of a request that has ended
+            self._untold = {request_id: told for request_id, told in untold.items() if request_id in self.requests}
 
     def _end_broken(self, broken: Sequence[str], outputs: Any) -> None:
         from vllm.logger import init_logger
@@ -246,14 +276,6 @@ class SteeringScheduler:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(
                 EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
             )
-
-    def _tell(self, request: Request, error: TrimtabError) -> None:
-        """Say why a request is not run, where its plan can be read and somebody listens; vLLM tells no reason."""
-        with contextlib.suppress(TrimtabError):
-            found = plan_of(request)
-            if found is not None:
-                self._sender = self._sender or OutcomeSender()
-                self._sender.reject(found[0], error)
 
     def _checked_plan(self, request: Request) -> Plan | None:
         found = plan_of(request)
@@ -300,6 +322,7 @@ def make_scheduler(*, vllm_config: VllmConfig, **arguments: Any) -> Any:
     made = {
         "roster": Roster({bundle.digest: BundleNames.of(bundle) for bundle in bundles}),
         "is_capturing": options is not None and options.capture is not None,
+        "is_reporting": options is not None and options.is_reporting,
     }
     scheduler_class = type(f"Steering{base.__name__}", (SteeringScheduler, base), made)
     return scheduler_class(vllm_config=vllm_config, **arguments)

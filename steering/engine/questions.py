@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from steering.bundle import Bundle
 from steering.engine.asks import Answer, Ask, BundleGate, EditOrder, Sample
 from steering.engine.capture import CAPTURE_KEY
-from steering.errors import EditNotApplied, InvalidSpec
-from steering.outcome import Outcome, Response
+from steering.engine.outcomes import sample_of
+from steering.errors import EditNotApplied, InvalidSpec, TrimtabError
+from steering.outcome import Outcome, Report, Response
 from steering.plan import PLAN_KEY, Plan
 
 if TYPE_CHECKING:
@@ -34,16 +36,22 @@ class Question:
     is_silent: bool = False
 
 
-class Reports(NamedTuple):
-    """What the engine said it did, and what its response probe read, by plan and sample."""
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """What the engine did, and what its response probe read, by plan and sample; or, by plan, why it ran none."""
 
-    outcomes: dict[str, dict[int, Outcome]]
-    responses: dict[str, dict[int, Response]]
+    outcomes: defaultdict[str, dict[int, Outcome]] = field(default_factory=lambda: defaultdict(dict))
+    responses: defaultdict[str, dict[int, Response]] = field(default_factory=lambda: defaultdict(dict))
+    rejections: dict[str, TrimtabError] = field(default_factory=dict)
 
-    def has_read(self, plan_id: str, tokens: Mapping[int, int]) -> bool:
-        """Whether the probe has read so many tokens of each of these samples."""
-        read = self.responses.get(plan_id, {})
-        return all(sample in read and read[sample].tokens >= wanted for sample, wanted in tokens.items())
+    def receive(self, report: Report) -> None:
+        """Keep a report; see `outcomes.listen`."""
+        if report.rejection is not None:
+            self.rejections[report.rejection.plan_id] = TrimtabError.from_fields(report.rejection.error)
+        if report.outcome is not None:
+            self.outcomes[report.outcome.plan_id][sample_of(report.outcome.request_id)] = report.outcome
+        if report.response is not None:
+            self.responses[report.response.plan_id][sample_of(report.response.request_id)] = report.response
 
 
 def plan_of_ask(ask: Ask, bundles: Sequence[Bundle]) -> Plan | None:
@@ -108,11 +116,6 @@ def parameters_of(question: Question, *, detokenize: bool) -> SamplingParams:
     )
 
 
-def fed(ask: Ask, sample: Any) -> int:
-    """How many tokens of an answer were fed back, so that a probe could read them."""
-    return len(ask.answer) if ask.answer is not None else len(sample.token_ids) - 1
-
-
 def confirmed(number: int, question: Question, reports: Reports) -> tuple[Outcome, ...]:
     """What the engine did for an ask, by sample; nothing for one that was to be left alone.
 
@@ -122,7 +125,11 @@ def confirmed(number: int, question: Question, reports: Reports) -> tuple[Outcom
     plan = question.plan
     if plan is None or not plan.is_steering:
         return ()
-    reported = tuple(reports.outcomes[plan.id][sample] for sample in range(question.ask.samples))
+    told = reports.outcomes[plan.id]
+    lacking = [sample for sample in range(question.ask.samples) if sample not in told]
+    if lacking:
+        raise EditNotApplied(f"ask {number}: the engine did not confirm the edit of samples {lacking}")
+    reported = tuple(told[sample] for sample in range(question.ask.samples))
     for outcome in reported:
         if outcome.error or not (outcome.applied or outcome.decision):
             raise EditNotApplied(f"ask {number}: the engine did not apply edit {plan.edit!r}: {outcome.error}")

@@ -1,6 +1,6 @@
 """Reports: what is told of a steered request, read from its row once the forward pass that made it known has run.
 
-Knows nothing of steps, pipes or vLLM. Shapes: `W` columns of a row.
+Knows nothing of steps or vLLM. Shapes: `W` columns of a row.
 """
 
 from __future__ import annotations

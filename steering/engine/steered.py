@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
@@ -42,7 +42,7 @@ class Steered(Struct, kw_only=True, eq=False):
     row: int = 0
     is_due: bool = False
     latched: tuple[float, ...] | None = None
-    reading: Future[None] | None = None
+    reading: Future[Any] | None = None
 
 
 class Due(NamedTuple):

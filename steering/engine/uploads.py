@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 class _Turns:
@@ -124,11 +127,11 @@ class RowDownload:
         self.table: memoryview | None = None if self._array is None else self._array.data.cast("B")
         self._thread = ThreadPoolExecutor(1, "trimtab-outcomes") if self._array is None else None
 
-    def then(self, work: Callable[[NDArray[np.float32]], None]) -> Future[None] | None:
+    def then(self, work: Callable[[NDArray[np.float32]], Result]) -> Future[Result] | None:
         """Call `work(table)` with a host array [S, W] that is valid during the call.
 
         Returns:
-            What ends with it; None where it has ended, as on the CPU.
+            What ends with it, and has its result; None where it has ended, as on the CPU.
         """
         if self._thread is None:
             assert self._array is not None
@@ -145,10 +148,12 @@ class RowDownload:
         if self._thread is not None:
             self._thread.submit(lambda: None).result()
 
-    def _wait(self, event: torch.cuda.Event, pinned: Tensor, work: Callable[[NDArray[np.float32]], None]) -> None:
+    def _wait(self, event: torch.cuda.Event, pinned: Tensor, work: Callable[[NDArray[np.float32]], Result]) -> Result:
         event.synchronize()
-        work(pinned.numpy())
-        self._free.append(pinned)
+        try:
+            return work(pinned.numpy())
+        finally:
+            self._free.append(pinned)
 
 
 class Taken:

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
-from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput
 
 from steering import __version__
 from steering.engine.compat import ARCHITECTURES
 from steering.engine.finite import BROKEN_REQUESTS, FiniteCheck
 from steering.engine.options import options_from
 from steering.engine.parent import end_with_parent
+from steering.engine.prefix_cache import REPORTS
 from steering.engine.roster import RELEASED
 from steering.engine.runner_v1 import steer
 from steering.errors import PluginNotArmed, TrimtabError, UnsupportedArchitecture
 
 if TYPE_CHECKING:
-    from steering.engine.model import Steering
+    from steering.engine.model import Reports, Steering
 
 
 def _platform_worker() -> type[Any]:
@@ -77,14 +79,19 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         return result
 
     def sample_tokens(self, *arguments: Any) -> Any:
-        """As vLLM's; where the finite check is on, the output also names the requests that are to be ended."""
+        """As vLLM's; with the output go the reports of its step and, where the finite check is on, the names of
+        requests that are to be ended. Every rank edits and decides alike; vLLM takes the output of the first.
+        """
         output = super().sample_tokens(*arguments)
         steering = self._steering()
-        if steering is None or steering.finite is None:
+        if steering is None:
+            return output
+        reports = steering.take_reports()
+        if reports is None and steering.finite is None:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
-            return _Checked(output, steering.finite)
-        return _with_broken(output, steering.finite)
+            return _Told(output, reports, steering.finite)
+        return _with(output, reports, steering.finite)
 
     def steering_load(self, path: str, digest: str) -> dict[str, Any]:
         """Put a bundle into the bank of every rank, or of none; to be called on all of them at once.
@@ -186,22 +193,27 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
         return steering
 
 
-class _Checked(AsyncModelRunnerOutput):
+class _Told(AsyncModelRunnerOutput):
     """An output of vLLM's that is on its way from the device."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, check: FiniteCheck) -> None:
-        self._output, self._check = output, check
+    def __init__(self, output: AsyncModelRunnerOutput, reports: Reports | None, check: FiniteCheck | None) -> None:
+        self._output, self._reports, self._check = output, reports, check
 
     def get_output(self) -> Any:
-        """As vLLM's, with the requests that are to be ended."""
-        return _with_broken(self._output.get_output(), self._check)
+        """As vLLM's, with what its step made known."""
+        return _with(self._output.get_output(), self._reports, self._check)
 
 
-def _with_broken(output: Any, check: FiniteCheck) -> Any:
-    broken = check.take()
-    if broken and output is not None:
-        output = copy.copy(output)  # vLLM has one empty output for all
+def _with(output: Any, reports: Reports | None, check: FiniteCheck | None) -> Any:
+    """An output with what its step made known; on a device waits for that, which is there before any token is."""
+    broken = () if check is None else check.take()
+    if isinstance(reports, Future):
+        reports = reports.result()
+    if output is not None and (broken or reports):
+        if output is EMPTY_MODEL_RUNNER_OUTPUT:  # one for all
+            output = copy.copy(output)
         setattr(output, BROKEN_REQUESTS, broken)
+        setattr(output, REPORTS, reports)
     return output
 
 

@@ -6,7 +6,6 @@ is a process per environment; `python -m tests.integration.engine.driver` is its
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import os
@@ -173,30 +172,28 @@ def _serve_triton_without_gpu() -> None:
 
 def _main() -> None:
     """Play scenarios until the standard input ends: one line each, the files of question and answer."""
-    from steering.engine.outcomes import OutcomeInbox
     from tests.integration.engine import configurations, loading, offline, pieces, talks
 
     if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
         _serve_triton_without_gpu()
     _inspect_models_in_this_process()
-    with OutcomeInbox() as inbox:
-        players = {
-            offline.KIND: offline.run_offline,
-            configurations.KIND: configurations.run_configurations,
-            pieces.KIND: pieces.run_pieces,
-            loading.KIND: functools.partial(loading.run_loading, inbox=inbox),
-            talks.KIND: functools.partial(talks.run_talks, inbox=inbox),
-        }
-        for line in sys.stdin:
-            question, answer = map(Path, line.rstrip("\n").split("\t"))
-            try:
-                player = players.get(json.loads(question.read_text()).get("kind"))
-                fields = asdict(player(question) if player else _run(question, inbox))
-            except BaseException:  # noqa: BLE001 - whatever it is, the waiting test must hear of it
-                fields = {"error": traceback.format_exc()}
-            partial = answer.with_suffix(".partial")
-            partial.write_text(json.dumps(fields, default=msgspec.to_builtins))
-            partial.rename(answer)
+    players = {
+        offline.KIND: offline.run_offline,
+        configurations.KIND: configurations.run_configurations,
+        pieces.KIND: pieces.run_pieces,
+        loading.KIND: loading.run_loading,
+        talks.KIND: talks.run_talks,
+    }
+    for line in sys.stdin:
+        question, answer = map(Path, line.rstrip("\n").split("\t"))
+        try:
+            player = players.get(json.loads(question.read_text()).get("kind"))
+            fields = asdict(player(question) if player else _run(question))
+        except BaseException:  # noqa: BLE001 - whatever it is, the waiting test must hear of it
+            fields = {"error": traceback.format_exc()}
+        partial = answer.with_suffix(".partial")
+        partial.write_text(json.dumps(fields, default=msgspec.to_builtins))
+        partial.rename(answer)
 
 
 def _inspect_models_in_this_process() -> None:
@@ -211,8 +208,9 @@ def _inspect_models_in_this_process() -> None:
     registry._run_in_subprocess = lambda inspect: inspect()
 
 
-def _run(question: Path, inbox: Any) -> Result:
+def _run(question: Path) -> Result:
     from steering.bundle import load_bundle
+    from steering.engine.outcomes import listen
     from steering.engine.plugin import engine_arguments
     from tests.integration.engine.ahead import as_asked
 
@@ -221,18 +219,21 @@ def _run(question: Path, inbox: Any) -> Result:
     scenario = Scenario(rounds=rounds, **fields)
     digest, steering = "", {}
     if scenario.bundle is not None:
-        digest, steering = load_bundle(Path(scenario.bundle)).digest, engine_arguments([Path(scenario.bundle)])
+        digest = load_bundle(Path(scenario.bundle)).digest
+        steering = engine_arguments([Path(scenario.bundle)], is_reporting=True)
     with (
         as_asked({**steering, **scenario.arguments}),
         running(scenario.model, {**steering, **scenario.arguments}) as engine,
     ):
+        reports: list[Any] = []
+        listen(engine.llm_engine, reports.append)
         played, steps, preempted = [], [steps_of(engine)], [preemptions_of(engine)]
         for number, round_ in enumerate(rounds):
             played.append(_ask(engine, round_, digest, number))
             steps.append(steps_of(engine))
             preempted.append(preemptions_of(engine))
-        told, read = inbox.drain()
-        outcomes = [msgspec.structs.asdict(outcome) for outcome in told]
+        outcomes = [msgspec.structs.asdict(each.outcome) for each in reports if each.outcome]
+        read = [each.response for each in reports if each.response]
         responses = [[each.plan_id, each.request_id, each.tokens, each.score] for each in read]
         report = engine.collective_rpc("steering_report")[0] if steering else {}
         return Result(

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from steering.engine.outcomes import sample_of
+from steering.engine.outcomes import listen, sample_of
 from tests.integration.engine import driver
 from tests.integration.engine.scenario import Ask, Got
 
@@ -89,18 +89,23 @@ class LoadingResult:
 class _Played:
     """An engine and what has come of its requests so far."""
 
-    def __init__(self, engine: Any, inbox: Any) -> None:
-        self.engine, self._inbox = engine, inbox
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.reports: list[Any] = []
+        listen(engine.llm_engine, self.reports.append)
         self.asked: dict[str, Ask] = {}
         self.answers: dict[str, Got] = {}
-        self.outcomes: list[Any] = []
         self.begun: dict[tuple[str, int], bool] = {}
         """By name and sample, whether its outcome came no later than its first token."""
+
+    @property
+    def outcomes(self) -> list[Any]:
+        """What has been told so far."""
+        return [report.outcome for report in self.reports if report.outcome is not None]
 
     def run(self) -> None:
         """Take one engine step."""
         outputs = self.engine.llm_engine.step()
-        self.outcomes += self._inbox.drain()[0]
         told = {(outcome.plan_id, sample_of(outcome.request_id)) for outcome in self.outcomes}
         for output in outputs:
             ask = self.asked[output.request_id]
@@ -120,7 +125,7 @@ def play_loading(scenario: LoadingScenario, folder: Path) -> LoadingResult:
     return LoadingResult(**fields)
 
 
-def run_loading(question: Path, inbox: Any) -> LoadingResult:
+def run_loading(question: Path) -> LoadingResult:
     """Play a scenario in this process, which has the environment it asks for."""
     from steering.engine.plugin import engine_arguments
     from tests.integration.engine.ahead import as_asked
@@ -131,11 +136,14 @@ def run_loading(question: Path, inbox: Any) -> LoadingResult:
         for step in fields["steps"]
     ]
     steering = engine_arguments(
-        [Path(fields["bundle"])], terms_per_layer=fields["terms"], check_finite=fields["check_finite"]
+        [Path(fields["bundle"])],
+        terms_per_layer=fields["terms"],
+        check_finite=fields["check_finite"],
+        is_reporting=True,
     )
     options = {**steering, **fields["arguments"]}
     with as_asked(options), driver.running(fields["model"], options) as engine:
-        played = _Played(engine, inbox)
+        played = _Played(engine)
         results = [_done(played, step) for step in steps]
         return LoadingResult(
             steps=results,

@@ -85,7 +85,7 @@ def play_talks(scenario: TalkScenario, folder: Path) -> TalkResult:
     return TalkResult(**fields)
 
 
-def run_talks(question: Path, inbox: Any) -> TalkResult:
+def run_talks(question: Path) -> TalkResult:
     """Have the talks with an engine in this process."""
     from steering.bundle import load_bundle
     from steering.engine import prefix_cache
@@ -100,8 +100,10 @@ def run_talks(question: Path, inbox: Any) -> TalkResult:
     if not scenario.is_isolated:
         prefix_cache.set_apart = lambda *_, **__: None
     try:
-        with driver.running(scenario.model, {**engine_arguments(paths), **scenario.arguments}) as engine:
-            heard, told = _talk(engine.llm_engine, scenario, digests, inbox)
+        with driver.running(
+            scenario.model, {**engine_arguments(paths, is_reporting=True), **scenario.arguments}
+        ) as engine:
+            heard, told = _talk(engine.llm_engine, scenario, digests)
             decisions = [
                 [list(told.get(f"{number}-{turn}", {}).values()) for turn in range(len(talk))]
                 for number, talk in enumerate(talks)
@@ -118,10 +120,14 @@ def _turn(fields: dict[str, Any]) -> Turn:
 
 
 def _talk(
-    engine: Any, scenario: TalkScenario, digests: Sequence[str], inbox: Any
+    engine: Any, scenario: TalkScenario, digests: Sequence[str]
 ) -> tuple[list[list[Heard]], dict[str, dict[str, str | None]]]:
     from vllm.sampling_params import RequestOutputKind
 
+    from steering.engine.outcomes import listen
+
+    reports: list[Any] = []
+    listen(engine, reports.append)
     heard: list[list[Heard]] = [[] for _ in scenario.talks]
     due = {number: talk[0].pause for number, talk in enumerate(scenario.talks)}
     prompts: dict[int, list[int]] = {}
@@ -151,8 +157,9 @@ def _talk(
             heard[number].append(Heard(prompt=prompts.pop(number), tokens=tokens, cached=output.num_cached_tokens or 0))
             if len(heard[number]) < len(scenario.talks[number]):
                 due[number] = step + 1 + scenario.talks[number][len(heard[number])].pause
-        for outcome in inbox.drain()[0]:
+        step += 1
+    for report in reports:
+        if (outcome := report.outcome) is not None:
             assert not outcome.error, outcome
             told.setdefault(outcome.plan_id, {})[outcome.request_id] = outcome.decision
-        step += 1
     return heard, told

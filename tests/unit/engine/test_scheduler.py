@@ -11,11 +11,11 @@ import pytest
 from msgspec import structs
 
 from steering.engine.finite import BROKEN_REQUESTS
-from steering.engine.outcome_sender import ADDRESS_VARIABLE
-from steering.engine.outcomes import OutcomeListener
-from steering.engine.prefix_cache import SteeringScheduler
+from steering.engine.outcomes import REPORT_KEY
+from steering.engine.prefix_cache import REPORTS, SteeringScheduler
 from steering.engine.roster import RELEASED, BundleNames, Roster
 from steering.errors import UnknownName
+from steering.outcome import Outcome, Rejection, Report, Response
 from steering.plan import PLAN_KEY, Plan, Reasoning, Scope
 from tests.samples import DIGEST, gate_plan, plan_for
 from tests.unit.engine.hashed import BLOCK, TOKENS, FakeRequest, Parameters, chained, keys
@@ -37,9 +37,6 @@ class FakeScheduler:
     def has_finished_requests(self) -> bool:
         return False
 
-    def shutdown(self) -> None:
-        """Ends."""
-
     def schedule(self) -> types.SimpleNamespace:
         return types.SimpleNamespace(finished_req_ids=self.ended)
 
@@ -57,6 +54,7 @@ class FakeScheduler:
 
 class Scheduler(SteeringScheduler, FakeScheduler):
     hash_block_size = BLOCK
+    is_reporting = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +68,7 @@ class FakeOutput:
     request_id: str
     new_token_ids: list[int]
     finish_reason: str
+    kv_transfer_params: dict[str, Report] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -188,10 +187,8 @@ def assert_rejected(scheduler: Scheduler, request: FakeRequest) -> None:
     """Never scheduled; the engine is made to take a step, in which the client is told of an error, once."""
     assert scheduler.accepted == []
     assert scheduler.has_finished_requests()
-    outputs = scheduler.update_from_output(None, None)
-    assert outputs == {
-        3: FakeOutputs(outputs=[FakeOutput(request_id=request.request_id, new_token_ids=[], finish_reason="error")])
-    }
+    (ended,) = scheduler.update_from_output(None, None)[3].outputs
+    assert (ended.request_id, ended.new_token_ids, ended.finish_reason) == (request.request_id, [], "error")
     assert not scheduler.has_finished_requests()
     assert scheduler.update_from_output(None, None) == {}
 
@@ -249,26 +246,80 @@ def test_a_plan_that_names_a_bundle_being_unloaded_is_rejected() -> None:
 
 
 @pytest.mark.usefixtures("vllm")
-async def test_whoever_sent_a_rejected_request_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the plan's id and as the error's own class; a plan that cannot be read has no id, and no plan no reason."""
-    monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)
-    listener = OutcomeListener()
-    listener.start()
-    try:
-        listener.expect("p")
-        scheduler, _ = submitted("no plan")
-        assert listener.rejection("p") is None
-        scheduler("close", DIGEST)
-        plan = plan_for("e", plan_id="p")
-        scheduler.add_request(
-            FakeRequest(tokens=TOKENS[:10], sampling_params=Parameters(extra_args={PLAN_KEY: plan.to_json()}))
-        )
-        found = listener.rejection("p")
-        assert isinstance(found, UnknownName)
-        assert f"bundle {DIGEST} is being unloaded" in str(found)
-        scheduler.shutdown()
-    finally:
-        await listener.close()
+@pytest.mark.parametrize("is_reporting", [True, False])
+def test_whoever_sent_a_rejected_request_is_told_why(is_reporting: bool) -> None:
+    """By the plan's id and with the error's own class, where somebody listens; a plan that cannot be read has no id."""
+    scheduler, _ = submitted("no plan")
+    scheduler.is_reporting = is_reporting
+    scheduler("close", DIGEST)
+    plan = plan_for("e", plan_id="p")
+    scheduler.add_request(
+        FakeRequest(tokens=TOKENS[:10], sampling_params=Parameters(extra_args={PLAN_KEY: plan.to_json()}))
+    )
+    unread, told = scheduler.update_from_output(None, None)[3].outputs
+    assert (unread.finish_reason, told.finish_reason) == ("error", "error")
+    assert unread.kv_transfer_params is None
+    if is_reporting:
+        rejection = told.kv_transfer_params[REPORT_KEY].rejection
+        error = UnknownName(f"bundle {DIGEST} is being unloaded").to_fields()
+        assert rejection == Rejection(plan_id="p", error=rejection.error)
+        assert rejection.error["class"] == error["class"]
+        assert f"bundle {DIGEST} is being unloaded" in str(rejection.error)
+    else:
+        assert told.kv_transfer_params is None
+
+
+def report(request_id: str, *, tokens: int = 0) -> Report:
+    """What a worker tells of a request: what was done to it, or what a probe has read of it."""
+    if tokens:
+        return Report(response=Response(plan_id="p", request_id=request_id, tokens=tokens, score=0.5))
+    outcome = Outcome(plan_id="p", request_id=request_id, applied=True, edit="e", strength=1.0, scope=Scope.ALL)
+    return Report(outcome=outcome)
+
+
+def step(scheduler: Scheduler, reports: dict[str, Report] | None, *tokens: str) -> dict[str, Report | None]:
+    """What goes with the tokens of a step, by request, after what a worker has told of it."""
+    given = [FakeOutput(request_id=name, new_token_ids=[1], finish_reason="") for name in tokens]
+    scheduler.outputs = {3: FakeOutputs(outputs=given)}
+    told = types.SimpleNamespace() if reports is None else types.SimpleNamespace(**{REPORTS: reports})
+    outputs = scheduler.update_from_output(None, told)[3].outputs
+    return {each.request_id: (each.kv_transfer_params or {}).get(REPORT_KEY) for each in outputs}
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_report_goes_with_its_requests_next_token() -> None:
+    """In the same step where it has one; else what was told meanwhile comes together, and once."""
+    scheduler = Scheduler()
+    for name in ("a", "b"):
+        scheduler.add_request(FakeRequest(tokens=TOKENS[:10], request_id=name))
+    both = {"a": report("a"), "b": report("b")}
+    assert step(scheduler, both, "a", "other") == {"a": both["a"], "other": None}
+    assert step(scheduler, {"b": report("b", tokens=2)}, "a") == {"a": None}
+    told = Report(outcome=both["b"].outcome, response=report("b", tokens=2).response)
+    assert step(scheduler, None, "a", "b") == {"a": None, "b": told}
+    assert step(scheduler, None, "a", "b") == {"a": None, "b": None}
+
+
+@pytest.mark.usefixtures("vllm")
+def test_nothing_is_kept_of_a_request_that_has_ended() -> None:
+    """Whether it had a token in its last step or, as with asynchronous scheduling, is told of once it is gone."""
+    scheduler = Scheduler()
+    scheduler.add_request(FakeRequest(tokens=TOKENS[:10], request_id="a"))
+    step(scheduler, {"a": report("a"), "gone": report("gone")})
+    assert list(scheduler._untold) == ["a"]
+    del scheduler.requests["a"]
+    assert step(scheduler, None, "b") == {"b": None}
+    assert not scheduler._untold
+
+
+@pytest.mark.usefixtures("vllm")
+def test_where_nobody_listens_no_token_carries_a_report() -> None:
+    """As under plain `vllm serve`, whose answers would show it."""
+    scheduler = Scheduler()
+    scheduler.is_reporting = False
+    scheduler.add_request(FakeRequest(tokens=TOKENS[:10], request_id="a"))
+    assert step(scheduler, {"a": report("a")}, "a") == {"a": None}
+    assert not scheduler._untold
 
 
 @pytest.mark.usefixtures("vllm")

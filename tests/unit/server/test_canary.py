@@ -114,7 +114,7 @@ async def test_the_response_probe_gets_the_tokens_it_reads(make: Make) -> None:
     await canary_of(spoken).run()
     found = await scrape(spoken)
     assert value(found, "steering_canary_outcomes_total", outcome="refusal", profile="none") == len(PROMPTS)
-    assert all(wait == ({0: 4}, 0.05) for wait in engine.waits)
+    assert {call.fields["max_tokens"] for call in engine.calls} == {5}
 
 
 @dataclass

@@ -69,20 +69,18 @@ async def test_full_report_carries_what_was_read(reading: Make, stream: bool) ->
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_it_is_waited_for_as_many_tokens_as_can_be_read(reading: Make, stream: bool) -> None:
-    """Four tokens of each of two samples were generated, so three were fed back; and for 50 ms at most."""
+async def test_every_sample_has_a_verdict_of_its_own(reading: Make, stream: bool) -> None:
+    """What was read of two samples is asked for once, at the end of both."""
     engine = FakeEngine(answers=[REFUSED, ANSWERED])
     steering = await told(reading(engine), stream=stream, n=2)
-    assert engine.waits == [({0: 3, 1: 3}, 0.05)]
+    assert engine.read == [call.plan.id for call in engine.calls if call.plan is not None]
     assert [verdict["refused"] for verdict in steering["verdicts"]] == [True, False]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_answer_of_one_token_is_not_waited_for(reading: Make, stream: bool) -> None:
-    """It was never fed back: what refuses is unknown."""
-    engine = FakeEngine()
-    steering = await told(reading(engine), stream=stream, max_tokens=1)
-    assert engine.waits == [({}, 0.05)]
+async def test_of_an_answer_of_one_token_nothing_is_known(reading: Make, stream: bool) -> None:
+    """It was never fed back: whether it refuses is unknown."""
+    steering = await told(reading(FakeEngine()), stream=stream, max_tokens=1)
     assert steering["verdict"]["refused"] is None
 
 
@@ -103,7 +101,7 @@ async def test_refusal_tokens_come_first(make: Make) -> None:
     response = await make(engine, make_catalog(bundle)).chat()
     assert response.json()["steering"]["verdict"]["detector"] == "refusal_token"
     assert engine.calls[0].plan is None
-    assert engine.waits == []
+    assert engine.read == []
 
 
 async def test_the_description_names_the_probe(reading: Make) -> None:

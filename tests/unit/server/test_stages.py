@@ -9,7 +9,7 @@ import pytest
 
 from server.observe.stages import Stage, Stages
 from steering.errors import EngineOverloaded
-from tests.fakes import FakeEngine, failing, make_catalog, make_gated_bundle, make_reading_bundle, read
+from tests.fakes import FakeEngine, failing, make_catalog, make_gated_bundle, read
 from tests.unit.server.conftest import Make, scrape, value
 
 
@@ -41,15 +41,7 @@ async def test_every_stage_of_a_request_is_counted_once(make: Make) -> None:
         Stage.CATEGORY: 1,
         Stage.FIRST_TOKEN: 1,
         Stage.CONFIRM: 2,
-        Stage.VERDICT: 0,
     }
-
-
-async def test_waiting_for_the_response_probe_is_a_stage(make: Make) -> None:
-    """Where the model does not tell by a token."""
-    spoken = make(FakeEngine(answers=[1.0], bundles=[make_reading_bundle()]), make_catalog(make_reading_bundle()))
-    await spoken.chat()
-    assert value(await scrape(spoken), "steering_stage_duration_seconds_count", stage="verdict") == 1
 
 
 async def test_errors_are_counted_by_code(make: Make) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,6 @@ from server.errors import reply_to
 from server.vllm_engine import VllmEngine
 from server.vllm_metrics import TOKENS
 from steering.bundle import load_bundle
-from steering.engine.outcome_sender import OutcomeSender
 from steering.engine.outcomes import OutcomeListener
 from steering.engine.roster import Roster
 from steering.errors import (
@@ -29,7 +28,7 @@ from steering.errors import (
     TrimtabError,
     UnknownName,
 )
-from steering.outcome import Outcome
+from steering.outcome import Outcome, Report
 from steering.plan import Scope
 from tests.samples import plan_for, random_edit, write_bundle
 
@@ -40,20 +39,9 @@ def outcome(request_id: str, edit: str) -> Outcome:
 
 
 @pytest.fixture
-async def listener() -> Any:
-    """A listener that receives."""
-    found = OutcomeListener()
-    found.start()
-    yield found
-    await found.close()
-
-
-@pytest.fixture
-def sender(listener: OutcomeListener) -> Iterator[OutcomeSender]:
-    """A worker's end of it."""
-    made = OutcomeSender(listener.address)
-    yield made
-    made.close()
+def listener() -> OutcomeListener:
+    """A listener that nothing has been told."""
+    return OutcomeListener()
 
 
 def engine_over(listener: OutcomeListener) -> VllmEngine:
@@ -63,31 +51,31 @@ def engine_over(listener: OutcomeListener) -> VllmEngine:
     return engine
 
 
-async def test_a_sample_waits_for_its_own_report(listener: OutcomeListener, sender: OutcomeSender) -> None:
+async def test_a_sample_waits_for_its_own_report(listener: OutcomeListener) -> None:
     """Of n > 1 samples each is confirmed by its own outcome, whichever comes first; vLLM numbers them in their ids."""
     engine = engine_over(listener)
     listener.expect("p")
-    sender.send([outcome("1_chatcmpl-x-12345678", "second")])
+    listener.receive(Report(outcome=outcome("1_chatcmpl-x-12345678", "second")))
     waiting = asyncio.create_task(engine.outcomes("p", (0,), 5))
     await asyncio.sleep(0.05)
     assert not waiting.done()
     assert (await engine.outcomes("p", (1,), 5))[1].edit == "second"
-    sender.send([outcome("0_chatcmpl-x-12345678", "first")])
+    listener.receive(Report(outcome=outcome("0_chatcmpl-x-12345678", "first")))
     assert {index: found.edit for index, found in (await waiting).items()} == {0: "first"}
 
 
-async def test_a_single_samples_id_has_no_number(listener: OutcomeListener, sender: OutcomeSender) -> None:
+async def test_a_single_samples_id_has_no_number(listener: OutcomeListener) -> None:
     """With n = 1 the request's own id is reported."""
     listener.expect("p")
-    sender.send([outcome("chatcmpl-1_x-12345678", "only")])
+    listener.receive(Report(outcome=outcome("chatcmpl-1_x-12345678", "only")))
     assert (await engine_over(listener).outcomes("p", (0,), 5))[0].edit == "only"
 
 
-async def test_a_sample_that_never_reports_is_given_up(listener: OutcomeListener, sender: OutcomeSender) -> None:
+async def test_a_sample_that_never_reports_is_given_up(listener: OutcomeListener) -> None:
     """The reports of others do not make the wait longer than asked."""
     engine = engine_over(listener)
     listener.expect("p")
-    sender.send([outcome("1_chatcmpl-x-12345678", "second")])
+    listener.receive(Report(outcome=outcome("1_chatcmpl-x-12345678", "second")))
     began = asyncio.get_running_loop().time()
     with pytest.raises(EditNotApplied):
         await engine.outcomes("p", (0,), 0.2)
