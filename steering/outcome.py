@@ -1,6 +1,6 @@
 """Outcome and response: what the engine did for a sample, and what its response probe read of the answer.
 
-What a step made known of a sample travels as one report, beside the step's token of it, from the worker to whoever
+What a step made known of a sample travels as reports, beside the step's token of it, from the worker to whoever
 started the engine. Knows nothing of HTTP, models or vLLM.
 """
 
@@ -44,7 +44,7 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=Fals
         return {name: weight / total for name, weight in zip(self.names, weights, strict=True)}
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+class Outcome(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False, tag=0):
     """What the engine did for one sample of a request, reported by the worker's first rank.
 
     Attributes:
@@ -75,7 +75,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=Fal
     error: str = ""
 
 
-class Response(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+class Response(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False, tag=1):
     """What the response probe has read of one sample so far, reported by the worker's first rank.
 
     Attributes:
@@ -96,7 +96,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=Fa
         return _sigmoid(self.score)
 
 
-class Rejection(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+class Rejection(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False, tag=2):
     """Why a request is never run.
 
     Attributes:
@@ -108,42 +108,29 @@ class Rejection(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=F
     error: Mapping[str, str | None]
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
-    """What is told of one sample, together with a step's token of it.
+Report = Outcome | Response | Rejection
+"""What is told of a request, as bytes beside a token of it."""
 
-    Attributes:
-        outcome: of the step in which it became true; None in later ones.
-        response: what the response probe has read by now; None where it read nothing in this step.
-        rejection: of a request that is never run.
+
+def report_from_bytes(report: bytes) -> Report:
+    """Read what `report_to_bytes` wrote.
+
+    Raises:
+        ValueError: it did not.
     """
-
-    outcome: Outcome | None = None
-    response: Response | None = None
-    rejection: Rejection | None = None
-
-    def followed_by(self, later: Report) -> Report:
-        """This report and a later one of the same sample, as one."""
-        return Report(
-            outcome=later.outcome or self.outcome,
-            response=later.response or self.response,
-            rejection=later.rejection or self.rejection,
-        )
-
-    @classmethod
-    def from_builtins(cls, fields: object) -> Report:
-        """Read what a MessagePack decoder that knows no types made of a report; a report is taken as it is.
-
-        Raises:
-            ValueError: it is none.
-        """
-        if isinstance(fields, cls):
-            return fields
-        try:
-            return msgspec.convert(fields, cls)
-        except msgspec.ValidationError as error:
-            raise ValueError(f"this is no report of a sample: {error}") from error
+    try:
+        found: Report = _DECODER.decode(report)
+    except (msgspec.MsgspecError, TypeError) as error:
+        raise ValueError(f"this is no report of a request: {error}") from error
+    return found
 
 
 def _sigmoid(score: float) -> float:
     # Of two equal forms the one that does not overflow.
     return 1.0 / (1.0 + math.exp(-score)) if score >= 0 else math.exp(score) / (1.0 + math.exp(score))
+
+
+report_to_bytes = msgspec.msgpack.Encoder().encode
+"""A report as it travels."""
+
+_DECODER = msgspec.msgpack.Decoder(Report)

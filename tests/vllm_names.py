@@ -22,11 +22,11 @@ USED: dict[str, dict[str, str]] = {
     "vllm.v1.worker.gpu_input_batch": {
         "InputBatch": "req_ids num_reqs num_computed_tokens_cpu generators req_id_to_index",
     },
-    "vllm.v1.worker.gpu_worker": {"Worker": "init_device load_model execute_model shutdown model_runner"},
+    "vllm.v1.worker.gpu_worker": {"Worker": "init_device load_model execute_model sample_tokens shutdown model_runner"},
     "vllm.v1.worker.gpu.model_runner": {"GPUModelRunner": "model_state add_request remove_request prepare_inputs"},
     "vllm.v1.worker.gpu.input_batch": {"InputBatch": "req_ids num_reqs num_scheduled_tokens num_computed_tokens_np"},
     "vllm.v1.worker.gpu.model_states.interface": {"ModelState": "add_request remove_request prepare_inputs"},
-    "vllm.v1.core.sched.scheduler": {"Scheduler": "add_request has_finished_requests update_from_output shutdown"},
+    "vllm.v1.core.sched.scheduler": {"Scheduler": "add_request has_finished_requests update_from_output"},
     "vllm.v1.core.sched.output": {
         "SchedulerOutput": "finished_req_ids preempted_req_ids scheduled_new_reqs scheduled_cached_reqs",
         "CachedRequestData": "req_ids resumed_req_ids num_computed_tokens all_token_ids",
@@ -36,10 +36,13 @@ USED: dict[str, dict[str, str]] = {
         "Request": "_block_hasher block_hashes update_block_hashes skip_reading_prefix_cache resumable client_index",
     },
     "vllm.v1.engine": {
-        "EngineCoreOutput": "request_id new_token_ids finish_reason",
+        "EngineCoreOutput": "request_id new_token_ids finish_reason kv_transfer_params",
         "EngineCoreOutputs": "outputs",
         "FinishReason": "ERROR",
     },
+    "vllm.v1.engine.output_processor": {"OutputProcessor": "process_outputs"},
+    "vllm.v1.engine.async_llm": {"AsyncLLM": "output_processor"},
+    "vllm.v1.engine.llm_engine": {"LLMEngine": "output_processor"},
     "vllm.config.vllm": {"VllmConfig": "additional_config compute_hash use_v2_model_runner"},
     "vllm.config.parallel": {"ParallelConfig": "worker_cls"},
     "vllm.config.scheduler": {"SchedulerConfig": "scheduler_cls get_scheduler_cls async_scheduling"},

@@ -23,7 +23,7 @@ import msgspec
 from server.bench.companion import serve, take_over_output
 from steering.engine.outcomes import listen
 from steering.errors import EditNotApplied
-from steering.outcome import Report
+from steering.outcome import Outcome, Report
 from steering.plan import PLAN_KEY, Plan
 
 PROMPT_TOKENS = 32
@@ -262,7 +262,7 @@ class Resident:
 
     def _take_outcomes(self) -> int:
         """Forget what the engine has told; how many samples' outcomes were among it."""
-        told = sum(report.outcome is not None for report in self._reports)
+        told = sum(isinstance(report, Outcome) for report in self._reports)
         self._reports.clear()
         return told
 

@@ -27,7 +27,7 @@ from steering.engine.rows import NOTHING, Rows
 from steering.engine.steered import Due, Steered
 from steering.engine.uploads import RowDownload
 from steering.errors import UnsupportedConfiguration
-from steering.outcome import Report
+from steering.outcome import report_to_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 PREFIX = "Steered"
 
 _Row = tuple[Steered, int]
-Reports = dict[str, Report] | Future[dict[str, Report]]
-"""By request; on a device they are read once it has done the step."""
+Reports = dict[str, list[bytes]]
+"""By request, as `report_to_bytes` makes them."""
 
 
 class Steering:
@@ -81,7 +81,7 @@ class Steering:
             can_spare=self.is_sparing,
         )
         self._due = NOTHING
-        self._reports: Reports | None = None
+        self._reports: Reports | Future[Reports] | None = None
 
     @property
     def live(self) -> int:
@@ -151,23 +151,23 @@ class Steering:
             if steered.order.gate is not None:
                 steered.reading = reading
 
-    def take_reports(self) -> Reports | None:
-        """What the step whose forward pass was the last one made known, to go with its output; None for nothing."""
+    def take_reports(self) -> Reports | Future[Reports] | None:
+        """What the step whose forward pass was the last one made known, to go with its output; None for nothing. On a
+        device it is read once that has done the step.
+        """
         reports, self._reports = self._reports, None
         return reports
 
-    def _read(self, table: memoryview, outcomes: Sequence[_Row], responses: Sequence[_Row]) -> dict[str, Report]:
+    def _read(self, table: memoryview, outcomes: Sequence[_Row], responses: Sequence[_Row]) -> Reports:
         """What the table of rows [S, W] float32, as bytes, says of requests, each with its row's number."""
         reports = {
-            steered.request_id: Report(outcome=self.rows.outcome(steered, table, row * ROW.size))
+            steered.request_id: [report_to_bytes(self.rows.outcome(steered, table, row * ROW.size))]
             for steered, row in outcomes
         }
         for steered, row in responses:
             response = self.rows.response(steered, table, row * ROW.size)
             if response is not None:
-                report = Report(response=response)
-                before = reports.get(steered.request_id)
-                reports[steered.request_id] = report if before is None else before.followed_by(report)
+                reports.setdefault(steered.request_id, []).append(report_to_bytes(response))
         return reports
 
 

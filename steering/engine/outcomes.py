@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from steering.errors import EditFailed, EditNotConfirmed, TrimtabError
-from steering.outcome import Outcome, Report, Response
+from steering.outcome import Outcome, Rejection, Report, Response, report_from_bytes
 
 _log = logging.getLogger("trimtab")
 
 REPORT_KEY = "trimtab"
-"""In an `EngineCoreOutput`'s `kv_transfer_params` (vLLM 0.32), its one field that may hold anything. Nobody else's use
-is disturbed: engines that transfer keys and values are refused."""
+"""In an `EngineCoreOutput`'s `kv_transfer_params` (vLLM 0.32), its one field that may hold anything: a list of bytes,
+one for each report. Nobody else's use is disturbed: engines that transfer keys and values are refused."""
 
 
 def listen(engine: Any, receive: Callable[[Report], None]) -> None:
@@ -46,13 +46,14 @@ class _ListeningProcessor:
             found = output.kv_transfer_params
             if found is not None and REPORT_KEY in found:
                 output.kv_transfer_params = None
-                try:
-                    report = Report.from_builtins(found[REPORT_KEY])
-                except ValueError:
-                    # It fails the request that waits for it, by its time limit, and no other.
-                    _log.exception("the report of request %s cannot be read", output.request_id)
-                else:
-                    self.trimtab_receive(report)
+                for report in found[REPORT_KEY]:
+                    try:
+                        read = report_from_bytes(report)
+                    except ValueError:
+                        # It fails the request that waits for it, by its time limit, and no other.
+                        _log.exception("a report of request %s cannot be read", output.request_id)
+                    else:
+                        self.trimtab_receive(read)
         return super().process_outputs(engine_core_outputs, *arguments, **named)  # type: ignore[misc]
 
 
@@ -82,17 +83,15 @@ class OutcomeListener:
 
     def receive(self, report: Report) -> None:
         """Keep a report; see `listen`."""
-        outcome, response, rejection = report.outcome, report.response, report.rejection
-        about = outcome or response or rejection
-        told = None if about is None else self._told.get(about.plan_id)
+        told = self._told.get(report.plan_id)
         if told is None:
             return
-        if outcome is not None:
-            told.outcomes[sample_of(outcome.request_id)] = outcome
-        if response is not None:
-            told.responses[sample_of(response.request_id)] = response
-        if rejection is not None:
-            told.rejection = TrimtabError.from_fields(rejection.error)
+        if isinstance(report, Outcome):
+            told.outcomes[sample_of(report.request_id)] = report
+        elif isinstance(report, Rejection):
+            told.rejection = TrimtabError.from_fields(report.error)
+        else:
+            told.responses[sample_of(report.request_id)] = report
         if told.arrived is not None:
             told.arrived.set()
 

@@ -24,7 +24,7 @@ from steering.engine.outcomes import REPORT_KEY
 from steering.engine.parent import end_with_parent
 from steering.engine.roster import RELEASED, BundleNames, Roster
 from steering.errors import InvalidSpec, NotSupported, TrimtabError
-from steering.outcome import Rejection, Report
+from steering.outcome import Rejection, report_to_bytes
 from steering.plan import PLAN_KEY, Plan, Scope
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 BlockHasher = Callable[[Any], list[Any]]
 
 REPORTS = "trimtab_reports"
-"""Attribute of vLLM's `ModelRunnerOutput`: a step's reports by request."""
+"""Attribute of vLLM's `ModelRunnerOutput`: lists of a step's reports, as bytes, by request."""
 
 _BEAM = re.compile(r"-beam-\d+(-[0-9a-f]+)?$")
 """How vLLM's beam search ends the ids of its requests (0.32 `entrypoints/generate/beam_search`), and what vLLM adds."""
@@ -137,12 +137,12 @@ class _Apart:
         return self.apart(new)
 
 
-def _rejection(request: Request, error: TrimtabError) -> Report | None:
+def _rejection(request: Request, error: TrimtabError) -> bytes | None:
     """Why a request is not run, which vLLM does not tell; None where its plan cannot be read, and so has no id."""
     with contextlib.suppress(TrimtabError):
         found = plan_of(request)
         if found is not None:
-            return Report(rejection=Rejection(plan_id=found[0], error=error.to_fields()))
+            return report_to_bytes(Rejection(plan_id=found[0], error=error.to_fields()))
     return None
 
 
@@ -166,8 +166,8 @@ class SteeringScheduler:
         if not hasattr(self, "hash_block_size"):  # vLLM 0.25 takes it and does not keep it
             self.hash_block_size = arguments.get("hash_block_size") or arguments["block_size"]
         end_with_parent()  # of the engine's own process, which may hold no worker
-        self._rejected: list[tuple[Request, Report | None]] = []
-        self._untold: dict[str, Report] = {}
+        self._rejected: list[tuple[Request, bytes | None]] = []
+        self._untold: dict[str, list[bytes]] = {}
         """What is known of requests and waits for a token of theirs to go with."""
         self._numbers = itertools.count()
 
@@ -233,7 +233,7 @@ class SteeringScheduler:
             group = outputs.setdefault(request.client_index, EngineCoreOutputs())
             ended = EngineCoreOutput(request_id=request.request_id, new_token_ids=[], finish_reason=FinishReason.ERROR)
             if rejection is not None and self.is_reporting:
-                ended.kv_transfer_params = {REPORT_KEY: rejection}
+                ended.kv_transfer_params = {REPORT_KEY: [rejection]}
             group.outputs.append(ended)
         self._rejected.clear()
         reports = getattr(model_runner_output, REPORTS, None)
@@ -241,22 +241,21 @@ class SteeringScheduler:
             self._report(reports or {}, outputs)
         return outputs
 
-    def _report(self, reports: Mapping[str, Report], outputs: Mapping[int, Any]) -> None:
+    def _report(self, reports: Mapping[str, list[bytes]], outputs: Mapping[int, Any]) -> None:
         """Put what a step made known of requests beside their tokens.
 
         A request whose prompt is given with its answer, or that vLLM took the token of, has none in the step that made
         something known: that goes with its next.
         """
         untold = self._untold
-        for request_id, report in reports.items():
-            before = untold.get(request_id)
-            untold[request_id] = report if before is None else before.followed_by(report)
+        for request_id, told in reports.items():
+            untold.setdefault(request_id, []).extend(told)
         for group in outputs.values():
             for output in group.outputs:
                 if output.request_id in untold:
                     output.kv_transfer_params = {REPORT_KEY: untold.pop(output.request_id)}
         if untold:  # with asynchronous scheduling a step may tell of a request that has ended
-            self._untold = {request_id: told for request_id, told in untold.items() if request_id in self.requests}
+            self._untold = {name: told for name, told in untold.items() if name in self.requests}
 
     def _end_broken(self, broken: Sequence[str], outputs: Any) -> None:
         from vllm.logger import init_logger

@@ -13,7 +13,7 @@ from steering.engine.asks import Answer, Ask, BundleGate, EditOrder, Sample
 from steering.engine.capture import CAPTURE_KEY
 from steering.engine.outcomes import sample_of
 from steering.errors import EditNotApplied, InvalidSpec, TrimtabError
-from steering.outcome import Outcome, Report, Response
+from steering.outcome import Outcome, Rejection, Report, Response
 from steering.plan import PLAN_KEY, Plan
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ class Reports:
 
     def receive(self, report: Report) -> None:
         """Keep a report; see `outcomes.listen`."""
-        if report.rejection is not None:
-            self.rejections[report.rejection.plan_id] = TrimtabError.from_fields(report.rejection.error)
-        if report.outcome is not None:
-            self.outcomes[report.outcome.plan_id][sample_of(report.outcome.request_id)] = report.outcome
-        if report.response is not None:
-            self.responses[report.response.plan_id][sample_of(report.response.request_id)] = report.response
+        if isinstance(report, Outcome):
+            self.outcomes[report.plan_id][sample_of(report.request_id)] = report
+        elif isinstance(report, Rejection):
+            self.rejections[report.plan_id] = TrimtabError.from_fields(report.error)
+        else:
+            self.responses[report.plan_id][sample_of(report.request_id)] = report
 
 
 def plan_of_ask(ask: Ask, bundles: Sequence[Bundle]) -> Plan | None:

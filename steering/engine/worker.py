@@ -196,7 +196,9 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
 class _Told(AsyncModelRunnerOutput):
     """An output of vLLM's that is on its way from the device."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, reports: Reports | None, check: FiniteCheck | None) -> None:
+    def __init__(
+        self, output: AsyncModelRunnerOutput, reports: Reports | Future[Reports] | None, check: FiniteCheck | None
+    ) -> None:
         self._output, self._reports, self._check = output, reports, check
 
     def get_output(self) -> Any:
@@ -204,7 +206,7 @@ class _Told(AsyncModelRunnerOutput):
         return _with(self._output.get_output(), self._reports, self._check)
 
 
-def _with(output: Any, reports: Reports | None, check: FiniteCheck | None) -> Any:
+def _with(output: Any, reports: Reports | Future[Reports] | None, check: FiniteCheck | None) -> Any:
     """An output with what its step made known; on a device waits for that, which is there before any token is."""
     broken = () if check is None else check.take()
     if isinstance(reports, Future):

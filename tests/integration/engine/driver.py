@@ -212,6 +212,7 @@ def _run(question: Path) -> Result:
     from steering.bundle import load_bundle
     from steering.engine.outcomes import listen
     from steering.engine.plugin import engine_arguments
+    from steering.outcome import Outcome, Response
     from tests.integration.engine.ahead import as_asked
 
     fields = json.loads(question.read_text())
@@ -232,8 +233,8 @@ def _run(question: Path) -> Result:
             played.append(_ask(engine, round_, digest, number))
             steps.append(steps_of(engine))
             preempted.append(preemptions_of(engine))
-        outcomes = [msgspec.structs.asdict(each.outcome) for each in reports if each.outcome]
-        read = [each.response for each in reports if each.response]
+        outcomes = [msgspec.structs.asdict(each) for each in reports if isinstance(each, Outcome)]
+        read = [each for each in reports if isinstance(each, Response)]
         responses = [[each.plan_id, each.request_id, each.tokens, each.score] for each in read]
         report = engine.collective_rpc("steering_report")[0] if steering else {}
         return Result(

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from steering.engine.outcomes import listen, sample_of
+from steering.outcome import Outcome
 from tests.integration.engine import driver
 from tests.integration.engine.scenario import Ask, Got
 
@@ -101,7 +102,7 @@ class _Played:
     @property
     def outcomes(self) -> list[Any]:
         """What has been told so far."""
-        return [report.outcome for report in self.reports if report.outcome is not None]
+        return [report for report in self.reports if isinstance(report, Outcome)]
 
     def run(self) -> None:
         """Take one engine step."""

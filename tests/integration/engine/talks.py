@@ -126,7 +126,7 @@ def _talk(
 
     from steering.engine.outcomes import listen
 
-    reports: list[Any] = []
+    reports: list[Any] = []  # outcomes alone: nothing observes
     listen(engine, reports.append)
     heard: list[list[Heard]] = [[] for _ in scenario.talks]
     due = {number: talk[0].pause for number, talk in enumerate(scenario.talks)}
@@ -158,8 +158,7 @@ def _talk(
             if len(heard[number]) < len(scenario.talks[number]):
                 due[number] = step + 1 + scenario.talks[number][len(heard[number])].pause
         step += 1
-    for report in reports:
-        if (outcome := report.outcome) is not None:
-            assert not outcome.error, outcome
-            told.setdefault(outcome.plan_id, {})[outcome.request_id] = outcome.decision
+    for outcome in reports:
+        assert not outcome.error, outcome
+        told.setdefault(outcome.plan_id, {})[outcome.request_id] = outcome.decision
     return heard, told

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from steering.engine.outcomes import REPORT_KEY, OutcomeListener, listen
 from steering.errors import EditNotApplied, TrimtabError, UnknownName
-from steering.outcome import Outcome, Rejection, Report, Response, Scores
+from steering.outcome import Outcome, Rejection, Report, Response, Scores, report_to_bytes
 from steering.plan import Decision, Scope
 
 
@@ -24,9 +24,9 @@ def outcome(plan: str, sample: str = "r", *, applied: bool = True, error: str = 
     )
 
 
-def rejection(plan: str, error: TrimtabError) -> Report:
+def rejection(plan: str, error: TrimtabError) -> Rejection:
     """What the scheduler reports of a request that it does not run."""
-    return Report(rejection=Rejection(plan_id=plan, error=error.to_fields()))
+    return Rejection(plan_id=plan, error=error.to_fields())
 
 
 @dataclass
@@ -48,9 +48,9 @@ class FakeOutput:
     request_id: str = "r"
 
 
-def sent(report: object) -> FakeOutput:
-    """An output with something in the place of a report, after the way from the engine's process."""
-    return FakeOutput(msgspec.msgpack.decode(msgspec.msgpack.encode({REPORT_KEY: report})))
+def sent(*reports: bytes) -> FakeOutput:
+    """An output with reports, after the way from the engine's process."""
+    return FakeOutput(msgspec.msgpack.decode(msgspec.msgpack.encode({REPORT_KEY: reports})))
 
 
 @pytest.fixture
@@ -67,8 +67,7 @@ FULL = replace(
 )
 
 
-@pytest.mark.parametrize("is_apart", [True, False], ids=["of another process", "of this process"])
-def test_reports_arrive_as_they_were_made_before_their_tokens_do(is_apart: bool) -> None:
+def test_reports_arrive_as_they_were_made_before_their_tokens_do() -> None:
     """Every field; and vLLM's own processor, which gets everything else as it was, finds no report in an output."""
     processor, found = FakeProcessor(), list[Report]()
 
@@ -77,32 +76,39 @@ def test_reports_arrive_as_they_were_made_before_their_tokens_do(is_apart: bool)
         found.append(report)
 
     listen(SimpleNamespace(output_processor=processor), receive)
-    report = Report(outcome=FULL, response=Response(plan_id="p", request_id="r", tokens=3, score=-0.5))
+    reports = [
+        FULL,
+        Response(plan_id="p", request_id="r", tokens=3, score=-0.5),
+        rejection("p", UnknownName("not loaded", parameter="steering.profile")),
+    ]
     other = {"do_remote_decode": True}
-    with_report = sent(report) if is_apart else FakeOutput({REPORT_KEY: report})
-    told: Any = processor.process_outputs([FakeOutput(), with_report, FakeOutput(other)], 2.5, stats="stats")
+    told: Any = processor.process_outputs(
+        [FakeOutput(), sent(*map(report_to_bytes, reports)), FakeOutput(other)], 2.5, stats="stats"
+    )
     assert told == "processed"
-    assert found == [report]
+    assert found == reports
     assert processor.seen == [([None, None, other], 2.5, "stats")]
 
 
 def test_a_report_that_cannot_be_read_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
-    """Of another kind, with missing fields or of another type: each is dropped, logged by its request and kept out of
-    the answer.
+    """Bytes that are no message, of another kind, with missing fields or of another type: each is dropped, logged by
+    its request and kept out of the answer.
     """
     processor, found = FakeProcessor(), list[Report]()
     listen(SimpleNamespace(output_processor=processor), found.append)
-    broken = [sent(each) for each in ("", 7, {}, [["generated"]], [[1] * 11], None)]
-    processor.process_outputs([*broken, sent(Report(outcome=outcome("p")))], 0.0)
-    assert found == [Report(outcome=outcome("p"))]
-    assert processor.seen[0][0] == [None] * 7
-    assert caplog.text.count("the report of request r cannot be read") == 6
+    encoded = map(msgspec.msgpack.encode, ("", 7, {}, [], [9, "p"], [0, "p"], [1] * 9, ["outcome", "p"]))
+    broken = [b"", b"\xff", b"\xc0", *encoded]
+    good = report_to_bytes(outcome("p"))
+    processor.process_outputs([*map(sent, broken), sent(broken[0], good)], 0.0)
+    assert found == [outcome("p")]
+    assert processor.seen[0][0] == [None] * 12
+    assert caplog.text.count("a report of request r cannot be read") == 12
 
 
 async def test_whoever_has_a_token_has_its_outcome(listener: OutcomeListener) -> None:
     """Without waiting, even where no time is left for that."""
     listener.expect("p")
-    listener.receive(Report(outcome=outcome("p")))
+    listener.receive(outcome("p"))
     assert await listener.wait("p", (0,), 0.0) == {0: outcome("p")}
 
 
@@ -111,10 +117,10 @@ async def test_a_sample_that_has_no_token_yet_is_waited_for(listener: OutcomeLis
     listener.expect("p")
     waiting = asyncio.create_task(listener.wait("p", (0, 1), 5.0))
     await asyncio.sleep(0)
-    listener.receive(Report(outcome=outcome("p", "1_r")))
+    listener.receive(outcome("p", "1_r"))
     await asyncio.sleep(0.05)
     assert not waiting.done()
-    listener.receive(Report(outcome=outcome("p", "0_r")))
+    listener.receive(outcome("p", "0_r"))
     assert await waiting == {0: outcome("p", "0_r"), 1: outcome("p", "1_r")}
 
 
@@ -123,10 +129,10 @@ async def test_all_samples_of_a_request_must_be_confirmed(listener: OutcomeListe
     listener.expect("p")
     listener.expect("q")
     for plan, sample in (("p", "0_r"), ("q", "r"), ("p", "1_r")):
-        listener.receive(Report(outcome=outcome(plan, sample)))
+        listener.receive(outcome(plan, sample))
     with pytest.raises(EditNotApplied, match=r"confirmed 2 of 3 edits within 0\.2 s"):
         await listener.wait("p", range(3), 0.2)
-    listener.receive(Report(outcome=outcome("p", "2_r")))
+    listener.receive(outcome("p", "2_r"))
     assert await listener.wait("p", range(3), 5.0) == {sample: outcome("p", f"{sample}_r") for sample in range(3)}
     assert await listener.wait("q", (0,), 5.0) == {0: outcome("q")}
 
@@ -135,7 +141,7 @@ async def test_a_sample_reported_twice_counts_once(listener: OutcomeListener) ->
     """A sample that was preempted may be reported again; that confirms nothing about its sibling."""
     listener.expect("p")
     for _ in range(2):
-        listener.receive(Report(outcome=outcome("p", "0_r")))
+        listener.receive(outcome("p", "0_r"))
     with pytest.raises(EditNotApplied, match="confirmed 1 of 2"):
         await listener.wait("p", (0, 1), 0.05)
 
@@ -149,7 +155,7 @@ async def test_silence_withholds_the_answer(listener: OutcomeListener) -> None:
 async def test_an_edit_that_was_not_applied_withholds_the_answer(listener: OutcomeListener) -> None:
     """A worker that says no is believed, with its reason."""
     listener.expect("p")
-    listener.receive(Report(outcome=outcome("p", applied=False, error="no row")))
+    listener.receive(outcome("p", applied=False, error="no row"))
     with pytest.raises(EditNotApplied, match="did not apply edit 'e': no row"):
         await listener.wait("p", (0,), 5.0)
 
@@ -158,7 +164,7 @@ async def test_an_abstention_is_an_outcome_and_no_failure(listener: OutcomeListe
     """A gate that edits nothing has done what was planned; only an outcome with an error withholds the answer."""
     listener.expect("p")
     told = replace(outcome("p", applied=False), edit=None, strength=0.0, decision=Decision.ABSTAIN, category="c")
-    listener.receive(Report(outcome=told))
+    listener.receive(told)
     assert await listener.wait("p", (0,), 5.0) == {0: told}
 
 
@@ -166,10 +172,9 @@ async def test_forgotten_and_unexpected_plans_keep_nothing(listener: OutcomeList
     """What is told of requests that ended, or that nobody announced, is dropped: memory does not grow."""
     listener.expect("p")
     listener.forget("p")
-    listener.receive(Report(outcome=outcome("p")))
-    listener.receive(Report(response=Response(plan_id="unknown", request_id="r", tokens=1, score=0.0)))
+    listener.receive(outcome("p"))
+    listener.receive(Response(plan_id="unknown", request_id="r", tokens=1, score=0.0))
     listener.receive(rejection("unknown", UnknownName("not loaded")))
-    listener.receive(Report())
     listener.forget("never")
     assert listener._told == {}
     with pytest.raises(EditNotApplied):
@@ -182,7 +187,7 @@ async def test_a_thousand_plans_find_their_own_outcomes(listener: OutcomeListene
     waiting = [asyncio.create_task(listener.wait(plan, (0,), 20.0)) for plan in plans]
     await asyncio.sleep(0)
     for plan in reversed(plans):
-        listener.receive(Report(outcome=outcome(plan, f"r-{plan}")))
+        listener.receive(outcome(plan, f"r-{plan}"))
     for plan, found in zip(plans, await asyncio.gather(*waiting), strict=True):
         assert found == {0: outcome(plan, f"r-{plan}")}
 
@@ -193,7 +198,7 @@ def test_the_newest_of_what_a_probe_read_counts(listener: OutcomeListener) -> No
     first = [Response(plan_id="p", request_id=f"{sample}_r", tokens=1, score=float(sample)) for sample in (0, 1)]
     newer = Response(plan_id="p", request_id="1_r", tokens=4, score=-1.0)
     for response in [*first, Response(plan_id="other", request_id="r", tokens=1, score=0.0), newer]:
-        listener.receive(Report(response=response))
+        listener.receive(response)
     assert listener.responses("p") == {0: first[0], 1: newer}
     assert listener.responses("other") == {}
     listener.forget("p")
@@ -215,12 +220,3 @@ async def test_why_a_request_was_never_run_arrives_with_its_class(listener: Outc
         await waiting
     listener.forget("p")
     assert listener.rejection("p") is listener.rejection("other") is None
-
-
-def test_a_later_report_adds_to_an_earlier_one() -> None:
-    """What the later one says counts, and what it does not say stays."""
-    read = Response(plan_id="p", request_id="r", tokens=1, score=0.0)
-    both = Report(outcome=outcome("p")).followed_by(Report(response=read))
-    assert both == Report(outcome=outcome("p"), response=read)
-    later = replace(read, tokens=2)
-    assert both.followed_by(Report(response=later)) == Report(outcome=outcome("p"), response=later)

@@ -14,8 +14,8 @@ from steering.engine.finite import BROKEN_REQUESTS
 from steering.engine.outcomes import REPORT_KEY
 from steering.engine.prefix_cache import REPORTS, SteeringScheduler
 from steering.engine.roster import RELEASED, BundleNames, Roster
-from steering.errors import UnknownName
-from steering.outcome import Outcome, Rejection, Report, Response
+from steering.errors import TrimtabError, UnknownName
+from steering.outcome import Rejection, report_from_bytes
 from steering.plan import PLAN_KEY, Plan, Reasoning, Scope
 from tests.samples import DIGEST, gate_plan, plan_for
 from tests.unit.engine.hashed import BLOCK, TOKENS, FakeRequest, Parameters, chained, keys
@@ -68,7 +68,7 @@ class FakeOutput:
     request_id: str
     new_token_ids: list[int]
     finish_reason: str
-    kv_transfer_params: dict[str, Report] | None = None
+    kv_transfer_params: dict[str, list[bytes]] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -260,24 +260,17 @@ def test_whoever_sent_a_rejected_request_is_told_why(is_reporting: bool) -> None
     assert (unread.finish_reason, told.finish_reason) == ("error", "error")
     assert unread.kv_transfer_params is None
     if is_reporting:
-        rejection = told.kv_transfer_params[REPORT_KEY].rejection
-        error = UnknownName(f"bundle {DIGEST} is being unloaded").to_fields()
-        assert rejection == Rejection(plan_id="p", error=rejection.error)
-        assert rejection.error["class"] == error["class"]
-        assert f"bundle {DIGEST} is being unloaded" in str(rejection.error)
+        (rejection,) = map(report_from_bytes, (told.kv_transfer_params or {})[REPORT_KEY])
+        assert isinstance(rejection, Rejection)
+        assert rejection.plan_id == "p"
+        error = TrimtabError.from_fields(rejection.error)
+        assert isinstance(error, UnknownName)
+        assert f"bundle {DIGEST} is being unloaded" in str(error)
     else:
         assert told.kv_transfer_params is None
 
 
-def report(request_id: str, *, tokens: int = 0) -> Report:
-    """What a worker tells of a request: what was done to it, or what a probe has read of it."""
-    if tokens:
-        return Report(response=Response(plan_id="p", request_id=request_id, tokens=tokens, score=0.5))
-    outcome = Outcome(plan_id="p", request_id=request_id, applied=True, edit="e", strength=1.0, scope=Scope.ALL)
-    return Report(outcome=outcome)
-
-
-def step(scheduler: Scheduler, reports: dict[str, Report] | None, *tokens: str) -> dict[str, Report | None]:
+def step(scheduler: Scheduler, reports: dict[str, list[bytes]] | None, *tokens: str) -> dict[str, list[bytes] | None]:
     """What goes with the tokens of a step, by request, after what a worker has told of it."""
     given = [FakeOutput(request_id=name, new_token_ids=[1], finish_reason="") for name in tokens]
     scheduler.outputs = {3: FakeOutputs(outputs=given)}
@@ -287,16 +280,14 @@ def step(scheduler: Scheduler, reports: dict[str, Report] | None, *tokens: str) 
 
 
 @pytest.mark.usefixtures("vllm")
-def test_a_report_goes_with_its_requests_next_token() -> None:
-    """In the same step where it has one; else what was told meanwhile comes together, and once."""
+def test_reports_go_with_their_requests_next_token() -> None:
+    """In the same step where it has one; else what was told meanwhile comes together, in order, and once."""
     scheduler = Scheduler()
     for name in ("a", "b"):
         scheduler.add_request(FakeRequest(tokens=TOKENS[:10], request_id=name))
-    both = {"a": report("a"), "b": report("b")}
-    assert step(scheduler, both, "a", "other") == {"a": both["a"], "other": None}
-    assert step(scheduler, {"b": report("b", tokens=2)}, "a") == {"a": None}
-    told = Report(outcome=both["b"].outcome, response=report("b", tokens=2).response)
-    assert step(scheduler, None, "a", "b") == {"a": None, "b": told}
+    assert step(scheduler, {"a": [b"a"], "b": [b"b"]}, "a", "other") == {"a": [b"a"], "other": None}
+    assert step(scheduler, {"b": [b"c", b"d"]}, "a") == {"a": None}
+    assert step(scheduler, None, "a", "b") == {"a": None, "b": [b"b", b"c", b"d"]}
     assert step(scheduler, None, "a", "b") == {"a": None, "b": None}
 
 
@@ -305,7 +296,7 @@ def test_nothing_is_kept_of_a_request_that_has_ended() -> None:
     """Whether it had a token in its last step or, as with asynchronous scheduling, is told of once it is gone."""
     scheduler = Scheduler()
     scheduler.add_request(FakeRequest(tokens=TOKENS[:10], request_id="a"))
-    step(scheduler, {"a": report("a"), "gone": report("gone")})
+    step(scheduler, {"a": [b"a"], "gone": [b"gone"]})
     assert list(scheduler._untold) == ["a"]
     del scheduler.requests["a"]
     assert step(scheduler, None, "b") == {"b": None}
@@ -318,7 +309,7 @@ def test_where_nobody_listens_no_token_carries_a_report() -> None:
     scheduler = Scheduler()
     scheduler.is_reporting = False
     scheduler.add_request(FakeRequest(tokens=TOKENS[:10], request_id="a"))
-    assert step(scheduler, {"a": report("a")}, "a") == {"a": None}
+    assert step(scheduler, {"a": [b"a"]}, "a") == {"a": None}
     assert not scheduler._untold
 
 

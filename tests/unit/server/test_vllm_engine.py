@@ -28,7 +28,7 @@ from steering.errors import (
     TrimtabError,
     UnknownName,
 )
-from steering.outcome import Outcome, Report
+from steering.outcome import Outcome
 from steering.plan import Scope
 from tests.samples import plan_for, random_edit, write_bundle
 
@@ -55,19 +55,19 @@ async def test_a_sample_waits_for_its_own_report(listener: OutcomeListener) -> N
     """Of n > 1 samples each is confirmed by its own outcome, whichever comes first; vLLM numbers them in their ids."""
     engine = engine_over(listener)
     listener.expect("p")
-    listener.receive(Report(outcome=outcome("1_chatcmpl-x-12345678", "second")))
+    listener.receive(outcome("1_chatcmpl-x-12345678", "second"))
     waiting = asyncio.create_task(engine.outcomes("p", (0,), 5))
     await asyncio.sleep(0.05)
     assert not waiting.done()
     assert (await engine.outcomes("p", (1,), 5))[1].edit == "second"
-    listener.receive(Report(outcome=outcome("0_chatcmpl-x-12345678", "first")))
+    listener.receive(outcome("0_chatcmpl-x-12345678", "first"))
     assert {index: found.edit for index, found in (await waiting).items()} == {0: "first"}
 
 
 async def test_a_single_samples_id_has_no_number(listener: OutcomeListener) -> None:
     """With n = 1 the request's own id is reported."""
     listener.expect("p")
-    listener.receive(Report(outcome=outcome("chatcmpl-1_x-12345678", "only")))
+    listener.receive(outcome("chatcmpl-1_x-12345678", "only"))
     assert (await engine_over(listener).outcomes("p", (0,), 5))[0].edit == "only"
 
 
@@ -75,7 +75,7 @@ async def test_a_sample_that_never_reports_is_given_up(listener: OutcomeListener
     """The reports of others do not make the wait longer than asked."""
     engine = engine_over(listener)
     listener.expect("p")
-    listener.receive(Report(outcome=outcome("1_chatcmpl-x-12345678", "second")))
+    listener.receive(outcome("1_chatcmpl-x-12345678", "second"))
     began = asyncio.get_running_loop().time()
     with pytest.raises(EditNotApplied):
         await engine.outcomes("p", (0,), 0.2)
