@@ -12,8 +12,8 @@ from tests.integration.engine.loading import LoadingScenario, Step, play_loading
 
 @pytest.mark.parametrize("is_ahead", [False, True], ids=["in turn", "scheduling ahead"])
 def test_an_outcome_is_there_when_its_first_token_is(gated: Gated, is_ahead: bool, tmp_path: Path) -> None:
-    """After each engine step every sample of which it gave the first token has been told of, by what can be read from
-    the pipe without waiting: edits in both scopes, gates, n = 2, prompts in chunks, preempted requests.
+    """After each engine step every sample of which it gave the first token has been told of: edits in both scopes,
+    gates, n = 2, prompts in chunks, preempted requests.
     """
     asks = {f"{number}": ask for number, ask in enumerate(gated_crowd(gated, 6)) if len(ask.prompt) <= 90}
     bundle = str(gated.bundle.path)
