@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from steering.outcome import Message, Outcome, Response, Scores
+from steering.outcome import Outcome, Rejection, Response, Scores, report_from_bytes, report_to_bytes
 from steering.plan import Decision, Reasoning, Scope
 
 
@@ -24,18 +24,21 @@ from steering.plan import Decision, Reasoning, Scope
 def test_everything_a_step_made_known_comes_out_as_it_went_in(
     request_id: str, error: str, strength: float, scope: Scope, applied: bool, score: float
 ) -> None:
-    """Every field of every kind of outcome, and responses, in order, in one message."""
+    """Every field of every kind of outcome, of responses and of rejections."""
     plain = Outcome(
         plan_id="p", request_id=request_id, applied=applied, edit="e", strength=strength, scope=scope, error=error
     )
     decided = replace(
         plain, decision=Decision.COMPLY, category="c", scores=Scores(names=("c", "d"), logits=(-2.0, 0.75, score))
     )
-    outcomes = [plain, decided, replace(plain, reasoning=Reasoning.SPARED, edit=None)]
-    responses = [Response(plan_id="p", request_id=request_id, tokens=3, score=score)]
-    sent = Message(outcomes=outcomes, responses=responses, rejected={"q": {"message": error, "code": None}})
-    assert Message.from_bytes(sent.to_bytes()) == sent
-    assert Message.from_bytes(Message().to_bytes()) == Message(outcomes=[], responses=[])
+    for report in (
+        plain,
+        decided,
+        replace(plain, reasoning=Reasoning.SPARED, edit=None),
+        Response(plan_id="p", request_id=request_id, tokens=3, score=score),
+        Rejection(plan_id="p", error={"message": error, "code": None}),
+    ):
+        assert report_from_bytes(report_to_bytes(report)) == report
 
 
 def test_probabilities_of_any_score() -> None:
