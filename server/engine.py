@@ -190,7 +190,7 @@ class Engine(Protocol):
         ...
 
     def responses(self, plan_id: str) -> Mapping[int, Response]:
-        """What the response probe has read of a plan's samples, of each up to its latest token but the last.
+        """What the response probe has read of a plan's samples: of all tokens but the last, which is not fed back.
 
         Args:
             plan_id: the plan's `id`.

@@ -108,6 +108,16 @@ SUPPORT = (
         refused="prefill_context_parallel_size=2: tokens are permuted over ranks; use 1",
     ),
     Row(
+        "vLLM's Ray executor",
+        "test_compat::test_each_unproved_option_is_refused_by_name",
+        refused="distributed_executor_backend=ray: it goes past the worker that steers; use mp",
+    ),
+    Row(
+        "sampling sharded over ranks",
+        "test_compat::test_each_unproved_option_is_refused_by_name",
+        refused="enable_batch_sharded_sampling=True: it goes past what tells of a step; switch it off",
+    ),
+    Row(
         "dual batch overlap",
         "test_compat::test_each_unproved_option_is_refused_by_name",
         refused="enable_dbo=True: micro-batches split the row map",

@@ -159,6 +159,18 @@ def _refusals(config: VllmConfig, options: SteeringOptions) -> list[_Refusal]:
             advice="not proved yet; use 1",
         ),
         _Refusal(
+            option="distributed_executor_backend",
+            # It calls the runner past the worker (vLLM 0.32 `ray_utils.RayWorkerWrapper.execute_model_ray`); another
+            # one, which does not, is not told by this name.
+            given="ray" if getattr(parallel, "distributed_executor_backend", None) == "ray" else "",
+            advice="it goes past the worker that steers; use mp",
+        ),
+        _Refusal(
+            option="enable_batch_sharded_sampling",
+            given=getattr(parallel, "enable_batch_sharded_sampling", None),
+            advice="it goes past what tells of a step; switch it off",
+        ),
+        _Refusal(
             option="enable_dbo", given=getattr(parallel, "enable_dbo", False), advice="micro-batches split the row map"
         ),
         _Refusal(

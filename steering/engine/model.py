@@ -6,6 +6,7 @@ torch.compile traces through it, there are no forward hooks and nothing is patch
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm.config import VllmConfig
+
+_log = logging.getLogger("trimtab")
 
 PREFIX = "Steered"
 
@@ -80,6 +83,8 @@ class Steering:
             settle=self._download.settle,
             can_spare=self.is_sparing,
         )
+        self._is_reporting = options.is_reporting and _is_first_rank()
+        """Every rank edits and decides alike, on the same residuals; one of them tells."""
         self._due = NOTHING
         self._reports: Reports | Future[Reports] | None = None
 
@@ -159,15 +164,19 @@ class Steering:
         return reports
 
     def _read(self, table: memoryview, outcomes: Sequence[_Row], responses: Sequence[_Row]) -> Reports:
-        """What the table of rows [S, W] float32, as bytes, says of requests, each with its row's number."""
-        reports = {
-            steered.request_id: [report_to_bytes(self.rows.outcome(steered, table, row * ROW.size))]
-            for steered, row in outcomes
-        }
-        for steered, row in responses:
-            response = self.rows.response(steered, table, row * ROW.size)
-            if response is not None:
-                reports.setdefault(steered.request_id, []).append(report_to_bytes(response))
+        """What the table of rows [S, W] float32, as bytes, says of requests, each with its row's number.
+
+        A request whose row cannot be read is not told of, so that it fails and no neighbour does.
+        """
+        reports: Reports = {}
+        for read, due in ((self.rows.outcome, outcomes), (self.rows.response, responses)):
+            for steered, row in due:
+                try:
+                    report = read(steered, table, row * ROW.size)
+                    if report is not None and self._is_reporting:
+                        reports.setdefault(steered.request_id, []).append(report_to_bytes(report))
+                except Exception:  # noqa: BLE001 - any error would else end the engine, for every request
+                    _log.exception("what was done to request %s cannot be read", steered.request_id)
         return reports
 
 

@@ -39,21 +39,24 @@ class _ListeningProcessor:
     """Mixed into the class of vLLM's `OutputProcessor`, once it is made."""
 
     trimtab_receive: Callable[[Report], None]
+    request_states: Mapping[str, Any]
 
     def process_outputs(self, engine_core_outputs: Sequence[Any], *arguments: Any, **named: Any) -> Any:
-        """As vLLM's; reports are taken out of the outputs first, so that none gets into an answer."""
+        """As vLLM's; reports are taken out of the outputs first, so that none gets into an answer. What is told of a
+        request that has ended here, as by a stop string, is of tokens that are not in its answer, and is dropped.
+        """
         for output in engine_core_outputs:
             found = output.kv_transfer_params
             if found is not None and REPORT_KEY in found:
                 output.kv_transfer_params = None
+                if output.request_id not in self.request_states:
+                    continue
                 for report in found[REPORT_KEY]:
                     try:
-                        read = report_from_bytes(report)
-                    except ValueError:
-                        # It fails the request that waits for it, by its time limit, and no other.
+                        self.trimtab_receive(report_from_bytes(report))
+                    except Exception:  # noqa: BLE001 - it must not reach vLLM, which would end every request
+                        # An outcome that cannot be read fails its own request, by the time limit.
                         _log.exception("a report of request %s cannot be read", output.request_id)
-                    else:
-                        self.trimtab_receive(read)
         return super().process_outputs(engine_core_outputs, *arguments, **named)  # type: ignore[misc]
 
 

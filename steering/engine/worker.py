@@ -80,7 +80,7 @@ class SteeringWorker(_platform_worker()):  # type: ignore[misc]
 
     def sample_tokens(self, *arguments: Any) -> Any:
         """As vLLM's; with the output go the reports of its step and, where the finite check is on, the names of
-        requests that are to be ended. Every rank edits and decides alike; vLLM takes the output of the first.
+        requests that are to be ended. VLLM takes the output of the first rank, which is the one that tells.
         """
         output = super().sample_tokens(*arguments)
         steering = self._steering()
@@ -208,9 +208,9 @@ class _Told(AsyncModelRunnerOutput):
 
 def _with(output: Any, reports: Reports | Future[Reports] | None, check: FiniteCheck | None) -> Any:
     """An output with what its step made known; on a device waits for that, which is there before any token is."""
-    broken = () if check is None else check.take()
     if isinstance(reports, Future):
         reports = reports.result()
+    broken = () if check is None else check.take()  # of this step, if it has just been waited for
     if output is not None and (broken or reports):
         if output is EMPTY_MODEL_RUNNER_OUTPUT:  # one for all
             output = copy.copy(output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
@@ -82,6 +83,18 @@ def test_stream_says_what_the_whole_says(client: OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_engine_and_gateway_tell_each_other_shows_in_no_answer(client: OpenAI, path: str, stream: bool) -> None:
+    """Outcomes come beside tokens in a field of vLLM's that its own answers would show."""
+    prompt = {"messages": USER} if path.startswith("/chat") else {"prompt": "Hello"}
+    for tokens in (1, 4):  # of one token, the only output carries a report
+        body = {"model": MODEL, "max_tokens": tokens, "stream": stream, "steering": {"mode": "comply"}, **prompt}
+        told = client.post(path, cast_to=httpx.Response, body=body).text
+        assert '"applied":true' in told.replace(" ", "")
+        assert "kv_transfer_params" not in told
 
 
 def test_several_samples_each_have_a_verdict(client: OpenAI) -> None:

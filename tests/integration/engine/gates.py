@@ -149,8 +149,7 @@ def check_responses(gated: Gated, asks: Sequence[Ask], result: Result, round_num
         assert len(found) == (ask.samples if ask.response and ask.count > 1 else 0)
         for request, (tokens, score) in found.items():
             answer = answers[sample_of(request)]
-            # An engine that schedules ahead has fed back the last token, too.
-            assert min(RESPONSE_TOKENS, ask.count - 1) <= tokens <= min(RESPONSE_TOKENS, ask.count)
+            assert tokens == min(RESPONSE_TOKENS, ask.count - 1)
             residuals = gated.tiny.oracle.residuals(
                 ask.prompt,
                 [*ask.prompt, *answer[:tokens]],

@@ -34,6 +34,7 @@ class FakeProcessor:
     """vLLM's output processor, as far as it takes outputs."""
 
     seen: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    request_states: dict[str, object] = field(default_factory=lambda: {"r": None})
 
     def process_outputs(self, engine_core_outputs: Any, timestamp: float, stats: object = None) -> str:
         self.seen.append(([each.kv_transfer_params for each in engine_core_outputs], timestamp, stats))
@@ -88,6 +89,26 @@ def test_reports_arrive_as_they_were_made_before_their_tokens_do() -> None:
     assert told == "processed"
     assert found == reports
     assert processor.seen == [([None, None, other], 2.5, "stats")]
+
+
+def test_what_comes_after_a_requests_end_is_dropped() -> None:
+    """A stop string ends it here while the engine still generates: what was read of those tokens is of no answer."""
+    processor, found = FakeProcessor(request_states={}), list[Report]()
+    listen(SimpleNamespace(output_processor=processor), found.append)
+    processor.process_outputs([sent(report_to_bytes(outcome("p")))], 0.0)
+    assert found == []
+    assert processor.seen[0][0] == [None]
+
+
+def test_a_report_that_cannot_be_kept_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """As one of another version: the error must not reach vLLM, which would end every request with it."""
+    processor, listener = FakeProcessor(), OutcomeListener()
+    listener.expect("p")
+    listen(SimpleNamespace(output_processor=processor), listener.receive)
+    strange = report_to_bytes(Rejection(plan_id="p", error={}))
+    processor.process_outputs([sent(strange, report_to_bytes(outcome("p")))], 0.0)
+    assert listener._told["p"].outcomes == {0: outcome("p")}
+    assert "a report of request r cannot be read" in caplog.text
 
 
 def test_a_report_that_cannot_be_read_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:

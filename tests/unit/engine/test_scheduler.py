@@ -316,7 +316,9 @@ def test_where_nobody_listens_no_token_carries_a_report() -> None:
 @pytest.mark.usefixtures("vllm")
 @pytest.mark.parametrize("has_ended", [False, True])
 def test_a_broken_request_is_ended_without_its_token_and_alone(has_ended: bool) -> None:
-    """Running still, or at its end in this very step: its client gets an error and no token, the neighbour its own."""
+    """Running still, or at its end in this very step: its client gets an error with what is told of it and no token,
+    the neighbour its own.
+    """
     scheduler, request = submitted(plan_for("e").to_json())
     neighbour = FakeRequest(tokens=TOKENS[:5], request_id="neighbour")
     scheduler.add_request(neighbour)
@@ -325,8 +327,14 @@ def test_a_broken_request_is_ended_without_its_token_and_alone(has_ended: bool) 
     scheduler.outputs = {3: FakeOutputs(outputs=[broken, given])}
     if has_ended:
         del scheduler.requests[request.request_id]
-    told = types.SimpleNamespace(**{BROKEN_REQUESTS: (request.request_id, "gone long ago")})
-    error = FakeOutput(request_id=request.request_id, new_token_ids=[], finish_reason="error")
+    reports = {request.request_id: [b"why"]}
+    told = types.SimpleNamespace(**{BROKEN_REQUESTS: (request.request_id, "gone long ago"), REPORTS: reports})
+    error = FakeOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason="error",
+        kv_transfer_params={REPORT_KEY: [b"why"]},
+    )
     assert scheduler.update_from_output(None, told) == {3: FakeOutputs(outputs=[given, error])}
     assert list(scheduler.requests) == ["neighbour"]
 
