@@ -125,8 +125,9 @@ def _talk(
     from vllm.sampling_params import RequestOutputKind
 
     from steering.engine.outcomes import listen
+    from steering.outcome import Outcome
 
-    reports: list[Any] = []  # outcomes alone: nothing observes
+    reports: list[Any] = []
     listen(engine, reports.append)
     heard: list[list[Heard]] = [[] for _ in scenario.talks]
     due = {number: talk[0].pause for number, talk in enumerate(scenario.talks)}
@@ -158,7 +159,8 @@ def _talk(
             if len(heard[number]) < len(scenario.talks[number]):
                 due[number] = step + 1 + scenario.talks[number][len(heard[number])].pause
         step += 1
-    for outcome in reports:
-        assert not outcome.error, outcome
-        told.setdefault(outcome.plan_id, {})[outcome.request_id] = outcome.decision
+    for report in reports:
+        if isinstance(report, Outcome):
+            assert not report.error, report
+            told.setdefault(report.plan_id, {})[report.request_id] = report.decision
     return heard, told
