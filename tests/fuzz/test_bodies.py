@@ -41,7 +41,7 @@ class Forgetful(FakeEngine):
 
     def forget(self, plan_id: str) -> None:
         self._outcomes.pop(plan_id, None)
-        for kept in (self.calls, self.aborted, self.forgotten, self.waits):
+        for kept in (self.calls, self.aborted, self.forgotten, self.read):
             kept.clear()
 
 
