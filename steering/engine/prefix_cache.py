@@ -244,7 +244,7 @@ class SteeringScheduler:
     def _report(self, reports: Mapping[str, list[bytes]], outputs: Mapping[int, Any]) -> None:
         """Put what a step made known of requests beside their tokens.
 
-        A request whose prompt is given with its answer, or that vLLM took the token of, has none in the step that made
+        A request whose prompt is given with its answer, or whose token vLLM dropped, has none in the step that made
         something known: that goes with its next.
         """
         untold = self._untold
