@@ -148,13 +148,14 @@ def _with_a_token_of_nan(model: Path, folder: Path) -> Path:
 def test_gates_on_the_other_runner_and_on_two_ranks(gated: Gated, how: str, tmp_path: Path) -> None:
     """Model Runner V2 with the Triton kernel, interpreted; two tensor-parallel ranks.
 
-    Decisions, answers, n = 2, response probes, preemption and every kind of edit; each sample is told once. Then a
-    request that is preempted after its gate has decided, and goes on as decided; and a prompt of which the cache holds
-    all but the token that the gate reads, with n = 2 as well, decided alike. An edit that one rank of two made would
-    leave their residual streams apart, and the answers wrong.
+    Decisions, answers, n = 2, a prompt of one token, response probes, preemption and every kind of edit; each sample
+    is told once. Then a request that is preempted after its gate has decided, and goes on as decided; and a prompt of
+    which the cache holds all but the token that the gate reads, with n = 2 as well, decided alike. An edit that one
+    rank of two made would leave their residual streams apart, and the answers wrong.
     """
     asks = few_gated(gated)
     assert any(ask.gate and ask.samples > 1 for ask in asks)
+    assert any(ask.gate and len(ask.prompt) == 1 for ask in asks)
     is_v2 = how == "v2"
     prompt = prompt_of(2 * FEW_BLOCKS["block_size"] + 1, 90)
     above, below = (gated.score(prompt) + sign * 1e-3 for sign in (1, -1))
