@@ -140,7 +140,7 @@ def edit_compiled(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Te
 
 
 def edit_triton(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:
-    """The Triton kernel: one program per token, which leaves at once when its row is 0."""
+    """The Triton kernels, one program per token in each: gates decide in the first, edits are made in the second."""
     from steering.engine.triton_kernel import launch
 
     launch(hidden, residual, token_rows, rows, table)

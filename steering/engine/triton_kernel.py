@@ -32,11 +32,9 @@ PITCH: tl.constexpr = tl.constexpr(40)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def decide(x, columns, inside, row, table, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`compiled._decide` for one token: let the gate of `row` decide, write the latch, give back edit and strength."""
+    """`compiled._decide` for one token: let the gate of `row` decide and write the latch."""
     gate = tl.load(row + 3).to(tl.int64)
     head = table + gate * (2 * WIDTH + 8) + 2 * WIDTH
-    edit = tl.load(row)
-    strength = tl.load(row + 1)
     count = tl.load(head + 5).to(tl.int32)
     if count != 0:
         terms = table + tl.load(head + 4).to(tl.int64) * (2 * WIDTH + 8)
@@ -73,13 +71,10 @@ def decide(x, columns, inside, row, table, WIDTH: tl.constexpr):  # type: ignore
         grade = tl.minimum(tl.maximum(way / tl.where(room > 0.0, room, 1.0), 0.0), 1.0)
         share = tl.where((tl.load(row + 8) != 0.0) & (room > 0.0), grade, 1.0)
         is_applied = (strange == 0) & (chosen != 0.0) & (factor != 0.0)
-        edit = tl.where(is_applied, chosen, 0.0)
-        strength = tl.where(is_applied, factor * share, 0.0)
-        tl.store(row, edit)
-        tl.store(row + 1, strength)
+        tl.store(row, tl.where(is_applied, chosen, 0.0))
+        tl.store(row + 1, tl.where(is_applied, factor * share, 0.0))
         tl.store(row + 2, tl.where(strange == 0, side, 5.0))
         tl.store(row + 9, category * 1.0)
-    return edit, strength
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -94,6 +89,34 @@ def observe(x, columns, inside, row, place, table, WIDTH: tl.constexpr):  # type
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def decide_kernel(  # type: ignore[no-untyped-def]
+    hidden,
+    residual,
+    token_rows,
+    rows,
+    table,
+    hidden_stride,
+    residual_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per token: those that a gate decides on write their row's latch, all others leave at once.
+
+    A launch of its own, since programs run in any order: where a request's prompt ends in the midst of a step (an answer
+    that is given, or one that is computed again), the tokens after it read in the next launch what was decided here.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    number = tl.load(token_rows + token)
+    if number < 0:
+        row = rows + (-number & 0xFFFFFF).to(tl.int64) * PITCH
+        columns = tl.arange(0, BLOCK)
+        inside = columns < WIDTH
+        x = tl.load(hidden + token * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(residual + token * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        decide(x, columns, inside, row, table, WIDTH)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def edit_kernel(  # type: ignore[no-untyped-def]
     hidden,
     residual,
@@ -105,7 +128,7 @@ def edit_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per token; decides if it must, walks the terms of that token's edit and writes `hidden` once."""
+    """One program per token; walks the terms of that token's edit and writes `hidden` once."""
     token = tl.program_id(0).to(tl.int64)
     number = tl.load(token_rows + token)
     if number != 0:
@@ -116,13 +139,10 @@ def edit_kernel(  # type: ignore[no-untyped-def]
         inside = columns < WIDTH
         edit = tl.load(row)
         strength = tl.load(row + 1)
-        if (number < 0) | (place > 0):
+        if (number > 0) & (place > 0):
             x = tl.load(hidden + token * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
             x += tl.load(residual + token * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
-            if number < 0:
-                edit, strength = decide(x, columns, inside, row, table, WIDTH)
-            else:
-                observe(x, columns, inside, row, place, table, WIDTH)
+            observe(x, columns, inside, row, place, table, WIDTH)
         head = table + edit.to(tl.int64) * (2 * WIDTH + 8) + 2 * WIDTH
         count = tl.load(head + 3).to(tl.int32)
         if (count != 0) & (muted == 0):
@@ -146,23 +166,27 @@ def edit_kernel(  # type: ignore[no-untyped-def]
 
 
 def launch(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:
-    """Launch one program per token of the step; shapes as in `kernels`."""
+    """Launch one program per token of the step that decides, then one that edits; shapes as in `kernels`.
+
+    Both at every layer that carries the op, whatever is loaded: a captured graph holds the launches it was captured with.
+    """
     tokens, width = hidden.shape
     if tokens == 0:
         return
     block = triton.next_power_of_2(width)
-    edit_kernel[(tokens,)](
-        hidden,
-        residual,
-        token_rows,
-        rows,
-        table,
-        hidden.stride(0),
-        residual.stride(0),
-        WIDTH=width,
-        BLOCK=block,
-        num_warps=min(MAX_WARPS, max(1, block // FLOATS_PER_WARP)),
-    )
+    for kernel in (decide_kernel, edit_kernel):
+        kernel[(tokens,)](
+            hidden,
+            residual,
+            token_rows,
+            rows,
+            table,
+            hidden.stride(0),
+            residual.stride(0),
+            WIDTH=width,
+            BLOCK=block,
+            num_warps=min(MAX_WARPS, max(1, block // FLOATS_PER_WARP)),
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]

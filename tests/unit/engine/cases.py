@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -58,8 +61,9 @@ class Case:
 
 def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: bool = False) -> Case:
     """A mixed batch: untouched tokens, several edits of ranks 1 to 32, one without terms at this layer, several rows,
-    gates that decide at this layer or at another, with every kind of order, on residuals of which some are NaN, and a
-    response probe that reads at this layer or at another; some tokens are muted.
+    gates that decide at this layer or at another, with every kind of order, on residuals of which some are NaN, some
+    with tokens after the one they decide on, and a response probe that reads at this layer or at another; some tokens
+    are muted.
     """
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +93,8 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
         rows.add(str(number), plan, 1)
         if plan.gate is not None:
             places = (of_token == number).nonzero().squeeze(1)
-            of_token[places] = 0
+            if draw.random() < 0.5:
+                of_token[places] = 0
             of_token[places[:1]] = -number
         elif plan.response:
             places = (of_token == number).nonzero().squeeze(1)[:MAX_RESPONSE_TOKENS]
@@ -107,6 +112,7 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
             residual[token, 0] = float("nan")
 
     x, expected = hidden.float() + residual.float(), hidden.float().clone()
+    decides = {-entry: token for token, entry in enumerate(of_token.tolist()) if entry < 0}
     is_touched = torch.zeros(tokens, dtype=torch.bool)
     latches = {}
     observed = {number: torch.full((8,), torch.nan) for number, plan in enumerate(plans, start=1) if plan.response}
@@ -116,7 +122,7 @@ def random_case(seed: int, *, dtype: torch.dtype, width: int = 48, is_strided: b
         place, signed = (entry >> kernels.PLACE, entry % (1 << kernels.PLACE)) if entry > 0 else (0, entry)
         if place and reader.layer == LAYER:
             observed[signed][place - 1] = reader.logits(x[token])[0]
-        name, strength = _chosen(bundle, plans[abs(signed) - 1], x[token])
+        name, strength = _chosen(bundle, plans[abs(signed) - 1], x[decides.get(abs(signed), token)])
         for terms in edits[name].layers if name and not is_muted[token] else ():
             if terms.layer == LAYER:
                 expected[token] += delta(x[token], terms, strength)
@@ -248,8 +254,22 @@ def judge_capture(seed: int, dtype: torch.dtype, width: int, *, is_strided: bool
     return len(chosen)
 
 
+@contextmanager
+def backwards() -> Iterator[None]:
+    """Triton's interpreter runs the programs of a launch from the last to the first."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        builder.grid_idx = (builder.grid_dim[0] - 1 - x, y, z)
+
+    with mock.patch.object(builder, "set_grid_idx", set_grid_idx):
+        yield
+
+
 def main() -> int:
-    """Judge the Triton kernel over every dtype, contiguous and not, at widths that are and are not powers of two."""
+    """Judge the Triton kernel over every dtype, contiguous and not, at widths that are and are not powers of two, with
+    programs that run in order and in the opposite one, as on a device they run in any.
+    """
     judged = decided = captured = observed = 0
     spared = sum(judge_sparing(kernels.spare_triton, seed) for seed in range(12))
     # Triton's interpreter cuts float32 off to bfloat16 (triton 3.9, `_convert_float`); compiled code rounds (cvt.rn).
@@ -258,16 +278,15 @@ def main() -> int:
         for seed in range(5):
             for width in (48, 64):
                 for is_strided in (False, True):
-                    case = random_case(seed, dtype=dtype, width=width, is_strided=is_strided)
-                    kernels.edit_triton(*case.arguments)
-                    check(
-                        case,
-                        f"triton {dtype_name} seed {seed} width {width} strided {is_strided}",
-                        units=units.get(dtype, 0.5),
-                    )
-                    judged += int(case.is_touched.sum())
-                    decided += len(case.latches)
-                    observed += sum(int(scores.isfinite().sum()) for scores in case.observed.values())
+                    for order in (nullcontext, backwards):
+                        case = random_case(seed, dtype=dtype, width=width, is_strided=is_strided)
+                        with order():
+                            kernels.edit_triton(*case.arguments)
+                        name = f"triton {dtype_name} seed {seed} width {width} strided {is_strided} {order.__name__}"
+                        check(case, name, units=units.get(dtype, 0.5))
+                        judged += int(case.is_touched.sum())
+                        decided += len(case.latches)
+                        observed += sum(int(scores.isfinite().sum()) for scores in case.observed.values())
                     captured += judge_capture(seed, dtype, width, is_strided=is_strided)
     sys.stdout.write(
         f"spared: {spared}, captured: {captured}, observed: {observed}, decided: {decided}, tokens judged: {judged}\n"
