@@ -7,6 +7,7 @@ kill leaves it, is dropped.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Mapping
@@ -65,17 +66,29 @@ def prompt_digest(prompt: str) -> str:
 
 
 class Journal:
-    """Answers by (prompt, digest), read when it is opened and appended to as they come; a context manager."""
+    """Answers by (prompt, digest), read when it is opened and appended to as they come; a context manager.
+
+    Raises:
+        OperatorError: another run has it open, or a line is not of this format.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._answers: dict[tuple[str, str], Answer] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = _read(path)
+        self._stream = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            whole = _read(path)
+        except BlockingIOError as error:
+            self._stream.close()
+            raise OperatorError(f"another run writes to {path}; wait for it, or name another folder") from error
+        except OperatorError:
+            self._stream.close()
+            raise
         for line in whole:
             answer = Answer(**line["answer"])
             self._answers[line["prompt"], line["digest"]] = answer
-        self._stream = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self
@@ -107,8 +120,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
     Raises:
         OperatorError: a line before the last is not of this format.
     """
-    if not path.is_file():
-        return []
     payload = path.read_bytes()
     end = payload.rfind(b"\n") + 1
     if end < len(payload):

@@ -25,7 +25,12 @@ TOO_LONG = "context_length_exceeded"
 MOST_LOST = 20
 """Connections lost in a row, each after the SDK's own retries, after which the server counts as gone."""
 
-_PASSING = {408, 409, 429, 500, 502, 503, 504}
+_OF_THE_PROMPT = {400, 413, 422}
+"""Statuses that the same request gets again, so that it need not be asked again."""
+
+_OF_THE_CALLER = {401, 403, 404}
+"""Statuses that say nothing of a prompt: a key that lacks a permission, another server at this address."""
+
 _TOP = 20
 
 
@@ -91,7 +96,7 @@ async def ask_all(
         Every prompt under every arm that asks its group; failed ones carry an error.
 
     Raises:
-        OperatorError: the server is gone.
+        OperatorError: the server is gone, or does not let this caller ask what an arm asks.
         UnsupportedConfiguration: it did something else than was asked.
     """
     jobs = list(_jobs(server, prompts, arms, settings))
@@ -186,8 +191,14 @@ async def _ask(client: AsyncOpenAI, job: _Job, server: Server) -> tuple[Answer, 
     try:
         completion = await client.chat.completions.create(**job.request)
     except APIStatusError as error:
+        if error.status_code in _OF_THE_CALLER:
+            raise OperatorError(
+                f"the server answers arm {job.arm.name!r} with status {error.status_code}: {error.message}; with another "
+                "TRIMTAB_API_KEY (one with steer:use, steer:custom, steer:relax and scores:read may ask all arms), or "
+                "with --only for fewer arms, the same command goes on"
+            ) from error
         code = error.code or f"http_{error.status_code}"
-        return Answer(error=code), error.status_code not in _PASSING
+        return Answer(error=code), error.status_code in _OF_THE_PROMPT
     except APIConnectionError:
         return Answer(error=APIConnectionError.__name__), False
     except APIError as error:

@@ -111,6 +111,31 @@ async def test_too_long_is_kept_and_what_passes_is_asked_again(server: ScriptedS
     assert not any('"error"' in line for line in (tmp_path / "b.jsonl").read_text("utf-8").splitlines())
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_what_a_key_may_not_ask_ends_the_run_and_is_asked_again(
+    server: ScriptedServer, tmp_path: Path, status: int
+) -> None:
+    """A status that says nothing of the prompt is not kept as its answer: with the right key the same command goes on."""
+    path = tmp_path / "a.jsonl"
+    server.failing = {"0.5": [status]}
+    with pytest.raises(OperatorError, match=rf"status {status}.*TRIMTAB_API_KEY"):
+        await run(server, path)
+    assert '"error"' not in path.read_text("utf-8")
+    assert not any(asked.answer.error for asked in await run(server, path))
+
+
+def test_a_journal_has_one_writer(tmp_path: Path) -> None:
+    """A second run into the same folder is refused and touches nothing; it may when the first is done."""
+    path = tmp_path / "a.jsonl"
+    with Journal(path):
+        path.write_text("half a line", "utf-8")
+        with pytest.raises(OperatorError, match="another run"):
+            Journal(path)
+        assert path.read_text("utf-8") == "half a line"
+    with Journal(path) as journal:
+        assert not len(journal)
+
+
 async def test_server_that_does_something_else_is_an_error(server: ScriptedServer, tmp_path: Path) -> None:
     """An arm is a claim on what was applied; it is checked in every answer."""
     server.disobeys = True
