@@ -102,8 +102,8 @@ def decide_kernel(  # type: ignore[no-untyped-def]
 ):
     """One program per token: those that a gate decides on write their row's latch, all others leave at once.
 
-    A launch of its own, since programs run in any order: where a request's prompt ends in the midst of a step (an answer
-    that is given, or one that is computed again), the tokens after it read in the next launch what was decided here.
+    A launch of its own, since programs run in any order: where a request's prompt ends in the midst of a step (an
+    answer is given, or computed again), the tokens after it read in the next launch what was decided here.
     """
     token = tl.program_id(0).to(tl.int64)
     number = tl.load(token_rows + token)
@@ -168,7 +168,7 @@ def edit_kernel(  # type: ignore[no-untyped-def]
 def launch(hidden: Tensor, residual: Tensor, token_rows: Tensor, rows: Tensor, table: Tensor) -> None:
     """Launch one program per token of the step that decides, then one that edits; shapes as in `kernels`.
 
-    Both at every layer that carries the op, whatever is loaded: a captured graph holds the launches it was captured with.
+    Both at every layer that carries the op, whatever is loaded: a captured graph holds the launches it was made with.
     """
     tokens, width = hidden.shape
     if tokens == 0:

@@ -193,9 +193,9 @@ async def _ask(client: AsyncOpenAI, job: _Job, server: Server) -> tuple[Answer, 
     except APIStatusError as error:
         if error.status_code in _OF_THE_CALLER:
             raise OperatorError(
-                f"the server answers arm {job.arm.name!r} with status {error.status_code}: {error.message}; with another "
-                "TRIMTAB_API_KEY (one with steer:use, steer:custom, steer:relax and scores:read may ask all arms), or "
-                "with --only for fewer arms, the same command goes on"
+                f"the server answers arm {job.arm.name!r} with status {error.status_code}: {error.message}; with "
+                "another TRIMTAB_API_KEY (one with steer:use, steer:custom, steer:relax and scores:read may ask all "
+                "arms), or with --only for fewer arms, the same command goes on"
             ) from error
         code = error.code or f"http_{error.status_code}"
         return Answer(error=code), error.status_code in _OF_THE_PROMPT

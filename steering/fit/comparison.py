@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from steering.fit.ability import ANSWER_TOKENS, fed
 from steering.fit.arms import ANSWERED, Codes
 from steering.fit.control import Fit
-from steering.fit.families import BENIGN_REFUSAL, CATEGORY, NULL_SPACE, POOLED, RANDOM_CATEGORY, REPOSITION, Family
+from steering.fit.families import (
+    BENIGN_REFUSAL,
+    CATEGORY,
+    LOW_RANK,
+    NULL_SPACE,
+    POOLED,
+    RANDOM_CATEGORY,
+    REPOSITION,
+    Family,
+)
 from steering.fit.gating import PlainEdits, Readings, evidence_of, family_codes, gated
 from steering.fit.openings import Openings
 from steering.fit.probes import Array
@@ -23,8 +32,8 @@ from steering.fit.prompts import GROUP_KINDS, Kind, Prompts
 from steering.fit.thresholds import Choice, choose, keeps, threshold_curve
 from steering.terms import Edit
 
-COMPLY_SOURCES = (CATEGORY, REPOSITION, BENIGN_REFUSAL, POOLED)
-REFUSE_SOURCES = (CATEGORY, NULL_SPACE, POOLED)
+COMPLY_SOURCES = (CATEGORY, REPOSITION, BENIGN_REFUSAL, POOLED, LOW_RANK)
+REFUSE_SOURCES = (CATEGORY, NULL_SPACE, POOLED, LOW_RANK)
 SIGNIFICANT = 0.05
 PLAIN_GAIN = 0.02
 """By how much less, in nats, a challenger that over-refuses as little must raise the loss of plain answers."""
@@ -65,13 +74,15 @@ def compare_stage(
         )
         best = Setup(CATEGORY, CATEGORY)
         rounds: list[dict[str, Any]] = []
-        for source in COMPLY_SOURCES[1:]:
-            if source in families and families[source].comply:
-                best = trial.contest(rounds, "comply edits", best, best._replace(comply=source))
-        for source in REFUSE_SOURCES[1:]:
-            if source in families and families[source].refuse:
-                best = trial.contest(rounds, "refuse edits", best, best._replace(refuse=source))
-        best = trial.contest(rounds, "strength", best, best._replace(is_graded=True))
+        # Where the paper's threshold is taken, its edits are: nothing is chosen.
+        if fit.settings.threshold is None:
+            for source in COMPLY_SOURCES[1:]:
+                if source in families and families[source].comply:
+                    best = trial.contest(rounds, "comply edits", best, best._replace(comply=source))
+            for source in REFUSE_SOURCES[1:]:
+                if source in families and families[source].refuse:
+                    best = trial.contest(rounds, "refuse edits", best, best._replace(refuse=source))
+            best = trial.contest(rounds, "strength", best, best._replace(is_graded=True))
         final = trial.judge(best)
         for entry in rounds:
             fit.say(f"  {entry['what']}: kept {entry['kept']}, not {entry['lost']}")

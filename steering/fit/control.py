@@ -44,7 +44,8 @@ class Preset(StrEnum):
 class Variant(StrEnum):
     """Where the residuals of a class are read, and what they are contrasted with.
 
-    `P1` is Algorithm 1 as printed: on the category token of refused prompts, against `[respond]` after contrast ones.
+    `P1` is Algorithm 1: on the category token of refused prompts, against `[respond]` after contrast ones. Prompts
+    stand in the model's chat template, as they are served; the paper reads them without one.
     `HEADER` reads the last prompt token, where the decision is made, against plainly benign prompts.
     """
 
@@ -97,6 +98,10 @@ class Settings:
         training: of the low-rank vector.
         is_scaled: the vector is trained at the length of the class difference instead of P1's strength 1.
         trained: harmful and benign prompts each that it is trained on at most.
+        covariance_prompts: benign prompts that the covariance is made of at most. Of fewer than the residual is wide,
+            what they do not span counts as hardly varying, which is most of P1's basis.
+        p1_sources: sources of the prompts that Algorithms 1 and 2 see; None takes all. A category without any prompt of
+            these keeps all of its own.
         null_share: share of directions that count as the benign null space.
         ridge: of the null-space map.
         batch: prompts of one length in one pass at most.
@@ -147,6 +152,8 @@ class Settings:
     training: Training = field(default_factory=lambda: Training(rate=1e-2, epochs=3, batch=16))
     is_scaled: bool = True
     trained: int = 400
+    covariance_prompts: int = 4096
+    p1_sources: tuple[str, ...] | None = None
     null_share: float = 0.5
     ridge: float = 10.0
     batch: int = 64
@@ -192,6 +199,8 @@ def preset_settings(preset: Preset, **chosen: Any) -> Settings:
             training=Training(),
             is_scaled=False,
             trained=379,
+            covariance_prompts=379,
+            p1_sources=("coconot/eval", "coconot/pref"),
         )
     return replace(settings, **{name: value for name, value in chosen.items() if value is not None})
 
@@ -222,6 +231,11 @@ class Fit:
     def head_categories(self) -> tuple[str, ...]:
         """Those the category head tells: the refusal categories, and `PLAIN` last."""
         return (*self.categories, PLAIN) if self.settings.tells_plain else self.categories
+
+    def p1_prompts(self, indices: Sequence[int], sources: Sequence[str]) -> list[int]:
+        """Of these indices of prompts, given the source of each, those that Algorithms 1 and 2 see."""
+        wanted = self.settings.p1_sources
+        return [index for index in indices if wanted is None or sources[index] in wanted] or list(indices)
 
     def identity(self, name: str, of: Sequence[str] = (), after: Sequence[Mapping[str, Any]] = ()) -> str:
         """Digest of all that a stage depends on: the model, named settings, and the results of earlier stages."""

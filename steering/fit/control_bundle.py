@@ -17,6 +17,7 @@ from steering import __version__
 from steering.bundle import Bundle, save_bundle
 from steering.fit import pictures
 from steering.fit.catalog import CATALOG
+from steering.fit.certified import budgets_of, in_words
 from steering.fit.control import Fit
 from steering.fit.control_card import card
 from steering.fit.families import Family
@@ -115,9 +116,7 @@ def _manifest(contents: Contents, used: Mapping[str, Edit], *, name: str, versio
                     "purpose": dose["purpose"],
                     "category": dose["category"],
                     "dose": f"{dose['multiple']:.4g} times {dose['unit']}",
-                    "strength": _strength(
-                        fit, dose["purpose"], dose["maximum"], results, is_beyond=dose["is_beyond_budget"]
-                    ),
+                    "strength": _strength(fit, dose["purpose"], dose),
                     "provenance": _provenance(contents, key),
                 }
             )
@@ -130,7 +129,7 @@ def _manifest(contents: Contents, used: Mapping[str, Edit], *, name: str, versio
                     "category": None,
                     "dose": f"coefficient {coefficient:.4g} along a random unit direction: the length of the default "
                     "category's edit",
-                    "strength": _strength(fit, "control", results["controls"]["edits"][key]["maximum"], results),
+                    "strength": _strength(fit, key.removeprefix("random-"), results["controls"]["edits"][key]),
                     "provenance": {"method": "random direction", "seed": fit.settings.seed, "code": __version__},
                 }
             )
@@ -198,26 +197,11 @@ def _response_records(contents: Contents) -> list[dict[str, Any]]:
     return [response_record(contents.results["response"], provenance)]
 
 
-def _strength(
-    fit: Fit, purpose: str, maximum: float, results: Mapping[str, Any], *, is_beyond: bool = False
-) -> dict[str, Any]:
-    settings = fit.settings
-    if is_beyond:
+def _strength(fit: Fit, purpose: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    told = in_words(budgets_of(fit, purpose), found["tried"])
+    if found.get("is_beyond_budget"):
         told = "not certified: a fixed dose, beyond what the budgets of this fit allow"
-        return {"minimum": 0.0, "maximum": maximum, "measured": told}
-    measured = (
-        f"largest strength tried that spoiled at most {settings.most_spoiled:.0%} of "
-        f"{results['doses']['prompts']['ranged']} greedy answers to calibration prompts"
-    )
-    if purpose != "control":
-        refuse, comply = settings.loss_budgets
-        budget = refuse if purpose == "refuse" else comply
-        measured += (
-            f"; strength 1 raises the next-token loss of given answers to plain prompts by at most {budget:g} nats"
-        )
-    if purpose == "comply":
-        measured += f" and moves their first token by at most {settings.divergence_budget:g} nats (KL)"
-    return {"minimum": 0.0, "maximum": maximum, "measured": measured}
+    return {"minimum": 0.0, "maximum": found["maximum"], "measured": told}
 
 
 def _provenance(contents: Contents, key: str) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from steering.fit.ability import ANSWER_TOKENS, answer_loss, of_common_length, well_formed
-from steering.fit.activations import greedy
+from steering.fit.ability import ANSWER_TOKENS, answer_loss, of_common_length
 from steering.fit.arms import ANSWERED, UNSTEERED, Arm, Codes, arm_codes, arm_effects, neither, refusals
+from steering.fit.certified import Grounds, budgets_of, certified_range, scaled
 from steering.fit.control import Fit, Settings, Variant
 from steering.fit.openings import Openings
 from steering.fit.passes import Sequences
-from steering.fit.prompts import Kind, Prompts
+from steering.fit.prompts import Kind, Prompt, Prompts
 from steering.fit.vectors import categorical
 from steering.terms import Edit, added_direction
 
@@ -70,7 +70,7 @@ class Trials:
         answered: (prompt, answer) tokens of plain prompts, the answers all of one length.
         ranged: prompts that are answered in full, of few lengths, to see what edits spoil.
         guarded: per category such prompts for the edits that raise refusal: those that are to be refused, since it is
-            they that are edited.
+            they that are edited; the category's own first, filled up with others.
     """
 
     own: dict[str, list[list[int]]]
@@ -80,6 +80,10 @@ class Trials:
     answered: list[tuple[list[int], list[int]]]
     ranged: list[list[int]]
     guarded: dict[str, list[list[int]]]
+
+    def grounds(self, asked: Sequences, loss: float) -> Grounds:
+        """What ranges are certified on, with these prompts answered in full; `loss` is that of `answered` unsteered."""
+        return Grounds(asked=asked, plain=self.plain, answered=self.answered, loss=loss)
 
 
 def trials_of(fit: Fit, openings: Openings, prompts: Prompts) -> Trials:
@@ -111,20 +115,20 @@ def trials_of(fit: Fit, openings: Openings, prompts: Prompts) -> Trials:
         plain_codes=arm_codes(fit.loaded, openings, fit.categories, ids, [UNSTEERED])[0],
         answered=sorted(answered, key=lambda pair: -shared[len(pair[0])])[: fit.settings.ranged],
         ranged=of_common_length(borderline + harmful, fit.settings.ranged),
-        guarded={
-            name: of_common_length(
-                [prompt.ids for prompt in to_refuse if prompt.category == name] or wanted, fit.settings.ranged
-            )
-            for name in fit.categories
-        },
+        guarded={name: _guarded(to_refuse, name, fit.settings.ranged) for name in fit.categories},
     )
+
+
+def _guarded(to_refuse: Sequence[Prompt], category: str, most: int) -> list[list[int]]:
+    own = of_common_length([prompt.ids for prompt in to_refuse if prompt.category == category], most)
+    return own + of_common_length([prompt.ids for prompt in to_refuse if prompt.category != category], most - len(own))
 
 
 def layer_sweep(
     fit: Fit,
     openings: Openings,
     means: Mapping[str, Tensor],
-    trials: Trials,
+    trials_of: Callable[[], Trials],
     norms: Sequence[float],
     variant: Variant,
     after: Sequence[Mapping[str, Any]],
@@ -135,6 +139,7 @@ def layer_sweep(
     """
 
     def make() -> dict[str, Any]:
+        trials = trials_of()
         concerned = trials.own[fit.settings.default_category]
         before = arm_codes(fit.loaded, openings, fit.categories, concerned, [UNSTEERED])[0]
         unsteered = answer_loss(fit.loaded, trials.answered)
@@ -178,7 +183,17 @@ def layer_sweep(
     return fit.stage(
         f"sweep-{variant}",
         make,
-        of=("layer", "tau", "top_k", "calibration", "multiples", "comply_target", "refuse_target", "default_category"),
+        of=(
+            "layer",
+            "tau",
+            "top_k",
+            "calibration",
+            "ranged",
+            "multiples",
+            "comply_target",
+            "refuse_target",
+            "default_category",
+        ),
         after=after,
     )
 
@@ -187,31 +202,30 @@ def dose_curves(
     fit: Fit,
     openings: Openings,
     recipes: Mapping[str, Recipe],
-    trials: Trials,
+    trials_of: Callable[[], Trials],
     name: str,
     after: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """For each edit its dose, the curve it was chosen from, and the strengths certified for it."""
 
     def make() -> dict[str, Any]:
-        baseline: dict[str, Any] = {
-            "loss": answer_loss(fit.loaded, trials.answered),
-            "well_formed": well_formed(openings, greedy(fit.loaded, trials.ranged, new_tokens=ANSWER_TOKENS)),
-        }
+        trials = trials_of()
+        unsteered = answer_loss(fit.loaded, trials.answered)
         edits = {}
         for key, recipe in recipes.items():
-            edits[key] = _dose(fit, openings, recipe, trials, baseline)
+            edits[key] = _dose(fit, openings, recipe, trials, unsteered)
             facts = edits[key]
             fit.say(
                 f"  {key}: {facts['multiple']:.3g} times, refused {facts['before']['rate']:.2f} to "
                 f"{facts['refused']['rate']:.2f}, up to strength {facts['maximum']:g}"
             )
         return {
-            "unsteered": {"loss": baseline["loss"], "well_formed": baseline["well_formed"].to_json()},
+            "unsteered": {"loss": unsteered},
             "prompts": {
                 "plain": len(trials.plain),
                 "answers": len(trials.answered),
                 "ranged": len(trials.ranged),
+                "guarded": {category: len(ids) for category, ids in trials.guarded.items()},
                 "own": {category: len(ids) for category, ids in trials.own.items()},
             },
             "edits": edits,
@@ -241,21 +255,30 @@ def dose_curves(
 def certified_ranges(
     fit: Fit,
     openings: Openings,
-    edits: Mapping[str, Edit],
-    trials: Trials,
+    edits: Mapping[str, tuple[str, Edit]],
+    trials_of: Callable[[], Trials],
     name: str,
     after: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Strengths at which answers stay well formed under edits whose dose is given, such as a control's."""
+    """Certified strengths of edits whose dose is given, such as a control's, by name; with the side each stands for."""
 
     def make() -> dict[str, Any]:
-        return {"edits": {key: _certified(fit, openings, edit, trials.ranged) for key, edit in edits.items()}}
+        trials = trials_of()
+        grounds = trials.grounds(trials.ranged, answer_loss(fit.loaded, trials.answered))
+        return {
+            "edits": {
+                key: certified_range(fit, openings, edit, grounds, budgets_of(fit, purpose))
+                for key, (purpose, edit) in edits.items()
+            }
+        }
 
-    return fit.stage(name, make, of=("strengths", "most_spoiled", "ranged"), after=after)
+    return fit.stage(
+        name, make, of=("strengths", "most_spoiled", "divergence_budget", "loss_budgets", "ranged"), after=after
+    )
 
 
-def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, baseline: Mapping[str, Any]) -> dict[str, Any]:
-    settings = fit.settings
+def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, unsteered: float) -> dict[str, Any]:
+    settings, budgets = fit.settings, budgets_of(fit, recipe.purpose)
     is_comply = recipe.purpose == "comply"
     concerned, known = trials.plain, not is_comply
     if is_comply:
@@ -274,15 +297,15 @@ def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, baseline
     for row, divergence, (_, edit) in zip(rows, plain.divergences, edits, strict=True):
         row["divergence"] = divergence
         row["loss"] = answer_loss(fit.loaded, trials.answered, edit)
-        # What a refuse edit does to the first token of a plain prompt is its effect, not damage.
-        row["is_within_budget"] = row["loss"] - baseline["loss"] <= settings.loss_budgets[is_comply] and (
-            not is_comply or divergence <= settings.divergence_budget
+        row["is_within_budget"] = row["loss"] - unsteered <= budgets.loss and (
+            budgets.divergence is None or divergence <= budgets.divergence
         )
     within = [row for row in rows if row["is_within_budget"]]
     chosen = _smallest(within or rows[:1], settings.comply_target if is_comply else settings.refuse_target)
     multiple = float(chosen["multiple"])
     spoilt = trials.ranged if is_comply else trials.guarded[recipe.category or settings.default_category]
-    ranges = _certified(fit, openings, recipe.make(multiple), spoilt)
+    chosen_edit = recipe.make(multiple)
+    ranges = certified_range(fit, openings, chosen_edit, trials.grounds(spoilt, unsteered), budgets)
     # Fixed doses are taken as they are, whatever they spoil; one of our own is lowered until `headroom` is certified.
     share = 1.0 if settings.doses is not None else min(1.0, ranges["maximum"] / settings.headroom[not is_comply])
     maximum = ranges["maximum"] / share if share and within else 0.0
@@ -292,15 +315,15 @@ def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, baseline
         maximum = 1.0
     after = chosen
     if share and share < 1.0:
-        after = _effects(
-            fit, openings, [(multiple * share, recipe.make(multiple * share))], concerned, before, recipe.purpose
-        )[0]
+        after = _effects(fit, openings, [(multiple, scaled(chosen_edit, share))], concerned, before, recipe.purpose)[0]
     return {
         "purpose": recipe.purpose,
         "category": recipe.category,
         "unit": recipe.unit,
         "length": recipe.length * multiple * share,
         "multiple": multiple * share,
+        "made_at": multiple,
+        "share": share,
         "maximum": maximum,
         "is_beyond_budget": is_beyond,
         "before": refusals(before).to_json(),
@@ -308,7 +331,7 @@ def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, baseline
         "malformed": after["malformed"],
         "named": after["named"],
         "curve": rows,
-        "well_formed": ranges["well_formed"],
+        "tried": ranges["tried"],
     }
 
 
@@ -375,35 +398,3 @@ def best_layer(swept: Mapping[str, Any], settings: Settings, *, at_least: int = 
     best = max(row["score"] for row in candidates)
     near = [row for row in candidates if row["score"] >= best - NEAR_BEST]
     return int(min(near, key=lambda row: row["loss_added"])["layer"])
-
-
-def _certified(fit: Fit, openings: Openings, edit: Edit, prompts: Sequences) -> dict[str, Any]:
-    """The largest strength up to which answers to these prompts stay well formed, and the share of such answers at each
-    one tried.
-
-    Strength 1 is tried first, then larger ones until one fails, or smaller ones until one does not.
-    """
-    unsteered = well_formed(openings, greedy(fit.loaded, prompts, new_tokens=ANSWER_TOKENS))
-    floor = unsteered.value - fit.settings.most_spoiled
-    rates: dict[str, Any] = {}
-
-    def passes(strength: float) -> bool:
-        answers = greedy(fit.loaded, prompts, edit, strength, new_tokens=ANSWER_TOKENS)
-        rate = well_formed(openings, answers)
-        rates[f"{strength:g}"] = rate.to_json()
-        return bool(rate.value >= floor)
-
-    strengths = sorted({1.0, *fit.settings.strengths})
-    maximum = 0.0
-    if passes(1.0):
-        maximum = 1.0
-        for strength in [value for value in strengths if value > 1.0]:
-            if not passes(strength):
-                break
-            maximum = strength
-    else:
-        for strength in [value for value in reversed(strengths) if value < 1.0]:
-            if passes(strength):
-                maximum = strength
-                break
-    return {"maximum": maximum, "well_formed": rates}

@@ -5,6 +5,7 @@ A family becomes a profile of the bundle. Knows nothing of thresholds.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ RANDOM, RANDOM_CATEGORY = "random", "random-category"
 
 
 def edit_name(purpose: str, category: str, prefix: str = "") -> str:
-    """`refuse-requests-with-safety-concerns`, and `p1-refuse-...` for Algorithm 1 as printed."""
+    """`refuse-requests-with-safety-concerns`, and `p1-refuse-...` for P1's Algorithm 1."""
     return f"{prefix}{purpose}-{category.lower().replace(' ', '-')}"
 
 
@@ -136,12 +137,11 @@ def families_of(fit: Fit, usable: Mapping[str, Edit]) -> dict[str, Family]:
     and none to comply; how many of them the gate may edit is a limit on its thresholds.
     """
     names = fit.categories
-    turned = {name: names[(place + 1) % len(names)] for place, name in enumerate(names)}
 
-    def by_category(purpose: str, prefix: str = "", of: Callable[[str], str] = str) -> dict[str, str]:
-        found = {name: edit_name(purpose, of(name), prefix) for name in names}
+    def by_category(purpose: str, prefix: str = "") -> dict[str, str]:
+        found = {name: edit_name(purpose, name, prefix) for name in names}
         if purpose == "refuse" and PLAIN in fit.head_categories:
-            found[PLAIN] = edit_name(purpose, of(fit.settings.default_category), prefix)
+            found[PLAIN] = edit_name(purpose, fit.settings.default_category, prefix)
         return {name: key for name, key in found.items() if key in usable}
 
     def same(key: str) -> dict[str, str]:
@@ -157,22 +157,40 @@ def families_of(fit: Fit, usable: Mapping[str, Edit]) -> dict[str, Family]:
         BENIGN_REFUSAL: Family(refuse=by_category("refuse"), comply=same("comply-benign-refusal")),
         REPOSITION: Family(refuse=by_category("refuse"), comply=by_category("comply", "reposition-")),
         RANDOM: Family(refuse=same("random-refuse"), comply=same("random-comply")),
-        # Each category gets the edits of the next one: the same vectors and doses, the wrong choice.
-        RANDOM_CATEGORY: Family(
-            refuse=by_category("refuse", of=lambda name: turned[name]),
-            comply=by_category("comply", of=lambda name: turned[name]),
-        ),
     }
+    found[RANDOM_CATEGORY] = another_category(fit, found[CATEGORY])
     return {name: family for name, family in found.items() if family.refuse or family.comply}
 
 
-def random_edits(fit: Fit, usable: Mapping[str, Edit], layer: int) -> dict[str, Edit]:
-    """The control: one random direction with the lengths of the default category's two edits."""
+def random_edits(fit: Fit, usable: Mapping[str, Edit], layer: int) -> dict[str, tuple[str, Edit]]:
+    """The control, by name with the side it stands for: one random direction with the lengths of the default category's
+    two edits.
+    """
     direction = random_direction(fit.loaded.width, fit.settings.seed)
     found = {}
     for purpose in ("refuse", "comply"):
         model = usable.get(edit_name(purpose, fit.settings.default_category))
         if model is not None:
             length = float(model.layers[0].bias[0])
-            found[f"random-{purpose}"] = added(f"random-{purpose}", layer, direction, length)
+            found[f"random-{purpose}"] = purpose, added(f"random-{purpose}", layer, direction, length)
     return found
+
+
+def another_category(fit: Fit, family: Family) -> Family:
+    """The control: each category gets another one's edits of this family, which one drawn once; plain prompts, where
+    they have an edit, that of the default category's other.
+    """
+    turned = _turned(fit)
+    turned[PLAIN] = turned[fit.settings.default_category]
+
+    def moved(chosen: Mapping[str, str]) -> dict[str, str]:
+        return {name: chosen[turned[name]] for name in chosen if turned[name] in chosen}
+
+    return Family(refuse=moved(family.refuse), comply=moved(family.comply))
+
+
+def _turned(fit: Fit) -> dict[str, str]:
+    """Every category's other: the next one in an order drawn once."""
+    names = list(fit.categories)
+    random.Random(fit.settings.seed).shuffle(names)
+    return {name: names[(place + 1) % len(names)] for place, name in enumerate(names)}

@@ -70,6 +70,22 @@ def token_categories(fit: Fit, openings: Openings, sequences: Sequences) -> Cate
     return result
 
 
+def token_stage(
+    fit: Fit, openings: Openings, calibrating: Prompts, after: Sequence[Mapping[str, Any]]
+) -> Categories | None:
+    """`token_categories` of the calibration prompts, read once."""
+
+    def make() -> dict[str, Any]:
+        found = token_categories(fit, openings, calibrating.ids)
+        return {"has_tokens": found is not None} | (
+            {} if found is None else {"tensors": {"categories": torch.from_numpy(found)}}
+        )
+
+    if not fit.stage("tokens", make, after=after)["has_tokens"]:
+        return None
+    return np.asarray(fit.tensors("tokens")["categories"].numpy())
+
+
 def family_codes(
     fit: Fit,
     openings: Openings,

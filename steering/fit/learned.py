@@ -26,8 +26,6 @@ from steering.fit.shards import Shards
 from steering.fit.vectors import categorical
 from steering.terms import MAX_RANK, Edit, LayerTerms
 
-COVARIANCE_PROMPTS = 4096
-"""Benign prompts the covariance is made of at most."""
 NULL_SPACE_PROMPTS = 6000
 """Harmful prompts that the null-space map is fitted on at most."""
 
@@ -56,11 +54,17 @@ def low_rank_stage(
             for index, prompt in enumerate(fitting.items)
             if prompt.kind is Kind.REFUSE and prompt.category is not None and prompt.group != "templates"
         ]
+        named = [str(source) for source in fitting.sources]
+        benign, harmful = fit.p1_prompts(benign, named), fit.p1_prompts(harmful, named)
         if settings.preset is Preset.AUTO:
             benign, harmful = _telling(fit, openings, fitting, benign, harmful)
-        whitened = whitening(
-            shards.layer(layer)[thinned(benign, COVARIANCE_PROMPTS)], settings.covariance, settings.epsilon
-        )
+        counted = thinned(benign, settings.covariance_prompts)
+        whitened = whitening(shards.layer(layer)[counted], settings.covariance, settings.epsilon)
+        if len(counted) <= fit.loaded.width:
+            fit.say(
+                f"  covariance of {len(counted)} prompts for a residual of {fit.loaded.width}: of lower rank, so that "
+                "the basis is mostly what no benign prompt shows"
+            )
         basis = steering_basis(whitened.matrix, directions)
         _, gap = categorical(means, Variant.HEADER, settings.default_category, layer, settings)
         scale = gap if settings.is_scaled else 1.0
@@ -83,7 +87,8 @@ def low_rank_stage(
             "covariance": settings.covariance,
             "added": whitened.added,
             "shrinkage": whitened.shrinkage,
-            "prompts": {"covariance": min(len(benign), COVARIANCE_PROMPTS), "training": settings.trained},
+            "prompts": {"covariance": len(counted), "training": settings.trained},
+            "is_of_full_rank": len(counted) > fit.loaded.width,
             "scale": scale,
             "length": scale * length,
             "history": trained.history,
@@ -94,7 +99,19 @@ def low_rank_stage(
     return fit.stage(
         "low_rank",
         make,
-        of=("preset", "covariance", "epsilon", "training", "trained", "is_scaled", "tau", "top_k", "default_category"),
+        of=(
+            "preset",
+            "covariance",
+            "covariance_prompts",
+            "p1_sources",
+            "epsilon",
+            "training",
+            "trained",
+            "is_scaled",
+            "tau",
+            "top_k",
+            "default_category",
+        ),
         after=after,
     )
 
@@ -108,7 +125,7 @@ def _telling(
     on, those teach nothing, and a KL term on contrast prompts that it refuses would keep it refusing them.
     """
     own = fit.tensors("answers")["codes"].tolist()
-    half = COVARIANCE_PROMPTS // 2
+    half = fit.settings.covariance_prompts // 2
     plain = fitting.where(Kind.PLAIN)
     answered = thinned([index for index in contrast if own[index] == ANSWERED], half)
     answered += thinned([index for index in plain if own[index] == ANSWERED] or plain, half)

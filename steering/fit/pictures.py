@@ -119,6 +119,21 @@ def training(found: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def openings(found: Mapping[str, Any], path: Path) -> None:
+    """How refusals begin, and how many answers to harmful and to plain prompts begin so."""
+    rows = found["refusals"]
+    figure = new_figure(7, 0.4 * len(rows) + 1.2)
+    axes = figure.add_subplot()
+    for offset, kind in ((0.0, "harmful"), (0.4, "plain")):
+        places = [place + offset for place in range(len(rows))]
+        axes.barh(places, [row[kind] for row in rows], 0.4, label=f"{kind} prompts")
+    axes.set_yticks([place + 0.2 for place in range(len(rows))], [repr(row["text"]) for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="share of greedy answers that begin so")
+    axes.legend(fontsize=7)
+    save_figure(figure, path)
+
+
 def additions(found: Mapping[str, Any], path: Path) -> None:
     """How much the null-space map adds to prompts of each kind."""
     figure = new_figure()

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from steering.bundle import Bundle
 from steering.fit import pictures
+from steering.fit.certified import scaled
 from steering.fit.comparison import Setup, compare_stage
 from steering.fit.control import Fit, Variant
 from steering.fit.control_bundle import CONTROL_PROFILE, P1_PROFILE, PROFILE, Contents, ProfilePlan, write_bundle
@@ -27,11 +31,12 @@ from steering.fit.families import (
     RANDOM,
     RANDOM_CATEGORY,
     Family,
+    another_category,
     families_of,
     random_edits,
     recipes_of,
 )
-from steering.fit.gating import Readings, gate_stage, token_categories
+from steering.fit.gating import Readings, gate_stage, token_stage
 from steering.fit.held import Gated, held_stage
 from steering.fit.learned import low_rank_stage, null_space_stage
 from steering.fit.probing import head_stage, probe_of, probe_stage, read
@@ -96,11 +101,12 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
     base = residuals.facts
     run.done(Stage.ACTIVATIONS, lambda path: pictures.norms(base, path), base)
 
-    openings, opening_facts = refusal_openings(fit, fitting)
+    openings, opening_facts = refusal_openings(fit, fitting, [base])
+    draw_stage(fit.work / "openings.png", lambda path: pictures.openings(opening_facts, path), opening_facts)
     means, vector_facts = class_means(fit, openings, fitting, residuals.fitting, [base, opening_facts])
     run.done(Stage.VECTORS, lambda path: pictures.vectors(means, fit, path), vector_facts)
 
-    trials = trials_of(fit, openings, calibrating)
+    trials = cache(lambda: trials_of(fit, openings, calibrating))
     variants = [Variant.HEADER, *([Variant.P1] if openings.is_tokens else [])]
     swept = {
         variant.value: layer_sweep(fit, openings, means, trials, base["residual_norm"], variant, [vector_facts])
@@ -124,16 +130,19 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
     recipes = recipes_of(fit, means, layer, p1_layer, {LOW_RANK: trained})
     doses = dose_curves(fit, openings, recipes, trials, "doses", [opening_facts, trained, mapped, *swept.values()])
     edits: dict[str, Edit] = {
-        key: recipes[key].make(found["multiple"]) for key, found in doses["edits"].items() if found["maximum"] >= 1.0
+        key: scaled(recipes[key].make(found["made_at"]), found["share"])
+        for key, found in doses["edits"].items()
+        if found["maximum"] >= 1.0
     }
     controls = random_edits(fit, edits, layer)
     ranges = certified_ranges(fit, openings, controls, trials, "controls", [doses])
-    edits |= {key: edit for key, edit in controls.items() if ranges["edits"][key]["maximum"] >= 1.0}
+    edits |= {key: edit for key, (_, edit) in controls.items() if ranges["edits"][key]["maximum"] >= 1.0}
     run.done(Stage.DOSES, lambda path: pictures.doses(doses, path), doses, ranges)
 
     probe = probe_of(fit, int(probed["layer"]))
     probability, head = read(probe, residuals.calibrating.layer(probe.layer))
-    readings = Readings(probability=probability, head=head, tokens=token_categories(fit, openings, calibrating.ids))
+    tokens = token_stage(fit, openings, calibrating, [base, opening_facts])
+    readings = Readings(probability=probability, head=head, tokens=tokens)
     families = families_of(fit, edits)
     youden = next(point["threshold"] for point in probed["operating_points"] if point["name"] == "youden")
     gates = gate_stage(fit, openings, calibrating, readings, families, edits, youden, [probed, headed, doses, ranges])
@@ -143,7 +152,7 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
     compared = compare_stage(fit, openings, calibrating, readings, families, edits, gates, [gates], unspared=unspared)
     run.done(Stage.COMPARE, lambda path: pictures.comparison(compared, path), compared)
 
-    plans = profile_plans(families, gates, compared)
+    plans = profile_plans(fit, families, gates, compared)
     profiles = {
         plan.name: Gated(
             family=plan.family,
@@ -161,20 +170,6 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
     responded = response_stage(fit, openings, fitting, used, [opening_facts, doses, compared])
     run.done(Stage.RESPONSE, lambda path: pictures.response(responded, path), responded)
 
-    directions = {
-        f"{category}": categorical(means, Variant.HEADER, category, layer, fit.settings)[0]
-        for category in fit.categories
-    }
-    if p1_layer == layer:
-        directions |= {
-            f"P1 {category}": categorical(means, Variant.P1, category, layer, fit.settings)[0]
-            for category in fit.categories
-        }
-    directions["pooled"] = pooled(means, layer, fit.settings)[0]
-    directions["low-rank"] = fit.tensors("low_rank")["vector"]
-    benign = benign_refusal_direction(means, layer, fit.settings)
-    if benign is not None:
-        directions["benign refusal"] = benign[0]
     return write_bundle(
         bundle,
         Contents(
@@ -199,7 +194,7 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
                 "compare": compared,
                 "held": held,
                 "response": responded,
-                "cosines": cosines(directions),
+                "cosines": cosines(_directions(fit, means, layer, p1_layer)),
             },
         ),
         name=name,
@@ -208,15 +203,35 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
     )
 
 
+def _directions(fit: Fit, means: Mapping[str, Tensor], layer: int, p1_layer: int | None) -> dict[str, Tensor]:
+    """Every direction [D] at the edits' layer, by the name it is shown under."""
+    directions = {
+        f"{category}": categorical(means, Variant.HEADER, category, layer, fit.settings)[0]
+        for category in fit.categories
+    }
+    if p1_layer == layer:
+        directions |= {
+            f"P1 {category}": categorical(means, Variant.P1, category, layer, fit.settings)[0]
+            for category in fit.categories
+        }
+    directions["pooled"] = pooled(means, layer, fit.settings)[0]
+    directions["low-rank"] = fit.tensors("low_rank")["vector"]
+    benign = benign_refusal_direction(means, layer, fit.settings)
+    if benign is not None:
+        directions["benign refusal"] = benign[0]
+    return directions
+
+
 def profile_plans(
-    families: Mapping[str, Family], gates: Mapping[str, Any], compared: Mapping[str, Any]
+    fit: Fit, families: Mapping[str, Family], gates: Mapping[str, Any], compared: Mapping[str, Any]
 ) -> list[ProfilePlan]:
     """The bundle's profiles: the default is what won the comparison, the others are one method each.
 
-    These have the default's thresholds, so that they differ from it in their edits alone; P1 as printed has its own.
+    These have the default's thresholds, so that they differ from it in their edits alone; P1's has its own.
     """
     winner = Setup(**compared["winner"])
     default = Family(refuse=families[winner.refuse].refuse, comply=families[winner.comply].comply)
+    families = {**families, RANDOM_CATEGORY: another_category(fit, default)}
     plans = [
         ProfilePlan(
             name=PROFILE,
@@ -231,7 +246,7 @@ def profile_plans(
         LOW_RANK: ("low-rank", "One vector trained in a whitened basis (arXiv 2603.13359, Algorithm 2)."),
         P1: (
             P1_PROFILE,
-            "Algorithm 1 of arXiv 2603.13359 as printed: no neutral band, the category by the refusal tokens.",
+            "Algorithm 1 of arXiv 2603.13359 in the chat template: no neutral band, category by the refusal tokens.",
         ),
         POOLED: ("pooled", "One direction for all categories."),
         NULL_SPACE: (
@@ -243,7 +258,10 @@ def profile_plans(
             "Towards answers by the direction between benign prompts the model refuses and those it answers.",
         ),
         RANDOM: (CONTROL_PROFILE, "The control experiment: a random direction of the same norms."),
-        RANDOM_CATEGORY: ("random-category", "The control experiment: each category gets another category's edits."),
+        RANDOM_CATEGORY: (
+            "random-category",
+            "The control experiment: each category gets another category's edits of the default profile.",
+        ),
     }
     for key, (name, description) in described.items():
         if key in families:

@@ -100,6 +100,9 @@ def probe_stage(
         layer = int(best["layer"])
         scores = found[layer].scores(residuals.calibrating.layer(layer))[:, 0]
         linear, scaling = _scaled(found[layer], scores[judges.rows], judges)
+        if fit.settings.threshold is not None:
+            # A fixed threshold is one on the probe as it was fitted.
+            linear, scaling = found[layer], {**scaling, "is_applied": False}
         shares = probability(linear.scores(residuals.calibrating.layer(layer))[:, 0])
         facts = _facts(fit, shares[judges.rows], judges)
         histograms = {
@@ -128,7 +131,7 @@ def probe_stage(
             },
         }
 
-    return fit.stage("probe", make, of=("layer", "penalty", "weights", "false_positive_rate"), after=after)
+    return fit.stage("probe", make, of=("layer", "penalty", "weights", "false_positive_rate", "threshold"), after=after)
 
 
 def head_stage(

@@ -6,6 +6,7 @@ Fitting and calibration prompts are disjoint, and neither holds a prompt that is
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,12 @@ class Prompts:
     def groups(self) -> NDArray[np.str_]:
         """[N]."""
         return np.array([prompt.group for prompt in self.items], dtype=np.str_)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that a stage may read of them: results made from other prompts are made again."""
+        told = [list(prompt) for prompt in self.items]
+        return hashlib.sha256(json.dumps(told, separators=(",", ":")).encode()).hexdigest()
 
     def counts(self) -> dict[str, int]:
         """Prompts of each source."""

@@ -66,6 +66,7 @@ def activations(fit: Fit, fitting: Prompts, calibrating: Prompts) -> Activations
         return {
             "prompts": {"fit": fitting.counts(), "calibrate": calibrating.counts()},
             "count": {"fit": len(fitting.items), "calibrate": len(calibrating.items)},
+            "content": {"fit": fitting.digest, "calibrate": calibrating.digest},
             "dropped": {"fit": fitting.dropped, "calibrate": calibrating.dropped},
             "bytes": sum(path.stat().st_size for shards in written.values() for path in shards.files),
             "residual_norm": norms,
@@ -75,12 +76,12 @@ def activations(fit: Fit, fitting: Prompts, calibrating: Prompts) -> Activations
         "activations",
         make,
         of=("most_per_set", "most_plain", "most_templates", "has_templates", "gated"),
-        after=[{"digest": identity}],
+        after=[{"digest": identity}, {"digest": fitting.digest}, {"digest": calibrating.digest}],
     )
     return Activations(fitting=written["fit"], calibrating=written["calibrate"], facts=facts)
 
 
-def refusal_openings(fit: Fit, fitting: Prompts) -> tuple[Openings, dict[str, Any]]:
+def refusal_openings(fit: Fit, fitting: Prompts, after: Sequence[Mapping[str, Any]]) -> tuple[Openings, dict[str, Any]]:
     """How this model's refusals begin: its refusal tokens where it uses them, else found among its greedy answers."""
 
     def make() -> dict[str, Any]:
@@ -88,7 +89,7 @@ def refusal_openings(fit: Fit, fitting: Prompts) -> tuple[Openings, dict[str, An
         plain = [prompt.ids for prompt in fitting.items if prompt.kind is Kind.PLAIN]
         return find_openings(fit.loaded, thinned(harmful, 300), thinned(plain, 300)).to_json()
 
-    facts = fit.stage("openings", make, of=("most_per_set", "most_plain"))
+    facts = fit.stage("openings", make, of=("most_per_set", "most_plain"), after=after)
     return Openings.from_json(facts), facts
 
 
@@ -119,6 +120,18 @@ def own_decisions(
     return np.asarray(fit.tensors("answers")["codes"].numpy())
 
 
+def classes_of(fit: Fit, fitting: Prompts) -> dict[str, list[int]]:
+    """Indices of the prompts to refuse of each category, those of templates left out."""
+    return {
+        name: [
+            index
+            for index, prompt in enumerate(fitting.items)
+            if prompt.category == name and prompt.kind is Kind.REFUSE and prompt.group != "templates"
+        ]
+        for name in fit.categories
+    }
+
+
 def class_means(
     fit: Fit, openings: Openings, fitting: Prompts, shards: Shards, after: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -126,17 +139,7 @@ def class_means(
     own = own_decisions(fit, openings, fitting, shards, after)
 
     def make() -> dict[str, Any]:
-        classes = {
-            name: thinned(
-                [
-                    index
-                    for index, prompt in enumerate(fitting.items)
-                    if prompt.category == name and prompt.kind is Kind.REFUSE and prompt.group != "templates"
-                ],
-                fit.settings.most,
-            )
-            for name in fit.categories
-        }
+        classes = {name: thinned(found, fit.settings.most) for name, found in classes_of(fit, fitting).items()}
         contrast = {f"{name}/{part}" for name, part in CONTRAST_PARTS}
         borderline = [index for index in fitting.where(Kind.OVER) if fitting.items[index].source in contrast]
         benign = [*fitting.where(Kind.OVER), *fitting.where(Kind.PLAIN)]
@@ -158,7 +161,12 @@ def class_means(
         used = dict(groups)
         if openings.is_tokens:
             # Algorithm 1 reads on the category token, which is not in the prompts: these are read anew.
-            for name, members in {**classes, RESPOND: thinned(borderline, fit.settings.most)}.items():
+            named = [str(source) for source in fitting.sources]
+            seen = {
+                name: fit.p1_prompts(members, named)
+                for name, members in {**classes_of(fit, fitting), RESPOND: borderline}.items()
+            }
+            for name, members in ((name, thinned(found, fit.settings.most)) for name, found in seen.items()):
                 token = fit.loaded.respond if name == RESPOND else fit.loaded.categories[name]
                 assert token is not None
                 means[f"{Variant.P1}/{name}"] = _mean(fit, [[*fitting.items[index].ids, token] for index in members])
@@ -170,7 +178,7 @@ def class_means(
             "tensors": means,
         }
 
-    facts = fit.stage("vectors", make, of=("most",), after=after)
+    facts = fit.stage("vectors", make, of=("most", "p1_sources"), after=after)
     return fit.tensors("vectors"), facts
 
 

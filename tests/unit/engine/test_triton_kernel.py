@@ -22,14 +22,15 @@ import json, pathlib, subprocess, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from steering.engine.triton_kernel import FLOATS_PER_WARP, MAX_WARPS, SPARED_AT_ONCE, decide_kernel, edit_kernel, spare_kernel
+from steering.engine import triton_kernel
+from steering.engine.triton_kernel import FLOATS_PER_WARP, MAX_WARPS, SPARED_AT_ONCE
 
 cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 made = []
 for arch in (80, 90):
     for width, dtype in json.loads(sys.argv[1]).items():
         block = triton.next_power_of_2(int(width))
-        for kernel in (decide_kernel, edit_kernel):
+        for kernel in (triton_kernel.decide_kernel, triton_kernel.edit_kernel):
             source = ASTSource(
                 fn=kernel,
                 signature={
@@ -45,10 +46,10 @@ for arch in (80, 90):
             cubin.write_bytes(code.asm["cubin"])
             usage = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True).stdout
             facts = {"arch": arch, "dtype": dtype, "shared": code.metadata.shared, "usage": usage}
-            made.append(facts | {"ptx": code.asm["ptx"], "is_writing": kernel is edit_kernel})
+            made.append(facts | {"ptx": code.asm["ptx"], "is_writing": kernel is triton_kernel.edit_kernel})
     for ids in ("*i32", "*i64"):
         source = ASTSource(
-            fn=spare_kernel,
+            fn=triton_kernel.spare_kernel,
             signature={"input_ids": ids, "token_rows": "*i32", "rows": "*fp32", "tokens": "i32", "BLOCK": "constexpr"},
             constexprs={"BLOCK": SPARED_AT_ONCE},
         )

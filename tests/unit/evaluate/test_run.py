@@ -115,7 +115,7 @@ async def test_too_long_is_kept_and_what_passes_is_asked_again(server: ScriptedS
 async def test_what_a_key_may_not_ask_ends_the_run_and_is_asked_again(
     server: ScriptedServer, tmp_path: Path, status: int
 ) -> None:
-    """A status that says nothing of the prompt is not kept as its answer: with the right key the same command goes on."""
+    """A status that says nothing of the prompt is not kept: with the right key the same command goes on."""
     path = tmp_path / "a.jsonl"
     server.failing = {"0.5": [status]}
     with pytest.raises(OperatorError, match=rf"status {status}.*TRIMTAB_API_KEY"):
