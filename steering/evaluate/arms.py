@@ -86,12 +86,12 @@ class Arms:
 
 
 _PROFILES = {
-    CATEGORICAL: ("p1-categorical", "P1's Algorithm 1 as printed: hard sign, the category by the refusal tokens"),
+    CATEGORICAL: ("p1-categorical", "P1's Algorithm 1 in the chat template: hard sign, category by the refusal tokens"),
     LOW_RANK: ("low-rank", "P1's learned low-rank vector, gated"),
     POOLED: ("pooled", "one vector for all categories, gated: what R4 asks to be compared with"),
     "null-space": ("null-space", "AlphaSteer's map into the null space of benign prompts, gated"),
     "benign-refusal": ("benign-refusal", "comply edits from the model's own refusals of benign prompts, gated"),
-    RANDOM_CATEGORY: ("random-category", "control: each category gets another category's edit, same gate"),
+    RANDOM_CATEGORY: ("random-category", "control: each category gets another category's edit of auto, same gate"),
     RANDOM_VECTOR: ("random-control", "control: a random direction of the same norm, same gate"),
 }
 
@@ -127,7 +127,7 @@ def build_arms(
             reads_loss=True,
         ),
         *(
-            Arm(name=name, what=what, steering={"mode": "auto", "profile": profile})
+            Arm(name=name, what=what, steering={"mode": "auto", "profile": profile}, groups=EVERYWHERE)
             for name, (profile, what) in _PROFILES.items()
         ),
     ]

@@ -22,7 +22,7 @@ from steering.evaluate.llm_judge import LlmJudge
 from steering.evaluate.page import write_page
 from steering.evaluate.report import Setting, build_report
 from steering.evaluate.run import Settings, ask_all, count
-from steering.evaluate.served_bundle import ServedBundle, open_served
+from steering.evaluate.served_bundle import ServedBundle, open_served, probe_error
 from steering.evaluate.server import Server, describe
 from steering.evaluate.suites import Suite, gather
 from steering.evaluate.tally import KEYWORD, MODEL, PROBE, TOKEN, WORDING, Row, judged
@@ -33,8 +33,8 @@ CHECKED = 300
 """Labelled completions a model judge is measured on."""
 
 PROBE_ERROR = (
-    "a linear probe of the served bundle on the first generated tokens; its error on held answers is in the bundle's "
-    "report"
+    "a linear probe of the served bundle on the first generated tokens; without --bundle its error on held answers is "
+    "not at hand"
 )
 
 
@@ -108,7 +108,7 @@ async def evaluate(
     if server.has_decision_tokens:
         judges[TOKEN] = {"error": EXACT}
     if any(PROBE in row.verdicts for row in rows):
-        judges[PROBE] = {"error": PROBE_ERROR}
+        judges[PROBE] = {"error": PROBE_ERROR} if served is None else probe_error(served)
     if order.wordings is not None:
         judges[WORDING] = {"error": WORDING_ERROR}
     if order.judge is not None:

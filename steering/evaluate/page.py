@@ -316,14 +316,16 @@ def _judges(report: Report) -> str:
     for name, facts in report["judges"].items():
         if "error" in facts:
             told += paragraph(f"{name}: {facts['error']}.")
-            continue
-        told += paragraph(
-            f"<b>{escape(name)}</b>, {escape(facts['against'])}: right in {cell(facts['accuracy'])} % of "
-            f"{facts['accuracy']['n']:,}; refusal said of answers {cell(facts['false_positives'])} %, answer said of "
-            f"refusals {cell(facts['false_negatives'])} %; without partial refusals right in "
-            f"{cell(facts['without_partial'])} %. {escape(facts.get('caveat', ''))}",
-            is_markup=True,
-        )
+        else:
+            partial = facts.get("without_partial")
+            told += paragraph(
+                f"<b>{escape(name)}</b>, {escape(facts['against'])}: right in {cell(facts['accuracy'])} % of "
+                f"{facts['accuracy']['n']:,}; refusal said of answers {cell(facts['false_positives'])} %, answer said "
+                f"of refusals {cell(facts['false_negatives'])} %"
+                + (f"; without partial refusals right in {cell(partial)} %" if partial else "")
+                + f". {escape(facts.get('caveat', ''))}",
+                is_markup=True,
+            )
         here = facts.get("on_this_model")
         if here:
             told += paragraph(

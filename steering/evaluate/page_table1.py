@@ -33,5 +33,11 @@ def table1_section(report: Mapping[str, Any]) -> str:
         out += f"<h3>{escape(block['title'])}</h3>" + table(heads, rows)
     commands = escape("\n".join(told["commands"]))
     return (
-        out + paragraph(told["discrepancy"]) + details("Commands that fill it on a GPU host", f"<pre>{commands}</pre>")
+        out
+        + paragraph(told["discrepancy"])
+        + paragraph(
+            "Sets that are not in the registry are asked from files of their prompts, one a line; leave out the "
+            "--prompts whose file is not there, and the averages stay empty."
+        )
+        + details("Commands that fill it on a GPU host", f"<pre>{commands}</pre>")
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from steering.bundle import Bundle, load_bundle
 from steering.errors import OperatorError
+from steering.fit.intervals import Rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,6 +49,21 @@ class ServedBundle:
             for probe in self.bundle.manifest.probes
             for point in probe.operating_points
         ]
+
+
+def probe_error(served: ServedBundle) -> dict[str, Any]:
+    """How often the response probe errs on held answers, by the labels it was fitted to."""
+    told = served.report.get("response", {})
+    if "accuracy" not in told:
+        return {"error": "a response probe of a bundle without a report of its fit"}
+    known = told["refusals_told"]
+    return {
+        "against": f"held answers of the model it was fitted on, labelled by {told['labels']}",
+        "n": told["accuracy"]["n"],
+        "accuracy": told["accuracy"],
+        "false_positives": told["answers_called_refusals"],
+        "false_negatives": Rate(count=known["n"] - known["count"], n=known["n"]).to_json(),
+    }
 
 
 def open_served(path: Path, labels: Sequence[str]) -> ServedBundle:

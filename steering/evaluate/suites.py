@@ -102,6 +102,7 @@ SUITES = {
         Suite(name="coconot-eval", group=Group.REFUSAL, dataset="coconot", part="eval"),
         Suite(name="jbb-harmful", group=Group.REFUSAL, dataset="jailbreakbench", part="harmful"),
         Suite(name="advbench", group=Group.REFUSAL, dataset="advbench", part="all", is_fitted_on=True),
+        Suite(name="harmfulqa", group=Group.REFUSAL, dataset="harmfulqa", part="harmfulqa", is_fitted_on=True),
         *(
             Suite(name=f"attack-{attack}", group=Group.ATTACKS, dataset="alphasteer_attacks", part=attack)
             for attack in ("aim", "autodan", "cipher", "jailbroken", "pair", "renellm")
@@ -113,6 +114,15 @@ SUITES = {
         Suite(name="cast-harmless", group=Group.ABILITY, dataset="cast_conditions", part="harmless_test"),
     )
 }
+
+
+BY_FILE = {
+    **dict.fromkeys(("wildguard-unharmful", "wildjailbreak-benign", "or-bench-hard"), Group.OVER_REFUSAL),
+    **dict.fromkeys(
+        ("wildguard-harmful", "wildjailbreak-harmful", "or-bench-toxic", "sorry-bench", "do-not-answer"), Group.REFUSAL
+    ),
+}
+"""Sets of P1's Table 1 that the registry lacks, by the name under which a file of their prompts is given."""
 
 
 def find_suite(name: str) -> Suite:
@@ -127,7 +137,7 @@ def find_suite(name: str) -> Suite:
 
 
 def suite_from_option(text: str) -> Suite:
-    """A suite of the operator's own prompts from `NAME=FILE`, in the group of topics.
+    """A suite of the operator's own prompts from `NAME=FILE`: in the group of topics, but for the sets of `BY_FILE`.
 
     Raises:
         OperatorError: it is not of that form, or the name is that of another suite.
@@ -135,7 +145,8 @@ def suite_from_option(text: str) -> Suite:
     name, separator, path = text.partition("=")
     if not separator or not name.strip() or name.strip() in SUITES:
         raise OperatorError(f"--prompts takes NAME=FILE with a name that is no suite's of its own, got {text!r}")
-    return Suite(name=name.strip(), group=Group.TOPIC, dataset="", part="", file=Path(path))
+    group = BY_FILE.get(name.strip(), Group.TOPIC)
+    return Suite(name=name.strip(), group=group, dataset="", part="", file=Path(path))
 
 
 def gather(

@@ -86,6 +86,9 @@ def control(
         float | None,
         typer.Option(help="Share of plain prompts that may be taken for others; 0.01.", min=0.0, max=1.0),
     ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="Data set to leave out, so that it can be tested on; repeatable.")
+    ] = None,
     covariance: Annotated[CovarianceName | None, typer.Option(help="Of the low-rank basis; paper.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Coordinates a direction keeps; 200 unless told.", min=1)] = None,
     dtype: Annotated[DtypeName, typer.Option(help="Of the weights in memory.")] = DtypeName.FLOAT32,
@@ -114,6 +117,7 @@ def control(
         false_positive_rate=fpr,
         safety_margin=safety_margin,
         plain_missed=plain_missed,
+        without=None if without is None else tuple(without),
         covariance=None if covariance is None else Covariance(covariance),
         top_k=top_k,
         batch=batch,

@@ -22,7 +22,7 @@ from steering.errors import OperatorError
 from steering.fingerprint import fingerprint_of
 from steering.fit.activations import LoadedModel, load_model
 from steering.fit.categories import CATEGORIES, PLAIN, SAFETY
-from steering.fit.datasets import DataDirectory
+from steering.fit.datasets import DataDirectory, find
 from steering.fit.directions import TAU
 from steering.fit.low_rank import Covariance, Training
 from steering.fit.stages import run_stage, stage_tensors
@@ -65,6 +65,7 @@ class Settings:
         most: prompts per class of the vectors at most.
         most_per_set, most_plain, most_templates: prompts of one part of a data set at most, for the probe and the
             covariance; fewer of plain ones and of a family of templates, which differ less.
+        without: data sets that are left out, so that they can be tested on.
         has_templates: the project's own template prompts are fitted on as well.
         calibration: calibration prompts of each kind for doses at most.
         gated: calibration prompts of each kind for the gate at most.
@@ -117,6 +118,7 @@ class Settings:
     most_per_set: int = 4000
     most_plain: int = 1000
     most_templates: int = 1000
+    without: tuple[str, ...] = ()
     has_templates: bool = True
     calibration: int = 60
     gated: int = 600
@@ -201,6 +203,8 @@ def preset_settings(preset: Preset, **chosen: Any) -> Settings:
             trained=379,
             covariance_prompts=379,
             p1_sources=("coconot/eval", "coconot/pref"),
+            # Sets of the paper's Table 1 that may be fitted on elsewhere.
+            without=("advbench", "harmfulqa"),
         )
     return replace(settings, **{name: value for name, value in chosen.items() if value is not None})
 
@@ -289,7 +293,10 @@ def open_fit(
 
     Raises:
         OperatorError: no model there, or fewer layers than the settings need.
+        DatasetMissing: a set that is to be left out is not in the registry.
     """
+    for name in settings.without:
+        find(name)
     loaded = load_model(model, settings.categories or CATEGORIES, dtype=dtype, device_map=device_map)
     layers = len(loaded.blocks)
     if settings.layer is not None and not 0 <= settings.layer < layers:

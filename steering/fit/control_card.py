@@ -15,7 +15,7 @@ def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
     """CARD.md."""
     probe, head, gate, compared = report["probe"], report["head"], report["gate"], report["compare"]
     layer = report["layers"]["header"]["layer"]
-    count = report["activations"]["count"]
+    count, dropped = report["activations"]["count"], report["activations"]["dropped"]
     lines = [
         f"# {bundle.manifest.name} {bundle.manifest.version}",
         "",
@@ -54,6 +54,12 @@ def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
                 else ""
             ),
         ),
+        *_paragraph(
+            f"It was fitted on {probe['imbalance']['prompts']['refuse']} prompts to refuse and",
+            f"{probe['imbalance']['prompts']['answer']} to answer; {probe['imbalance']['how']}.",
+            f"Left out before, as held prompts or repeats: {sum(dropped['fit'].values())} of those to fit on and",
+            f"{sum(dropped['calibrate'].values())} of those to calibrate on (`report.json` says of which sets).",
+        ),
         *_plain(head, compared),
         "| operating point | threshold | true positives | false positives |",
         "|---|---|---|---|",
@@ -79,7 +85,9 @@ def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
         "## Doses",
         "",
         *_paragraph(
-            "At strength 1. Comply edits: refusals of the category's own prompts before and after; refuse edits:",
+            "At strength 1. A range ends at the largest strength tried that kept every budget of calibration prompts:",
+            "well-formed answers, the loss of given answers to plain prompts and, for comply edits, the KL of their",
+            "first token; the manifest says which, on how many. Comply edits: refusals of the category's own prompts before and after; refuse edits:",
             "refusals of plain prompts before and after; both in percent of calibration prompts. `loss`: what the",
             "dose first chosen adds to the next-token loss of given answers to plain prompts, in nats.",
         ),

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -196,13 +196,20 @@ def held_records(directory: DataDirectory) -> list[Record]:
     return load_parts(directory, parts_for(Use.TEST), Use.TEST)
 
 
-def fit_records(directory: DataDirectory, parts: Iterable[tuple[str, str]], use: Use = Use.FIT) -> Deduplicated:
+def fit_records(
+    directory: DataDirectory, parts: Iterable[tuple[str, str]], use: Use = Use.FIT, *, without: Collection[str] = ()
+) -> Deduplicated:
     """Records for fitting (or calibrating) without repeats and without any prompt that is held for testing.
 
     Calibration records repeated among the fitting records are dropped as well, so the two are disjoint.
+
+    Args:
+        without: sets that are left out of the fit, with every prompt of theirs that another set has too.
     """
     protected = held_records(directory)
-    chosen = list(parts)
+    for kind in (Use.FIT, Use.CALIBRATE):
+        protected += load_parts(directory, [part for part in parts_for(kind) if part[0] in without], kind)
+    chosen = [part for part in parts if part[0] not in without]
     if use is Use.CALIBRATE:
         protected += load_parts(directory, list(parts_for(Use.FIT)), Use.FIT)
     return deduplicate(load_parts(directory, chosen, use), protected=protected)

@@ -149,7 +149,7 @@ class Prompts:
 
 def fitting_prompts(fit: Fit) -> Prompts:
     """What vectors, probe and covariance are fitted on: at most `most_per_set` of each part, evenly spaced."""
-    left = fit_records(fit.directory, PARTS)
+    left = fit_records(fit.directory, PARTS, without=fit.settings.without)
     prompts = _prompts(fit, _capped(fit, [record for record in left.records if not _calibrates(record)]))
     dropped = dict(left.dropped)
     if fit.settings.has_templates:
@@ -161,8 +161,9 @@ def fitting_prompts(fit: Fit) -> Prompts:
 
 def calibration_prompts(fit: Fit) -> Prompts:
     """What layers, doses and thresholds are chosen on: at most `gated` of each group."""
-    left = fit_records(fit.directory, PARTS, Use.CALIBRATE)
-    everyday = [record for record in fit_records(fit.directory, EVERYDAY_PARTS).records if _calibrates(record)]
+    left = fit_records(fit.directory, PARTS, Use.CALIBRATE, without=fit.settings.without)
+    dealt = fit_records(fit.directory, EVERYDAY_PARTS, without=fit.settings.without).records
+    everyday = [record for record in dealt if _calibrates(record)]
     by_group: dict[str, list[Record]] = {}
     for record in (*left.records, *everyday):
         by_group.setdefault(_group(record), []).append(record)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 import pytest
 
-from steering.evaluate.table1 import COLUMNS, COMMANDS, OVER_REFUSAL, REFUSAL, table1
+from steering.evaluate.suites import SUITES, Group, suite_from_option
+from steering.evaluate.table1 import COLUMNS, COMMANDS, MICRO, OVER_REFUSAL, REFUSAL, table1
 
 RATE = {"rate": 0.25, "low": 0.2, "high": 0.3, "count": 25, "n": 100}
 
@@ -27,6 +29,32 @@ def test_cells_of_this_run_stand_in_the_columns_of_its_model_alone() -> None:
     filled = {place: cell for place, cell in cells.items() if cell is not None}
     assert list(filled) == [("XSTest safe", 0)]
     assert filled["XSTest safe", 0]["rate"] == RATE["rate"]
+
+
+def test_every_set_of_the_table_has_a_way_in_and_averages_count_prompts() -> None:
+    """Each row but the averages is asked by a suite or a file, pooled on its side, and the commands name all of them;
+    an average is filled once every set of its block is.
+    """
+    model, arm = COLUMNS[0]
+    for rows, group in ((OVER_REFUSAL, Group.OVER_REFUSAL), (REFUSAL, Group.REFUSAL)):
+        names = [row.suite for row in rows if row.name != MICRO]
+        assert None not in names
+        for name in names:
+            option = f"--suite {name}" if name in SUITES else f"--prompts {name}={name}.txt"
+            suite = SUITES[name] if name in SUITES else suite_from_option(f"{name}=x.txt")
+            assert suite.group is group
+            assert all(option in line for line in COMMANDS if line.startswith("trimtab eval run"))
+        results = {
+            name: {"judges": {"llm": {"refused": {**RATE, "n": 100 * (1 + place)}}}} for place, name in enumerate(names)
+        }
+        place = (OVER_REFUSAL, REFUSAL).index(rows)
+
+        def average(found: dict[str, Any], block: int = place) -> Any:
+            return table1({arm: found}, model, "llm")["blocks"][block]["rows"][-1]["here"][0]
+
+        told = average(results)
+        assert (told["count"], told["n"]) == (25 * len(names), 100 * sum(range(1, len(names) + 1)))
+        assert average({name: found for name, found in results.items() if name != names[0]}) is None
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("trimtab ")])

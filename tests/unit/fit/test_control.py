@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from steering.bundle import load_bundle
 from steering.errors import OperatorError
 from steering.fingerprint import fingerprint_of
 from steering.fit import held, prompts, vectors
-from steering.fit.ability import answer_loss, fed, of_common_length, well_formed
+from steering.fit.ability import ANSWER_TOKENS, answer_loss, fed, of_common_length, well_formed
 from steering.fit.activations import LoadedModel
 from steering.fit.categories import CATEGORIES, PLAIN, POLITICAL, SAFETY
+from steering.fit.certified import Budgets, Grounds, certified_range, in_words, scaled
 from steering.fit.comparison import graded_shares, sign_test
 from steering.fit.control import (
     PAPER_LAYER,
@@ -33,8 +35,8 @@ from steering.fit.control import (
 )
 from steering.fit.control_bundle import PROFILE
 from steering.fit.datasets import DataDirectory, Deduplicated, Record
-from steering.fit.doses import _smallest, best_layer
-from steering.fit.families import edit_name
+from steering.fit.doses import _smallest, best_layer, trials_of
+from steering.fit.families import Family, another_category, edit_name
 from steering.fit.low_rank import Covariance, Training
 from steering.fit.openings import token_openings
 from steering.fit.pipeline import Stage, fit_control
@@ -87,8 +89,10 @@ def _records(offset: int) -> list[Record]:
 class Chosen:
     """Stands in for `fit_records`: made-up records of the parts asked for, others for calibration."""
 
-    def __call__(self, _directory: object, parts: Any, use: Use = Use.FIT) -> Deduplicated:
-        wanted = set(parts)
+    def __call__(
+        self, _directory: object, parts: Any, use: Use = Use.FIT, *, without: Collection[str] = ()
+    ) -> Deduplicated:
+        wanted = {part for part in parts if part[0] not in without}
         records = _records(100 if use is Use.CALIBRATE else 0)
         return Deduplicated(records=tuple(record for record in records if (record.dataset, record.part) in wanted))
 
@@ -234,6 +238,99 @@ def test_the_paper_s_preset_is_used_as_it_is_where_the_layer_is_given(fit: Fit, 
     provenance = saved.manifest.edit("refuse-low-rank").provenance
     assert (provenance["training"]["rate"], provenance["training"]["epochs"]) == (1e-5, 5)
     assert (provenance["added"], provenance["scale"]) == (1e-4, 1.0)
+    compared = json.loads((paper.work / "compare.json").read_text("utf-8"))
+    assert compared["rounds"] == [], "nothing that the paper has not is chosen"
+    assert compared["winner"] == {"comply": "category", "refuse": "category", "is_graded": False}
+    assert not json.loads((paper.work / "probe.json").read_text("utf-8"))["scaling"]["is_applied"]
+    sources = json.loads((paper.work / "vectors.json").read_text("utf-8"))["sources"]
+    assert set(sources[f"p1/{SAFETY}"]) == {"coconot/eval"}
+    assert set(sources[f"p1/{RESPOND}"]) == {"coconot/pref"}
+    assert fit.p1_prompts([0, 1], ["catqa/all", "coconot/eval"]) == [0, 1]
+    assert paper.p1_prompts([0, 1], ["catqa/all", "coconot/eval"]) == [1]
+    assert paper.p1_prompts([0], ["deccp/censored"]) == [0], "a category that CoCoNot lacks keeps its own"
+
+
+@pytest.mark.parametrize(
+    ("budgets", "maximum"),
+    [
+        (Budgets(spoiled=1.0, loss=1e9, divergence=1e9), 2.0),
+        (Budgets(spoiled=1.0, loss=0.4, divergence=1e9), 0.5),
+        (Budgets(spoiled=1.0, loss=1e9, divergence=1e-3), 0.0),
+        (Budgets(spoiled=-1.0, loss=1e9, divergence=None), 0.0),
+    ],
+    ids=["none binds", "loss", "divergence", "answers"],
+)
+def test_a_certified_range_ends_where_the_first_budget_does(
+    tiny: LoadedModel, fit: Fit, budgets: Budgets, maximum: float
+) -> None:
+    """Loss and divergence are measured at every strength tried, as answers are, whose number is told in words."""
+    generator = torch.Generator().manual_seed(3)
+    edit = Edit(
+        name="e",
+        layers=(added_direction(layer=1, direction=torch.randn(16, generator=generator), coefficient=2.0),),
+    )
+    asked = [tiny.prompt("how do i tie a knot"), tiny.prompt("what is tea made of")]
+    answered = [(prompt, list(range(30, 30 + ANSWER_TOKENS))) for prompt in asked]
+    unsteered = answer_loss(tiny, answered)
+    tried = {strength: answer_loss(tiny, answered, scaled(edit, strength)) - unsteered for strength in (0.5, 1.0, 2.0)}
+    if budgets.loss == 0.4:
+        budgets = budgets._replace(loss=(tried[0.5] + tried[1.0]) / 2)
+        assert tried[0.5] < budgets.loss < tried[1.0] < tried[2.0]
+    fit = _fit(tiny, fit.work, replace(SMALL, strengths=(0.5, 1.0, 2.0)))
+    grounds = Grounds(asked=asked, plain=asked, answered=answered, loss=unsteered)
+    found = certified_range(fit, token_openings(tiny), edit, grounds, budgets)
+    assert found["maximum"] == maximum
+    for strength, facts in found["tried"].items():
+        assert facts["loss_added"] == pytest.approx(tried[float(strength)], abs=1e-3)
+        assert facts["n"] == 2
+        assert (facts.get("divergence", 0.0) > 0.0) == (budgets.divergence is not None)
+    assert "of 2 greedy answers" in in_words(budgets, found["tried"])
+
+
+def test_prompts_that_guard_a_refuse_dose_are_filled_up_from_other_categories(fit: Fit) -> None:
+    """Its own first; a category of few prompts is certified on as many answers as the others."""
+    calibrating = prompts.calibration_prompts(fit)
+    trials = trials_of(replace(fit, settings=replace(SMALL, ranged=9)), token_openings(fit.loaded), calibrating)
+    own = [prompt.ids for prompt in calibrating.items if prompt.category == CATEGORIES[0]]
+    assert 0 < len(own) < 9
+    for guarded in trials.guarded.values():
+        assert len(guarded) == 9
+    assert all(ids in trials.guarded[CATEGORIES[0]][: len(own)] for ids in own)
+
+
+def test_the_wrong_category_is_never_the_right_one(fit: Fit) -> None:
+    """Every category gets another one's edits, each is given once; plain prompts get those of the default's other."""
+    family = Family(
+        refuse={name: f"refuse {name}" for name in (*fit.categories, PLAIN)},
+        comply={name: f"comply {name}" for name in fit.categories},
+    )
+    family.refuse[PLAIN] = family.refuse[SAFETY]
+    wrong = another_category(fit, family)
+    assert not any(wrong.refuse[name] == family.refuse[name] for name in family.refuse)
+    assert sorted(wrong.comply.values()) == sorted(family.comply.values())
+    assert wrong.refuse[PLAIN] == wrong.refuse[SAFETY]
+    assert wrong == another_category(fit, family)
+
+
+def test_other_prompts_make_every_stage_anew(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of them, from the same sets: counts are alike, and what was made of the others is not kept."""
+    assert fit_control(fit, tmp_path / "bundle", name="t", version="1", until=Stage.PROBE) is None
+    before = json.loads((fit.work / "probe.json").read_text("utf-8"))
+    moved = [replace(record, prompt=record.prompt.replace("number", "figure")) for record in _records(0)]
+
+    def others(_directory: object, parts: Any, use: Use = Use.FIT, **_: object) -> Deduplicated:
+        if use is Use.CALIBRATE:
+            return Chosen()(_directory, parts, use)
+        wanted = set(parts)
+        return Deduplicated(records=tuple(record for record in moved if (record.dataset, record.part) in wanted))
+
+    monkeypatch.setattr(prompts, "fit_records", others)
+    lines: list[str] = []
+    again = Fit(loaded=fit.loaded, directory=fit.directory, work=fit.work, settings=fit.settings, say=lines.append)
+    assert fit_control(again, tmp_path / "bundle", name="t", version="1", until=Stage.PROBE) is None
+    ran = {line.removesuffix(": running") for line in lines if line.endswith("running")}
+    assert {"activations", "openings", "vectors", "probe"} <= ran
+    assert json.loads((fit.work / "probe.json").read_text("utf-8"))["area"] != before["area"]
 
 
 def test_presets_hold_the_paper_s_constants_and_give_way_to_choices() -> None:
@@ -243,6 +340,9 @@ def test_presets_hold_the_paper_s_constants_and_give_way_to_choices() -> None:
     assert paper.doses == (4.0, -6.0)
     assert paper.training == Training(rate=1e-5, epochs=5, batch=1, clip=1.0, divergence=1.0, spread=0.01)
     assert (paper.covariance, paper.epsilon, paper.is_scaled) == (Covariance.PAPER, 1e-4, False)
+    assert (paper.trained, paper.covariance_prompts) == (379, 379)
+    assert paper.p1_sources == ("coconot/eval", "coconot/pref")
+    assert paper.without == ("advbench", "harmfulqa"), "sets of the paper's table are not fitted on"
     assert preset_settings(Preset.PAPER, layer=3).layer == 3
     auto = preset_settings(Preset.AUTO)
     assert (auto.layer, auto.threshold, auto.doses) == (None, None, None)
@@ -277,14 +377,14 @@ def test_a_stage_depends_on_its_own_settings_and_on_earlier_results(fit: Fit) ->
 def test_a_category_without_prompts_stops_the_fit(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rather than giving a direction made of nothing; the message names it."""
 
-    def without(_directory: object, parts: Any, use: Use = Use.FIT) -> Deduplicated:
+    def without(_directory: object, parts: Any, use: Use = Use.FIT, **_: object) -> Deduplicated:
         left = Chosen()(_directory, parts, use).records
         return Deduplicated(records=tuple(record for record in left if record.category != CATEGORIES[0]))
 
     monkeypatch.setattr(prompts, "fit_records", without)
     with pytest.raises(OperatorError, match=CATEGORIES[0]):
         fit_control(fit, fit.work / "bundle", name="tiny", version="1")
-    monkeypatch.setattr(prompts, "fit_records", lambda *_arguments: Deduplicated(records=()))
+    monkeypatch.setattr(prompts, "fit_records", lambda *_arguments, **_: Deduplicated(records=()))
     with pytest.raises(OperatorError, match="no prompts"):
         fit_control(fit, fit.work / "bundle", name="tiny", version="1")
 

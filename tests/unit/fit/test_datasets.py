@@ -11,6 +11,7 @@ from steering.errors import DatasetCorrupt, DatasetMissing, DatasetMisuse
 from steering.fit import datasets
 from steering.fit.catalog import CATALOG
 from steering.fit.datasets import DataDirectory, Record, deduplicate, normalised, use_of
+from steering.fit.prompts import PARTS
 from steering.fit.sources import DataSet, Label, Part, SourceFile, Use, from_csv
 
 NEVER_FITTED = (
@@ -225,3 +226,16 @@ def test_no_held_prompt_is_left_among_those_fitted_or_calibrated_on(data_directo
     assert not held & fitted
     assert not held & calibrated
     assert not fitted & calibrated
+
+
+@pytest.mark.needs_data
+def test_a_set_that_is_left_out_of_a_fit_can_be_tested_on(data_directory: Path) -> None:
+    """None of its prompts is fitted or calibrated on, whichever other set has them too."""
+    directory, parts = DataDirectory(path=data_directory), PARTS
+    everything = datasets.load_parts(directory, [("advbench", "all")], Use.FIT)
+    advbench = {normalised(record.prompt) for record in everything}
+    for use in (Use.FIT, Use.CALIBRATE):
+        kept = datasets.fit_records(directory, parts, use, without=["advbench"]).records
+        assert len(kept) > 1000
+        assert not advbench & {normalised(record.prompt) for record in kept}
+    assert advbench & {normalised(record.prompt) for record in datasets.fit_records(directory, parts).records}
