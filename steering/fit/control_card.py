@@ -87,9 +87,10 @@ def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
         *_paragraph(
             "At strength 1. A range ends at the largest strength tried that kept every budget of calibration prompts:",
             "well-formed answers, the loss of given answers to plain prompts and, for comply edits, the KL of their",
-            "first token; the manifest says which, on how many. Comply edits: refusals of the category's own prompts before and after; refuse edits:",
-            "refusals of plain prompts before and after; both in percent of calibration prompts. `loss`: what the",
-            "dose first chosen adds to the next-token loss of given answers to plain prompts, in nats.",
+            "first token; the manifest says which, on how many. Comply edits: refusals of the category's own prompts",
+            "before and after; refuse edits: refusals of plain prompts before and after; both in percent of calibration",
+            "prompts. `loss`: what the dose first chosen adds to the next-token loss of given answers to plain prompts,",
+            "in nats.",
         ),
         "| edit | length | before | after | n | loss | largest strength |",
         "|---|---|---|---|---|---|---|",
