@@ -26,7 +26,7 @@ def _record(part: tuple[str, str], number: int) -> Record:
 class _Repeating:
     """Stands in for `fit_records`: a part that has no row left for calibration, and one that has."""
 
-    def __call__(self, _directory: object, parts: object, use: Use = Use.FIT) -> Deduplicated:
+    def __call__(self, _directory: object, parts: object, use: Use = Use.FIT, **_: object) -> Deduplicated:
         wanted = set(parts)  # type: ignore[call-overload]
         everyday = [_record(EVERYDAY_PARTS[0], number) for number in range(40)] if use is Use.FIT else []
         other = [_record(("gsm8k", "train"), number) for number in ((50, 51) if use is Use.FIT else (60, 61))]
