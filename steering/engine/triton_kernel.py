@@ -128,7 +128,7 @@ def edit_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per token; walks the terms of that token's edit and writes `hidden` once."""
+    """One program per token; lets the response probe read it, walks the terms of its edit, writes `hidden` once."""
     token = tl.program_id(0).to(tl.int64)
     number = tl.load(token_rows + token)
     if number != 0:

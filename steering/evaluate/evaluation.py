@@ -100,7 +100,7 @@ async def evaluate(
         extra=order.extra,
     )
     arms = _chosen(built.arms, built.skipped, order.only)
-    with Journal(order.out / "answers.jsonl") as journal:
+    with Journal(order.out / "answers.jsonl", is_alone=True) as journal:
         step = progress("answers", count(gathered.prompts, arms))
         answers = await ask_all(client, server, gathered.prompts, arms, journal, order.settings, on_progress=step)
     rows = judged(answers, has_decision_tokens=server.has_decision_tokens, wordings=order.wordings)

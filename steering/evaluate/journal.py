@@ -68,17 +68,22 @@ def prompt_digest(prompt: str) -> str:
 class Journal:
     """Answers by (prompt, digest), read when it is opened and appended to as they come; a context manager.
 
+    Args:
+        path: its file.
+        is_alone: nobody else may open it so while it is open.
+
     Raises:
-        OperatorError: another run has it open, or a line is not of this format.
+        OperatorError: another run has it open alone, or a line is not of this format.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_alone: bool = False) -> None:
         self.path = path
         self._answers: dict[tuple[str, str], Answer] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("a", encoding="utf-8")
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_alone:
+                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             whole = _read(path)
         except BlockingIOError as error:
             self._stream.close()

@@ -1,7 +1,7 @@
 """Asking a served API every prompt of every suite under every arm, concurrently, going on where a run stopped.
 
-Requests that the server refuses for good (a prompt too long for its context) are kept as such and not asked again;
-those that fail for a passing reason are asked again by the SDK, and by the next run. Knows nothing of judging.
+Prompts too long for the server's context are kept as such and not asked again; requests that fail for another reason
+are asked again by the SDK where it passes, and by the next run. Knows nothing of judging.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ TOO_LONG = "context_length_exceeded"
 MOST_LOST = 20
 """Connections lost in a row, each after the SDK's own retries, after which the server counts as gone."""
 
-_OF_THE_PROMPT = {400, 413, 422}
-"""Statuses that the same request gets again, so that it need not be asked again."""
+_OF_THE_CALLER = {401, 403}
+"""Statuses that say nothing of a prompt: a key that is unknown or lacks a permission."""
 
-_OF_THE_CALLER = {401, 403, 404}
-"""Statuses that say nothing of a prompt: a key that lacks a permission, another server at this address."""
+_OF_THE_SERVER = 404
+"""Another server at this address, or one that has another model or bundle by now."""
 
 _TOP = 20
 
@@ -100,7 +100,7 @@ async def ask_all(
         UnsupportedConfiguration: it did something else than was asked.
     """
     jobs = list(_jobs(server, prompts, arms, settings))
-    missing = {(job.key, job.digest): job for job in jobs if journal.find(job.key, job.digest) is None}
+    missing = {(job.key, job.digest): job for job in jobs if _kept(journal, job) is None}
     on_progress(len(jobs) - len(missing))
     waiting = iter(missing.values())
     failed: dict[tuple[str, str], Answer] = {}
@@ -133,11 +133,17 @@ async def ask_all(
             suite=job.suite,
             arm=job.arm.name,
             record=job.record,
-            answer=journal.find(job.key, job.digest) or failed[job.key, job.digest],
+            answer=_kept(journal, job) or failed[job.key, job.digest],
             has_text=job.has_text,
         )
         for job in jobs
     ]
+
+
+def _kept(journal: Journal, job: _Job) -> Answer | None:
+    """What is known of a job already; errors other than a prompt's length are asked again."""
+    found = journal.find(job.key, job.digest)
+    return None if found is None or found.error not in ("", TOO_LONG) else found
 
 
 def count(prompts: Mapping[Suite, Sequence[Record]], arms: Sequence[Arm]) -> int:
@@ -191,6 +197,11 @@ async def _ask(client: AsyncOpenAI, job: _Job, server: Server) -> tuple[Answer, 
     try:
         completion = await client.chat.completions.create(**job.request)
     except APIStatusError as error:
+        if error.status_code == _OF_THE_SERVER:
+            raise OperatorError(
+                f"the server answers arm {job.arm.name!r} with status 404: {error.message}; with the server, model and "
+                "bundle that were there when this began the same command goes on"
+            ) from error
         if error.status_code in _OF_THE_CALLER:
             raise OperatorError(
                 f"the server answers arm {job.arm.name!r} with status {error.status_code}: {error.message}; with "
@@ -198,7 +209,7 @@ async def _ask(client: AsyncOpenAI, job: _Job, server: Server) -> tuple[Answer, 
                 "arms), or with --only for fewer arms, the same command goes on"
             ) from error
         code = error.code or f"http_{error.status_code}"
-        return Answer(error=code), error.status_code in _OF_THE_PROMPT
+        return Answer(error=code), code == TOO_LONG
     except APIConnectionError:
         return Answer(error=APIConnectionError.__name__), False
     except APIError as error:

@@ -1,6 +1,6 @@
-"""Certified ranges: up to which strength answers stay well formed and what an edit costs plain prompts within budget.
+"""Certified ranges: at which strengths answers stay well formed and what an edit costs plain prompts is within budget.
 
-Knows nothing of how a dose is chosen.
+What holds at a strength is taken to hold below it. Knows nothing of how a dose is chosen.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def budgets_of(fit: Fit, purpose: str) -> Budgets:
 
 
 def certified_range(fit: Fit, openings: Openings, edit: Edit, grounds: Grounds, budgets: Budgets) -> dict[str, Any]:
-    """The largest strength tried up to which every budget is kept, and what each one tried came to.
+    """The largest strength tried at which every budget is kept, and what each one tried came to.
 
     Strength 1 is tried first, then larger ones until one fails, or smaller ones until one does not.
     """

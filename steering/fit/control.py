@@ -186,7 +186,9 @@ QUICK: Mapping[str, Any] = {
 
 
 def preset_settings(preset: Preset, **chosen: Any) -> Settings:
-    """The settings of a preset, with those fields replaced that the caller chose (None chooses nothing)."""
+    """The settings of a preset, with those fields replaced that the caller chose (None chooses nothing); sets to leave
+    out are left out beside the preset's.
+    """
     settings = Settings()
     if preset is Preset.PAPER:
         settings = Settings(
@@ -206,7 +208,9 @@ def preset_settings(preset: Preset, **chosen: Any) -> Settings:
             # Sets of the paper's Table 1 that may be fitted on elsewhere.
             without=("advbench", "harmfulqa"),
         )
-    return replace(settings, **{name: value for name, value in chosen.items() if value is not None})
+    told = {name: value for name, value in chosen.items() if value is not None}
+    told["without"] = tuple(dict.fromkeys((*settings.without, *told.get("without", ()))))
+    return replace(settings, **told)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -89,8 +89,8 @@ def card(bundle: Bundle, report: Mapping[str, Any]) -> str:
             "well-formed answers, the loss of given answers to plain prompts and, for comply edits, the KL of their",
             "first token; the manifest says which, on how many. Comply edits: refusals of the category's own prompts",
             "before and after; refuse edits: refusals of plain prompts before and after; both in percent of",
-            "calibration prompts. `loss`: what the dose first chosen adds to the next-token loss of given answers to",
-            "plain prompts, in nats.",
+            "calibration prompts. `loss`: what the dose adds to the next-token loss of given answers to plain prompts, in",
+            "nats; of a dose that was lowered to one not tried, what the next larger one tried does.",
         ),
         "| edit | length | before | after | n | loss | largest strength |",
         "|---|---|---|---|---|---|---|",
@@ -197,7 +197,7 @@ def _rates(entry: Mapping[str, Any], name: str) -> str:
 
 
 def _dose(key: str, dose: Mapping[str, Any], unsteered: float) -> str:
-    # The row of the curve the dose was chosen from: the largest multiple not above what well-formed answers left of it.
+    # A dose that was lowered may lie between two that were tried.
     rows = dose["curve"]
     row = next((row for row in rows if row["multiple"] >= dose["multiple"] - 1e-9), rows[-1])
     return (

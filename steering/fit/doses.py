@@ -331,7 +331,8 @@ def _dose(fit: Fit, openings: Openings, recipe: Recipe, trials: Trials, unsteere
         "malformed": after["malformed"],
         "named": after["named"],
         "curve": rows,
-        "tried": ranges["tried"],
+        # As strengths of the dose that is given, not of the one it was lowered from.
+        "tried": {f"{float(strength) / (share or 1.0):g}": found for strength, found in ranges["tried"].items()},
     }
 
 

@@ -5,6 +5,7 @@ Through transformers, read from the beginning of greedy answers; `trimtab eval` 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,9 +85,10 @@ def held_stage(
     after: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Refusals of every held set: unsteered, under each profile's gate, and with each side forced."""
+    chosen = _records(fit)
+    prompts = {"digest": hashlib.sha256("\n".join(record.prompt for _, record in chosen).encode()).hexdigest()}
 
     def make() -> dict[str, Any]:
-        chosen = _records(fit)
         ids = fit.loaded.prompts([record.prompt for _, record in chosen])
         kept = [row for row, prompt in enumerate(ids) if len(prompt) <= LONGEST]
         places = np.array([chosen[row][0] for row in kept])
@@ -117,7 +119,7 @@ def held_stage(
             result["probe"] = {"area": area, "roc": [list(point) for point in points[::step]]}
         return {**result, "left_out": {f"longer than {LONGEST} tokens": len(chosen) - len(kept)}}
 
-    return fit.stage("held", make, of=("held", "held_contested"), after=after)
+    return fit.stage("held", make, of=("held", "held_contested"), after=[*after, prompts])
 
 
 def _codes(

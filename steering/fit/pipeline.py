@@ -102,7 +102,8 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
     run.done(Stage.ACTIVATIONS, lambda path: pictures.norms(base, path), base)
 
     openings, opening_facts = refusal_openings(fit, fitting, [base])
-    draw_stage(fit.work / "openings.png", lambda path: pictures.openings(opening_facts, path), opening_facts)
+    if not openings.is_tokens:
+        draw_stage(fit.work / "openings.png", lambda path: pictures.openings(opening_facts, path), opening_facts)
     means, vector_facts = class_means(fit, openings, fitting, residuals.fitting, [base, opening_facts])
     run.done(Stage.VECTORS, lambda path: pictures.vectors(means, fit, path), vector_facts)
 
@@ -128,7 +129,9 @@ def _run(run: _Run, bundle: Path, *, name: str, version: str) -> Bundle:
     run.done(Stage.NULL_SPACE, lambda path: pictures.additions(mapped, path), mapped)
 
     recipes = recipes_of(fit, means, layer, p1_layer, {LOW_RANK: trained})
-    doses = dose_curves(fit, openings, recipes, trials, "doses", [opening_facts, trained, mapped, *swept.values()])
+    doses = dose_curves(
+        fit, openings, recipes, trials, "doses", [opening_facts, probed, trained, mapped, *swept.values()]
+    )
     edits: dict[str, Edit] = {
         key: scaled(recipes[key].make(found["made_at"]), found["share"])
         for key, found in doses["edits"].items()
@@ -231,7 +234,10 @@ def profile_plans(
     """
     winner = Setup(**compared["winner"])
     default = Family(refuse=families[winner.refuse].refuse, comply=families[winner.comply].comply)
-    families = {**families, RANDOM_CATEGORY: another_category(fit, default)}
+    control = another_category(fit, default)
+    families = {key: family for key, family in families.items() if key != RANDOM_CATEGORY}
+    if len(fit.categories) > 1 and (control.refuse or control.comply):
+        families[RANDOM_CATEGORY] = control
     plans = [
         ProfilePlan(
             name=PROFILE,

@@ -153,7 +153,8 @@ def fitting_prompts(fit: Fit) -> Prompts:
     prompts = _prompts(fit, _capped(fit, [record for record in left.records if not _calibrates(record)]))
     dropped = dict(left.dropped)
     if fit.settings.has_templates:
-        taken = {normalised(record.prompt) for record in left.records}
+        everything = fit_records(fit.directory, PARTS) if fit.settings.without else left
+        taken = {normalised(record.prompt) for record in everything.records}
         prompts += _templates(fit, taken)
         prompts += _everyday(fit, taken)
     return _short(prompts, dropped)

@@ -343,6 +343,7 @@ def test_presets_hold_the_paper_s_constants_and_give_way_to_choices() -> None:
     assert (paper.trained, paper.covariance_prompts) == (379, 379)
     assert paper.p1_sources == ("coconot/eval", "coconot/pref")
     assert paper.without == ("advbench", "harmfulqa"), "sets of the paper's table are not fitted on"
+    assert preset_settings(Preset.PAPER, without=("catqa",)).without == ("advbench", "harmfulqa", "catqa")
     assert preset_settings(Preset.PAPER, layer=3).layer == 3
     auto = preset_settings(Preset.AUTO)
     assert (auto.layer, auto.threshold, auto.doses) == (None, None, None)
