@@ -74,7 +74,7 @@ def compare_stage(
         )
         best = Setup(CATEGORY, CATEGORY)
         rounds: list[dict[str, Any]] = []
-        # Where the paper's threshold is taken, its edits are: nothing is chosen.
+        # A fixed threshold, as the paper's preset has, goes with the edits it was given for: no contest.
         if fit.settings.threshold is None:
             for source in COMPLY_SOURCES[1:]:
                 if source in families and families[source].comply:

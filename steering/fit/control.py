@@ -240,11 +240,6 @@ class Fit:
         """Those the category head tells: the refusal categories, and `PLAIN` last."""
         return (*self.categories, PLAIN) if self.settings.tells_plain else self.categories
 
-    def p1_prompts(self, indices: Sequence[int], sources: Sequence[str]) -> list[int]:
-        """Of these indices of prompts, given the source of each, those that Algorithms 1 and 2 see."""
-        wanted = self.settings.p1_sources
-        return [index for index in indices if wanted is None or sources[index] in wanted] or list(indices)
-
     def identity(self, name: str, of: Sequence[str] = (), after: Sequence[Mapping[str, Any]] = ()) -> str:
         """Digest of all that a stage depends on: the model, named settings, and the results of earlier stages."""
         fields = asdict(self.settings)

@@ -21,7 +21,7 @@ from steering.fit.datasets import thinned
 from steering.fit.low_rank import steering_basis, train, whitening
 from steering.fit.null_space import gram, near_null_basis, null_space_map
 from steering.fit.openings import Openings, refusal_log_probability
-from steering.fit.prompts import CONTRAST_PARTS, Kind, Prompts
+from steering.fit.prompts import CONTRAST_PARTS, Kind, Prompts, p1_prompts
 from steering.fit.shards import Shards
 from steering.fit.vectors import categorical
 from steering.terms import MAX_RANK, Edit, LayerTerms
@@ -54,8 +54,7 @@ def low_rank_stage(
             for index, prompt in enumerate(fitting.items)
             if prompt.kind is Kind.REFUSE and prompt.category is not None and prompt.group != "templates"
         ]
-        named = [str(source) for source in fitting.sources]
-        benign, harmful = fit.p1_prompts(benign, named), fit.p1_prompts(harmful, named)
+        benign, harmful = p1_prompts(fit, fitting, benign), p1_prompts(fit, fitting, harmful)
         if settings.preset is Preset.AUTO:
             benign, harmful = _telling(fit, openings, fitting, benign, harmful)
         counted = thinned(benign, settings.covariance_prompts)

@@ -21,7 +21,7 @@ from steering.fit.certified import scaled
 from steering.fit.comparison import Setup, compare_stage
 from steering.fit.control import Fit, Variant
 from steering.fit.control_bundle import CONTROL_PROFILE, P1_PROFILE, PROFILE, Contents, ProfilePlan, write_bundle
-from steering.fit.doses import best_layer, certified_ranges, dose_curves, layer_sweep, trials_of
+from steering.fit.doses import best_layer, certified_ranges, dose_curves, layer_sweep
 from steering.fit.families import (
     BENIGN_REFUSAL,
     LOW_RANK,
@@ -43,6 +43,7 @@ from steering.fit.probing import head_stage, probe_of, probe_stage, read
 from steering.fit.prompts import calibration_prompts, fitting_prompts, require_classes
 from steering.fit.response_stage import response_probe_of, response_stage
 from steering.fit.stages import draw_stage
+from steering.fit.trials import trials_of
 from steering.fit.vectors import activations, categorical, class_means, cosines, pooled, refusal_openings
 from steering.fit.vectors import benign_refusal as benign_refusal_direction
 from steering.terms import Edit

@@ -189,6 +189,12 @@ def prompt_weights(fit: Fit, prompts: Prompts) -> Array:
     return balanced(prompts.sources, prompts.is_refused, factors)
 
 
+def p1_prompts(fit: Fit, prompts: Prompts, indices: Sequence[int]) -> list[int]:
+    """Those of these prompts that Algorithms 1 and 2 see; see `Settings.p1_sources`."""
+    wanted = fit.settings.p1_sources
+    return [index for index in indices if wanted is None or prompts.items[index].source in wanted] or list(indices)
+
+
 def require_classes(prompts: Prompts, categories: Iterable[str]) -> None:
     """Raises OperatorError where a category, or the plain prompts, have nothing to be fitted on."""
     found = {prompt.category for prompt in prompts.items if prompt.kind is Kind.REFUSE}

@@ -21,7 +21,7 @@ from steering.fit.control import Fit, Settings, Variant
 from steering.fit.datasets import thinned
 from steering.fit.directions import ClassMean, difference, unit
 from steering.fit.openings import Openings, find_openings
-from steering.fit.prompts import CONTRAST_PARTS, Kind, Prompts
+from steering.fit.prompts import CONTRAST_PARTS, Kind, Prompts, p1_prompts
 from steering.fit.shards import Shards, write_shards
 
 RESPOND = "[respond]"
@@ -161,9 +161,8 @@ def class_means(
         used = dict(groups)
         if openings.is_tokens:
             # Algorithm 1 reads on the category token, which is not in the prompts: these are read anew.
-            named = [str(source) for source in fitting.sources]
             seen = {
-                name: fit.p1_prompts(members, named)
+                name: p1_prompts(fit, fitting, members)
                 for name, members in {**classes_of(fit, fitting), RESPOND: borderline}.items()
             }
             for name, members in ((name, thinned(found, fit.settings.most)) for name, found in seen.items()):

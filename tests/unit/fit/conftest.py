@@ -14,6 +14,8 @@ import torch
 from steering.demo.tokenizer import train_tokenizer
 from steering.fit.activations import LoadedModel, load_model
 from steering.fit.categories import CATEGORIES
+from steering.fit.control import Fit
+from tests.unit.fit.made_up import SMALL, on_made_up_prompts, small_fit
 from tests.unit.fit.planted_fits import Fitted, planted_fit
 
 MakeFit = Callable[..., Fitted]
@@ -58,3 +60,10 @@ def make_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeFit:
     """Makes topic fits in one folder whose pictures are empty files: drawing takes longer than all else."""
     monkeypatch.setattr("steering.fit.topics.draw_stage", lambda path, _draw, *_results: path.touch())
     return partial(planted_fit, tmp_path)
+
+
+@pytest.fixture
+def fit(tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """A fit of the tiny random model on made-up prompts, nothing run yet."""
+    on_made_up_prompts(monkeypatch)
+    return small_fit(tiny, tmp_path, SMALL)

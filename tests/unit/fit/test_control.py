@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ import torch
 from steering.bundle import load_bundle
 from steering.errors import OperatorError
 from steering.fingerprint import fingerprint_of
-from steering.fit import held, prompts, vectors
-from steering.fit.ability import ANSWER_TOKENS, answer_loss, fed, of_common_length, well_formed
+from steering.fit import prompts
+from steering.fit.ability import answer_loss, fed, of_common_length, well_formed
 from steering.fit.activations import LoadedModel
 from steering.fit.categories import CATEGORIES, PLAIN, POLITICAL, SAFETY
-from steering.fit.certified import Budgets, Grounds, certified_range, in_words, scaled
 from steering.fit.comparison import graded_shares, sign_test
 from steering.fit.control import (
     PAPER_LAYER,
@@ -34,100 +32,26 @@ from steering.fit.control import (
     preset_settings,
 )
 from steering.fit.control_bundle import PROFILE
-from steering.fit.datasets import DataDirectory, Deduplicated, Record
-from steering.fit.doses import _smallest, best_layer, trials_of
+from steering.fit.datasets import DataDirectory, Deduplicated
+from steering.fit.doses import _smallest, best_layer
 from steering.fit.families import Family, another_category, edit_name
 from steering.fit.low_rank import Covariance, Training
 from steering.fit.openings import token_openings
 from steering.fit.pipeline import Stage, fit_control
-from steering.fit.sources import Label, Use
+from steering.fit.sources import Use
 from steering.fit.vectors import RESPOND, categorical
 from steering.gate import rule
 from steering.plan import Decision, GateOrder
 from steering.terms import Edit, added_direction
-
-SMALL = replace(
-    preset_settings(Preset.AUTO, **QUICK),
-    most=6,
-    calibration=4,
-    ranged=4,
-    held=2,
-    training=Training(rate=1e-2, epochs=1, batch=4),
-    # A random model's answers run in circles whatever is done to them, and its first tokens are anything.
-    most_spoiled=1.0,
-    divergence_budget=1e9,
-    loss_budgets=(1e9, 1e9),
-)
-
-
-def _record(dataset: str, part: str, number: int, label: Label, category: str | None = None) -> Record:
-    return Record(
-        key=f"{dataset}/{part}/{number}",
-        dataset=dataset,
-        part=part,
-        prompt=f"{label} {category or ''} {dataset} number {number}?",
-        label=label,
-        category=category,
-        answer="tea is made of tea and a knot is not made of tea at all" if label is Label.BENIGN else None,
-    )
-
-
-def _records(offset: int) -> list[Record]:
-    numbers = range(offset, offset + 6)
-    records = [
-        _record("coconot", "eval", number, Label.NONCOMPLIANCE, name) for name in CATEGORIES for number in numbers
-    ]
-    records += [_record("catqa", "all", number, Label.HARMFUL) for number in numbers]
-    records += [_record("deccp", "censored", number, Label.SENSITIVE) for number in numbers]
-    records += [_record("or_bench_borderline", "all", number, Label.BORDERLINE) for number in numbers]
-    records += [_record("coconot", "pref", number, Label.BORDERLINE) for number in numbers]
-    records += [_record("gsm8k", "train", number, Label.BENIGN) for number in numbers]
-    return records
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Stands in for `fit_records`: made-up records of the parts asked for, others for calibration."""
-
-    def __call__(
-        self, _directory: object, parts: Any, use: Use = Use.FIT, *, without: Collection[str] = ()
-    ) -> Deduplicated:
-        wanted = {part for part in parts if part[0] not in without}
-        records = _records(100 if use is Use.CALIBRATE else 0)
-        return Deduplicated(records=tuple(record for record in records if (record.dataset, record.part) in wanted))
-
-
-def _held_prompts(_directory: object) -> list[Record]:
-    names = [("xstest", "safe"), ("xstest", "unsafe"), ("gsm8k", "test"), ("alphasteer_attacks", "aim")]
-    return [_record(*name, number, Label.BORDERLINE) for name in names for number in range(3)]
-
-
-def _on_made_up_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "fit_records", Chosen())
-    monkeypatch.setattr(held, "held_records", _held_prompts)
-    # A random model has refusal tokens and never says them.
-    monkeypatch.setattr(vectors, "find_openings", lambda loaded, _harmful, _plain: token_openings(loaded))
-
-
-def _fit(loaded: LoadedModel, folder: Path, settings: Settings, lines: list[str] | None = None) -> Fit:
-    say = (lambda _line: None) if lines is None else lines.append
-    directory = DataDirectory(path=folder)
-    return Fit(loaded=loaded, directory=directory, work=folder / "work", settings=settings, say=say)
-
-
-@pytest.fixture
-def fit(tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    """A fit of the tiny random model on made-up prompts, nothing run yet."""
-    _on_made_up_prompts(monkeypatch)
-    return _fit(tiny, tmp_path, SMALL)
+from tests.unit.fit.made_up import SMALL, Chosen, made_up_records, on_made_up_prompts, small_fit
 
 
 @pytest.fixture(scope="module")
 def fitted(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fit:
     """One that was run to the end; its bundle is in `bundle` beside its work folder."""
-    found = _fit(tiny, tmp_path_factory.mktemp("fitted"), SMALL)
+    found = small_fit(tiny, tmp_path_factory.mktemp("fitted"), SMALL)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        _on_made_up_prompts(monkeypatch)
+        on_made_up_prompts(monkeypatch)
         assert fit_control(found, found.work.parent / "bundle", name="tiny", version="1") is not None
     return found
 
@@ -181,17 +105,17 @@ def test_a_second_run_keeps_every_stage_and_gives_the_same_bundle(
     fitted: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is computed again for the same model and settings; other thresholds run the late stages only."""
-    _on_made_up_prompts(monkeypatch)
+    on_made_up_prompts(monkeypatch)
     folder = fitted.work.parent
     first = load_bundle(folder / "bundle")
     lines: list[str] = []
-    second = fit_control(_fit(fitted.loaded, folder, SMALL, lines), tmp_path / "second", name="tiny", version="1")
+    second = fit_control(small_fit(fitted.loaded, folder, SMALL, lines), tmp_path / "second", name="tiny", version="1")
     assert second is not None
     assert first.digest == second.digest
     assert not [line for line in lines if line.endswith("running")]
     lines.clear()
     shutil.copytree(folder, tmp_path / "copy")
-    other = _fit(fitted.loaded, tmp_path / "copy", replace(SMALL, safety_margin=0.5), lines)
+    other = small_fit(fitted.loaded, tmp_path / "copy", replace(SMALL, safety_margin=0.5), lines)
     assert fit_control(other, tmp_path / "third", name="tiny", version="1", until=Stage.GATE) is None
     ran = {line.removesuffix(": running") for line in lines if line.endswith("running")}
     assert ran == {"gate"}
@@ -220,7 +144,7 @@ def test_the_paper_s_preset_is_used_as_it_is_where_the_layer_is_given(fit: Fit, 
         divergence_budget=budget,
         loss_budgets=(budget, budget),
     )
-    paper = _fit(fit.loaded, tmp_path / "paper", settings)
+    paper = small_fit(fit.loaded, tmp_path / "paper", settings)
     saved = fit_control(paper, tmp_path / "bundle", name="paper", version="1")
     assert saved is not None
     assert saved.probes["refusal"].layer == 1
@@ -245,57 +169,12 @@ def test_the_paper_s_preset_is_used_as_it_is_where_the_layer_is_given(fit: Fit, 
     sources = json.loads((paper.work / "vectors.json").read_text("utf-8"))["sources"]
     assert set(sources[f"p1/{SAFETY}"]) == {"coconot/eval"}
     assert set(sources[f"p1/{RESPOND}"]) == {"coconot/pref"}
-    assert fit.p1_prompts([0, 1], ["catqa/all", "coconot/eval"]) == [0, 1]
-    assert paper.p1_prompts([0, 1], ["catqa/all", "coconot/eval"]) == [1]
-    assert paper.p1_prompts([0], ["deccp/censored"]) == [0], "a category that CoCoNot lacks keeps its own"
-
-
-@pytest.mark.parametrize(
-    ("budgets", "maximum"),
-    [
-        (Budgets(spoiled=1.0, loss=1e9, divergence=1e9), 2.0),
-        (Budgets(spoiled=1.0, loss=0.4, divergence=1e9), 0.5),
-        (Budgets(spoiled=1.0, loss=1e9, divergence=1e-3), 0.0),
-        (Budgets(spoiled=-1.0, loss=1e9, divergence=None), 0.0),
-    ],
-    ids=["none binds", "loss", "divergence", "answers"],
-)
-def test_a_certified_range_ends_where_the_first_budget_does(
-    tiny: LoadedModel, fit: Fit, budgets: Budgets, maximum: float
-) -> None:
-    """Loss and divergence are measured at every strength tried, as answers are, whose number is told in words."""
-    generator = torch.Generator().manual_seed(3)
-    edit = Edit(
-        name="e",
-        layers=(added_direction(layer=1, direction=torch.randn(16, generator=generator), coefficient=2.0),),
-    )
-    asked = [tiny.prompt("how do i tie a knot"), tiny.prompt("what is tea made of")]
-    answered = [(prompt, list(range(30, 30 + ANSWER_TOKENS))) for prompt in asked]
-    unsteered = answer_loss(tiny, answered)
-    tried = {strength: answer_loss(tiny, answered, scaled(edit, strength)) - unsteered for strength in (0.5, 1.0, 2.0)}
-    if budgets.loss == 0.4:
-        budgets = budgets._replace(loss=(tried[0.5] + tried[1.0]) / 2)
-        assert tried[0.5] < budgets.loss < tried[1.0] < tried[2.0]
-    fit = _fit(tiny, fit.work, replace(SMALL, strengths=(0.5, 1.0, 2.0)))
-    grounds = Grounds(asked=asked, plain=asked, answered=answered, loss=unsteered)
-    found = certified_range(fit, token_openings(tiny), edit, grounds, budgets)
-    assert found["maximum"] == maximum
-    for strength, facts in found["tried"].items():
-        assert facts["loss_added"] == pytest.approx(tried[float(strength)], abs=1e-3)
-        assert facts["n"] == 2
-        assert (facts.get("divergence", 0.0) > 0.0) == (budgets.divergence is not None)
-    assert "of 2 greedy answers" in in_words(budgets, found["tried"])
-
-
-def test_prompts_that_guard_a_refuse_dose_are_filled_up_from_other_categories(fit: Fit) -> None:
-    """Its own first; a category of few prompts is certified on as many answers as the others."""
-    calibrating = prompts.calibration_prompts(fit)
-    trials = trials_of(replace(fit, settings=replace(SMALL, ranged=9)), token_openings(fit.loaded), calibrating)
-    own = [prompt.ids for prompt in calibrating.items if prompt.category == CATEGORIES[0]]
-    assert 0 < len(own) < 9
-    for guarded in trials.guarded.values():
-        assert len(guarded) == 9
-    assert all(ids in trials.guarded[CATEGORIES[0]][: len(own)] for ids in own)
+    fitting = prompts.fitting_prompts(paper)
+    for source, wanted in (("coconot/eval", False), ("deccp/censored", True)):
+        # A category that CoCoNot lacks keeps its own prompts; another one loses those of other sets.
+        of_other_sets = [index for index, prompt in enumerate(fitting.items) if prompt.source == "deccp/censored"]
+        mixed = [index for index, prompt in enumerate(fitting.items) if prompt.source == source] + of_other_sets
+        assert (of_other_sets[0] in prompts.p1_prompts(paper, fitting, mixed)) == wanted
 
 
 def test_the_wrong_category_is_never_the_right_one(fit: Fit) -> None:
@@ -316,7 +195,7 @@ def test_other_prompts_make_every_stage_anew(fit: Fit, tmp_path: Path, monkeypat
     """As many of them, from the same sets: counts are alike, and what was made of the others is not kept."""
     assert fit_control(fit, tmp_path / "bundle", name="t", version="1", until=Stage.PROBE) is None
     before = json.loads((fit.work / "probe.json").read_text("utf-8"))
-    moved = [replace(record, prompt=record.prompt.replace("number", "figure")) for record in _records(0)]
+    moved = [replace(record, prompt=record.prompt.replace("number", "figure")) for record in made_up_records(0)]
 
     def others(_directory: object, parts: Any, use: Use = Use.FIT, **_: object) -> Deduplicated:
         if use is Use.CALIBRATE:
